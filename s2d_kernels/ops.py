@@ -101,3 +101,101 @@ def check_same_length(**lists: Sequence[Any]) -> None:
     lengths = {name: len(values) for name, values in lists.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError("lists must be equally long, got " + ", ".join(f"{n}: {c}" for n, c in lengths.items()))
+
+
+# --- topk_svd: six outputs a matrix, U [m, b], S [b], Vh [b, n], residual [b], missed [], status [] (int32) --------
+
+library.define(
+    "topk_svd(Tensor[] weights, Tensor[] starts, SymInt[] ks, SymInt[] reads, str? impl=None) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _topk_svd(
+    weights: list[Tensor], starts: list[Tensor], ks: list[int], reads: list[int], impl: str | None = None
+) -> list[Tensor]:
+    with torch.no_grad():
+        return resolve("topk_svd", impl, weights[0].device)(weights, starts, ks, reads)
+
+
+def _topk_svd_fake(
+    weights: list[Tensor], starts: list[Tensor], ks: list[int], reads: list[int], impl: str | None = None
+) -> list[Tensor]:
+    flat: list[Tensor] = []
+    for weight, start in zip(weights, starts, strict=True):
+        (m, n), b = weight.shape, start.shape[0]
+        shapes = ((m, b), (b,), (b, n), (b,), ())
+        flat += [start.new_empty(shape) for shape in shapes]
+        flat.append(start.new_empty((), dtype=torch.int32))
+    return flat
+
+
+library.impl("topk_svd", _topk_svd, "CompositeExplicitAutograd")
+torch.library.register_fake("s2d::topk_svd", _topk_svd_fake)
+
+
+# --- add_penalty_grad_: grads[i] += U[i] diag(coefficients[i]) Vh[i] ----------------------------------------------
+
+library.define(
+    "add_penalty_grad_(Tensor(a!)[] grads, Tensor[] U, Tensor[] Vh, Tensor[] coefficients, str? impl=None) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _add_penalty_grad_(
+    grads: list[Tensor], U: list[Tensor], Vh: list[Tensor], coefficients: list[Tensor], impl: str | None = None
+) -> None:
+    with torch.no_grad():
+        resolve("add_penalty_grad_", impl, grads[0].device)(grads, U, Vh, coefficients)
+
+
+library.impl("add_penalty_grad_", _add_penalty_grad_, "CompositeExplicitAutograd")
+torch.library.register_fake("s2d::add_penalty_grad_", lambda *_, **__: None)
+
+
+# --- PCDR: bounds [layers, 2, k_max] from the factors, or the ratios themselves [layers, k_max] --------------------
+
+library.define(
+    "pcdr_bounds(Tensor[] weights, Tensor[] inputs, Tensor[] neurons, Tensor[] U, Tensor[] S, Tensor[] Vh, "
+    "Tensor[] residuals, int k_max, str? impl=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+library.define(
+    "pcdr_exact(Tensor[] weights, Tensor[] inputs, Tensor[] neurons, int k_max, str? impl=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _pcdr_bounds(
+    weights: list[Tensor],
+    inputs: list[Tensor],
+    neurons: list[Tensor],
+    U: list[Tensor],
+    S: list[Tensor],
+    Vh: list[Tensor],
+    residuals: list[Tensor],
+    k_max: int,
+    impl: str | None = None,
+) -> Tensor:
+    function = resolve("pcdr_bounds", impl, weights[0].device)
+    return function(weights, inputs, neurons, U, S, Vh, residuals, k_max)
+
+
+def _pcdr_exact(
+    weights: list[Tensor], inputs: list[Tensor], neurons: list[Tensor], k_max: int, impl: str | None = None
+) -> Tensor:
+    return resolve("pcdr_exact", impl, weights[0].device)(weights, inputs, neurons, k_max)
+
+
+library.impl("pcdr_bounds", _pcdr_bounds, "CompositeExplicitAutograd")
+library.impl("pcdr_exact", _pcdr_exact, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "s2d::pcdr_bounds",
+    lambda weights, _x, _i, _u, _s, _v, _r, k_max, impl=None: weights[0].new_empty(
+        (len(weights), 2, k_max), dtype=torch.float64
+    ),
+)
+torch.library.register_fake(
+    "s2d::pcdr_exact",
+    lambda weights, _x, _i, k_max, impl=None: weights[0].new_empty((len(weights), k_max), dtype=torch.float64),
+)

@@ -1,0 +1,173 @@
+"""Which parameters of a model are matrices that S2D looks at, and why the others are not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+HEAD = re.compile(r"(^|\.)(lm_head|head|classifier|score|output_projection|embed_out)$")
+FUSED_QKV = re.compile(r"(^|[._])(qkv|qkv_proj|c_attn|wqkv|in_proj|query_key_value)$", re.IGNORECASE)
+ADAPTER = re.compile(r"lora_(A|B|embedding)|(^|\.)adapter", re.IGNORECASE)
+
+
+class ParameterDecision(NamedTuple):
+    """One row of the selection log: parameter name, its shape, "penalize" or "skip", and the reason."""
+
+    name: str
+    shape: tuple[int, ...]
+    decision: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix `[m, n]` that maps a token: a parameter, or a block of its rows (`name` then ends in `[a:b]`).
+
+    `kind` is "linear", "patch" (a convolution whose kernel equals its stride) or "attention" (the packed input
+    projection of `nn.MultiheadAttention`).
+    """
+
+    name: str
+    kind: str
+    module: nn.Module
+    parameter: nn.Parameter
+    start: int
+    stop: int
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """The `[m, n]` view of the parameter, or of a tensor of its shape such as its gradient."""
+        if tensor.ndim != 2:
+            # A view, never a copy: what is added to it must reach the parameter.
+            tensor = tensor.view(tensor.shape[0], -1)
+        return tensor[self.start : self.stop]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+        return self.stop - self.start, self.parameter[0].numel()
+
+
+def find_matrices(
+    model: nn.Module,
+    *,
+    k_max: int = 3,
+    select: Sequence[tuple[str, bool]] = (),
+    splits: Mapping[str, Sequence[int]] | None = None,
+) -> tuple[list[Matrix], list[ParameterDecision]]:
+    """Decide every parameter of `model` once, with a reason.
+
+    Args:
+        model: any module.
+        k_max: matrices with min(m, n) <= k_max are skipped: their PCDR is 1 by definition.
+        select: (regex, penalize) pairs searched in the parameter name, first match wins. False skips; True overrides
+            the skips that go by name or size (heads, adapters, small matrices), never those by kind.
+        splits: regex -> row counts of a fused projection, e.g. {"qkv_proj": [4096, 1024, 1024]}.
+
+    Returns:
+        The matrices, and one `ParameterDecision` per parameter in the order of `named_parameters`.
+
+    Raises:
+        ValueError: a pattern matches no parameter, or a split does not add up.
+        NotImplementedError: a parameter is a DTensor.
+    """
+    splits = dict(splits or {})
+    unmatched = {pattern for pattern, _ in select} | set(splits)
+    occurrences: dict[int, list[str]] = {}
+    owners: dict[str, tuple[nn.Module, str]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=True):
+        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            name = f"{prefix}.{attribute}" if prefix else attribute
+            occurrences.setdefault(id(parameter), []).append(name)
+            owners[name] = (module, attribute)
+
+    matrices: list[Matrix] = []
+    decisions: list[ParameterDecision] = []
+    for name, (module, attribute) in owners.items():
+        parameter = getattr(module, attribute)
+        if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
+            raise NotImplementedError(f"parameter {name!r} is a DTensor: sharded models are not supported yet")
+        shape = tuple(parameter.shape)
+        hits = [(pattern, penalize) for pattern, penalize in select if re.search(pattern, name)]
+        split = next((sizes for pattern, sizes in splits.items() if re.search(pattern, name)), None)
+        unmatched -= {pattern for pattern, _ in hits} | {p for p in splits if re.search(p, name)}
+        chosen = hits[0] if hits else None
+
+        kind, reason = _kind(module, attribute, parameter)
+        others = [n for n in occurrences[id(parameter)] if n != name]
+        earlier = occurrences[id(parameter)].index(name) > 0
+        modules_of_others = [type(owners[n][0]) for n in others]
+        if kind is not None:
+            if not parameter.requires_grad:
+                kind, reason = None, "frozen"
+            elif any(issubclass(owner, nn.Embedding) for owner in modules_of_others):
+                kind, reason = None, f"tied to the embedding {others[0]}"
+            elif earlier:
+                kind, reason = None, f"tied to {occurrences[id(parameter)][0]}"
+            elif chosen is not None and not chosen[1]:
+                kind, reason = None, f"skipped by pattern {chosen[0]!r}"
+            elif chosen is None:
+                stem = name.rsplit(".", 1)[0]
+                if HEAD.search(stem):
+                    kind, reason = None, "output head"
+                elif ADAPTER.search(name):
+                    kind, reason = None, "low-rank adapter"
+        if kind is None:
+            decisions.append(ParameterDecision(name, shape, "skip", reason))
+            continue
+        sizes = _row_blocks(name, kind, parameter, split)
+        rank = min(*sizes, parameter[0].numel())
+        if rank <= k_max and chosen is None:
+            reason = f"only {rank} singular values: PCDR_{rank} is 1 by definition"
+            decisions.append(ParameterDecision(name, shape, "skip", reason))
+            continue
+        if len(sizes) > 1:
+            reason += f", fused: {len(sizes)} matrices of {', '.join(map(str, sizes))} rows"
+        if chosen is not None:
+            reason += f", by pattern {chosen[0]!r}"
+        decisions.append(ParameterDecision(name, shape, "penalize", reason))
+        start = 0
+        for size in sizes:
+            suffix = f"[{start}:{start + size}]" if len(sizes) > 1 else ""
+            matrices.append(Matrix(name + suffix, kind, module, parameter, start, start + size))
+            start += size
+    if unmatched:
+        raise ValueError(f"pattern(s) {sorted(unmatched)} match no parameter; names look like {list(owners)[:5]}")
+    return matrices, decisions
+
+
+def _kind(module: nn.Module, attribute: str, parameter: nn.Parameter) -> tuple[str | None, str]:
+    """Kind of matrix a parameter is, or None, with the reason."""
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return None, "embedding"
+    if isinstance(module, nn.MultiheadAttention) and attribute == "in_proj_weight":
+        return "attention", "packed attention projection"
+    if type(module).__name__ == "NonDynamicallyQuantizableLinear" and attribute == "weight":
+        return None, "nn.MultiheadAttention applies it as a function: its activations cannot be captured"
+    if isinstance(module, nn.Linear) and attribute == "weight":
+        return "linear", "linear layer"
+    if isinstance(module, nn.Conv2d) and attribute == "weight":
+        tiles = module.kernel_size == module.stride and module.padding in ((0, 0), "valid", 0)
+        if tiles and module.dilation == (1, 1) and module.groups == 1 and module.padding_mode == "zeros":
+            return "patch", "patch embedding (kernel = stride), as a linear layer"
+        return None, "convolution with overlapping windows"
+    if parameter.ndim < 2:
+        return None, "not a matrix"
+    if parameter.ndim == 3 and attribute.endswith(("weight", "proj", "experts")):
+        return None, "stack of expert matrices: not supported yet"
+    return None, f"{attribute} of {type(module).__name__}: not a known linear layer"
+
+
+def _row_blocks(name: str, kind: str, parameter: nn.Parameter, split: Sequence[int] | None) -> list[int]:
+    rows, columns = parameter.shape[0], parameter[0].numel()
+    if split is not None:
+        if sum(split) != rows or min(split) < 1:
+            raise ValueError(f"split {list(split)} of {name!r} must be positive and add up to its {rows} rows")
+        return list(split)
+    stem = name.rsplit(".", 1)[0]
+    if kind == "attention" or (FUSED_QKV.search(stem) and rows == 3 * columns):
+        return [rows // 3] * 3
+    return [rows]
