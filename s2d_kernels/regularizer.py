@@ -1,0 +1,612 @@
+"""`S2D`: Selective Spectral Decay as an object beside the optimizer.
+
+Schedule (section 1 of the definitions; steps count from 0, interval m):
+
+    step t = 0, m, 2m, ...   the first forward of the step copies each weight, the largest activation is captured,
+                             and the refresh starts on the side stream when the step's gradient is complete
+    step t + lead            the refresh is joined; its factors and ranks apply from this step on
+
+Whoever is late is waited for at t + lead, so the bits of training do not depend on how fast the refresh ran.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from s2d_kernels import reference
+from s2d_kernels.capture import ActivationCapture, Captured
+from s2d_kernels.parameters import Matrix, ParameterDecision, find_matrices
+from s2d_kernels.penalty import add_penalty_grad_
+from s2d_kernels.scheduler import Pending, SideStream
+from s2d_kernels.selection import PCDR, pcdr
+from s2d_kernels.svd import CONVERGED, NON_FINITE, OVERFLOW, STATUS_NAMES, SVDBasis, TopkSVD, topk_svd, warm_width
+
+logger = logging.getLogger("s2d_kernels")
+
+ADAPTIVE = re.compile(r"adam|rmsprop|adagrad|adadelta|adafactor|lamb|lion|muon|sophia|shampoo|soap", re.IGNORECASE)
+STRENGTH = 5e-4
+DEVIATION_WARNING = 0.3
+DEVIATION_LIMIT = 1.0
+
+
+class LayerReport(NamedTuple):
+    """What the last refresh that has arrived said about one matrix."""
+
+    name: str
+    shape: tuple[int, int]
+    k_target: int
+    route: str
+    lower: tuple[float, ...]
+    upper: tuple[float, ...]
+    activation: float
+    sigma_max: float
+    status: str
+
+
+@dataclass
+class _Layer:
+    """Factors in use on one matrix, all on the parameter's device. Zero tensors until a refresh has arrived."""
+
+    basis: SVDBasis  # as the refresh delivered it: the next warm start
+    S: Tensor  # [k], the cached singular values, which the decoupled form decays
+    S_at_snapshot: Tensor  # [k], S when the weights of the refresh under way were copied
+    rank: int = 0
+    status: int = CONVERGED
+    arrived: bool = False
+    missed_lr: float = 0.0  # sum of the learning rates since that copy
+    pcdr: PCDR | None = None
+
+    def factors(self) -> TopkSVD:
+        k = self.S.shape[0]
+        basis, zero = self.basis, self.S.new_zeros(())
+        return TopkSVD(basis.U[:, :k], self.S, basis.Vh[:k], basis.residual[:k], zero, zero.to(torch.int32), basis)
+
+
+class _Refreshed(NamedTuple):
+    """Result of a refresh for one matrix, on the host's side of the decision."""
+
+    basis: SVDBasis
+    rank: int
+    status: int
+    pcdr: PCDR | None
+
+
+class S2D:
+    """Decay the few singular values that make a layer's largest activation, during fine-tuning.
+
+    Coupled (the paper's form)::
+
+        loss.backward(); reg.add_grad(); clip_grad_norm_(...); optimizer.step()
+
+    Decoupled (acts on the weights, as AdamW's weight decay does)::
+
+        loss.backward(); optimizer.step(); reg.decay_(lr)
+
+    or `reg.attach(optimizer)` once, and nothing else.
+
+    Args:
+        model: its linear layers, patch embeddings and packed attention projections are looked at; each parameter's
+            decision and reason is in `decisions` and logged at INFO on the logger "s2d_kernels".
+        mode: "coupled" or "decoupled".
+        strength: lambda. Default 5e-4 when coupled. The decoupled form has no default: see `strength_for_half_life`.
+        power: n > = 1, the exponent on the singular values.
+        threshold: tau, the PCDR from which a layer is decayed.
+        k_max: most components considered, clamped per layer to min(m, n).
+        interval: steps between refreshes.
+        lead: steps between the start of a refresh and its use, 0 <= lead < interval.
+        select: (regex, penalize) pairs on parameter names, first match wins; see `parameters.find_matrices`.
+        splits: regex -> row counts of fused projections.
+        seed: seed of the random columns of the SVD.
+        asynchronous: False runs each refresh in place; the bits are the same.
+        impl: implementation of the operations, or None to choose.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: a value out of range, a pattern that matches nothing.
+        NotImplementedError: sharded (DTensor) parameters.
+
+    Attributes:
+        step: completed optimizer steps.
+        decisions: list of `ParameterDecision`.
+        layers: list of `LayerReport`, after the first arrival.
+
+    Under Adam-type optimizers the coupled form hardly depends on `strength`, because Adam normalizes it away: use
+    mode="decoupled" there. Parameters in bf16 or fp16 round away changes below their resolution.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        mode: str = "coupled",
+        strength: float | None = None,
+        power: float = 2.0,
+        threshold: float = 0.95,
+        k_max: int = 3,
+        interval: int = 100,
+        lead: int = 3,
+        select: Sequence[tuple[str, bool]] = (),
+        splits: Mapping[str, Sequence[int]] | None = None,
+        seed: int = 0,
+        asynchronous: bool = True,
+        impl: str | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        if mode not in ("coupled", "decoupled"):
+            raise ValueError(f"mode={mode!r} is neither 'coupled' nor 'decoupled'")
+        if strength is None:
+            if mode == "decoupled":
+                raise ValueError(
+                    "mode='decoupled' needs strength=: the coupled default does nothing there. "
+                    "S2D.strength_for_half_life(sigma, lr_sum) gives the one that halves sigma"
+                )
+            strength = STRENGTH
+        if not (strength >= 0 and strength < float("inf")):
+            raise ValueError(f"strength={strength} must be finite and not negative")
+        if not 1 <= power < float("inf"):
+            raise ValueError(f"power={power} must be at least 1")
+        if not 0 < threshold <= 1:
+            raise ValueError(f"threshold={threshold} must lie in (0, 1]")
+        if k_max < 1:
+            raise ValueError(f"k_max={k_max} must be at least 1")
+        if interval < 1:
+            raise ValueError(f"interval={interval} must be at least 1")
+        if not 0 <= lead < interval:
+            raise ValueError(f"lead={lead} must lie in 0..interval-1, interval={interval}")
+        self.mode, self.strength, self.power, self.threshold = mode, float(strength), float(power), float(threshold)
+        self.k_max, self.interval, self.lead, self.seed, self.impl = k_max, interval, lead, seed, impl
+        self.step = 0
+        self.decisions: list[ParameterDecision]
+        self._matrices, self.decisions = find_matrices(model, k_max=k_max, select=select, splits=splits)
+        for decision in self.decisions:
+            logger.info("S2D %s: %s %s: %s", decision.decision, decision.name, list(decision.shape), decision.reason)
+        if not self._matrices:
+            logger.warning(
+                "S2D found nothing to penalize among %d parameters of %s: see S2D.decisions for the reasons, "
+                "select=[(regex, True)] overrides those that go by name",
+                len(self.decisions),
+                type(model).__name__,
+            )
+        self._layers = {matrix.name: self._empty_layer(matrix) for matrix in self._matrices}
+        device = self._matrices[0].parameter.device if self._matrices else torch.device("cpu")
+        self._side = SideStream(device, asynchronous=asynchronous)
+        self._capture = ActivationCapture(self._matrices)
+        self._pending: Pending[dict[str, _Refreshed]] | None = None
+        self._pending_step = -1
+        self._arm()
+
+    # --- use in a training loop ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def add_grad(self, *, grad_scale: float = 1.0, lr: float | None = None) -> None:
+        """Add the penalty gradient to `.grad` of the decided layers. Once per optimizer step, after `backward()`.
+
+        Args:
+            grad_scale: factor the gradients carry at this moment, for calls before `GradScaler.unscale_`.
+            lr: learning rate of a plain SGD-like optimizer, to check that stale factors do not overshoot:
+                interval * lr * strength * s_1^(power-1) above 0.3 is warned about, 1 and more refused.
+
+        Raises:
+            ValueError: mode is "decoupled"; no gradients at all; the check above.
+            RuntimeError: a refresh failed in the worker; training may go on with the previous factors.
+        """
+        if self.mode != "coupled":
+            raise ValueError("add_grad belongs to mode='coupled'; with mode='decoupled' call decay_(lr) after the step")
+        if not (grad_scale > 0 and grad_scale < float("inf")):
+            raise ValueError(f"grad_scale={grad_scale} must be positive and finite")
+        if self._matrices and all(matrix.parameter.grad is None for matrix in self._matrices):
+            raise ValueError(
+                f"no parameter has a gradient (first: {self._matrices[0].name!r}): call add_grad after backward() and "
+                "before zero_grad(). Frameworks that keep .grad to themselves (DeepSpeed ZeRO, optimizer-in-backward) "
+                "are not supported"
+            )
+        self._launch_if_due()
+        if self._arrive_if_due():
+            self._check_deviation({matrix.name: lr for matrix in self._matrices})
+        grads, factors, ranks = [], [], []
+        for matrix in self._matrices:
+            layer = self._layers[matrix.name]
+            if layer.rank and matrix.parameter.grad is not None:
+                grads.append(matrix.view(matrix.parameter.grad))
+                factors.append(layer.factors())
+                ranks.append(layer.rank)
+        if grads:
+            add_penalty_grad_(
+                grads, factors, strength=self.strength * grad_scale, power=self.power, ranks=ranks, impl=self.impl
+            )
+        self._end_step()
+
+    @torch.no_grad()
+    def decay_(self, lr: float | Mapping[str, float]) -> None:
+        """Decay the weights themselves: s <- s (1 + (n-1) lr lambda s^(n-1))^(-1/(n-1)). Once per step, after it.
+
+        Freshly arrived factors first receive the decay of the steps since their snapshot, less what the previous
+        factors have already taken along the same directions.
+
+        Args:
+            lr: learning rate of this step, or one per matrix name.
+
+        Raises:
+            ValueError: mode is "coupled", or a learning rate is negative or not finite.
+            RuntimeError: a refresh failed in the worker; training may go on with the previous factors.
+        """
+        if self.mode != "decoupled":
+            raise ValueError("decay_ belongs to mode='decoupled'; with mode='coupled' call add_grad() before the step")
+        rates = {m.name: float(lr[m.name] if isinstance(lr, Mapping) else lr) for m in self._matrices}
+        for name, rate in rates.items():
+            if not (rate >= 0 and rate < float("inf")):
+                raise ValueError(f"lr={rate} of {name!r} must be finite and not negative")
+        self._launch_if_due()
+        before = {name: (layer, layer.basis, layer.S) for name, layer in self._layers.items()}
+        if self._arrive_if_due():
+            self._catch_up(before)
+        weights, factors, ranks, changes = [], [], [], []
+        for matrix in self._matrices:
+            layer = self._layers[matrix.name]
+            rate = rates[matrix.name]
+            layer.missed_lr += rate
+            if not layer.rank or rate == 0:
+                continue
+            S = reference.decayed_singular_values(layer.S, lr_sum=rate, strength=self.strength, power=self.power)
+            S = torch.where(torch.arange(len(S), device=S.device) < layer.rank, S, layer.S)
+            weights.append(matrix.view(matrix.parameter.detach()))
+            factors.append(layer.factors())
+            ranks.append(layer.rank)
+            changes.append(S - layer.S)
+            layer.S = S
+        if weights:
+            add_penalty_grad_(weights, factors, ranks=ranks, coefficients=changes, impl=self.impl)
+        self._end_step()
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> torch.utils.hooks.RemovableHandle:
+        """Let hooks of `optimizer.step()` make the call; returns the handle whose `remove()` ends that.
+
+        The coupled form then acts after gradient clipping done by the loop, the decoupled form after the step with
+        each parameter group's learning rate.
+
+        Raises:
+            ValueError: the optimizer holds none of the penalized parameters. Later, from the step: it is called with
+                a closure, or with gradients still scaled by a GradScaler.
+        """
+        rates = self._group_of(optimizer)
+        if self._matrices and not rates:
+            raise ValueError(
+                f"the optimizer holds none of the {len(self._matrices)} penalized matrices "
+                f"(first: {self._matrices[0].name!r}): attach the optimizer that trains this model"
+            )
+        adaptive = ADAPTIVE.search(type(optimizer).__name__) is not None
+        if self.mode == "decoupled":
+
+            def after(inner: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+                groups = self._group_of(inner)
+                self.decay_({m.name: float(groups[m.name]["lr"]) if m.name in groups else 0.0 for m in self._matrices})
+
+            return optimizer.register_step_post_hook(after)
+        if adaptive:
+            logger.warning(
+                "S2D coupled with %s: it divides the penalty by the gradient's own size, so that strength hardly "
+                "matters. mode='decoupled' acts on the weights instead",
+                type(optimizer).__name__,
+            )
+
+        def before(inner: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if (args and args[0] is not None) or kwargs.get("closure") is not None:
+                raise ValueError(
+                    "optimizer.step(closure) computes the gradients after the hook: S2D cannot be attached to it. "
+                    "Call reg.add_grad() inside the closure, after backward()"
+                )
+            if getattr(inner, "grad_scale", None) is not None:
+                raise ValueError(
+                    "the fused optimizer takes gradients still scaled by the GradScaler: call scaler.unscale_(optimizer) "
+                    "and reg.add_grad() yourself instead of attach"
+                )
+            groups = self._group_of(inner)
+            rates = [float(group["lr"]) for group in groups.values()]
+            self.add_grad(lr=None if adaptive else max(rates, default=None))
+
+        return optimizer.register_step_pre_hook(before)
+
+    # --- what one looks at --------------------------------------------------------------------------------------
+
+    @property
+    def penalty(self) -> Tensor:
+        """Value of the penalty on the decided components, strength/(power+1) * sum s^(power+1): a device tensor."""
+        total = torch.zeros((), device=self._side.device)
+        for layer in self._layers.values():
+            if layer.rank:
+                total = total + layer.S[: layer.rank].float().pow(self.power + 1).sum()
+        return self.strength / (self.power + 1) * total
+
+    @property
+    def layers(self) -> list[LayerReport]:
+        """One `LayerReport` per matrix from the last refresh that has arrived; empty before the first."""
+        reports = []
+        for matrix in self._matrices:
+            layer = self._layers[matrix.name]
+            if not layer.arrived:
+                continue
+            nothing = (float("nan"),) * self.k_max
+            decision = layer.pcdr or PCDR(layer.rank, "loaded", nothing, nothing, float("nan"), -1)
+            status = STATUS_NAMES[layer.status]
+            sigma = float(layer.basis.S[0])
+            reports.append(LayerReport(matrix.name, matrix.shape, layer.rank, *decision[1:5], sigma, status))
+        return reports
+
+    @property
+    def late(self) -> int:
+        """How often a refresh was not ready at its step and was waited for."""
+        return self._side.late
+
+    @property
+    def waited_seconds(self) -> float:
+        """Host time spent in those waits."""
+        return self._side.waited_seconds
+
+    @staticmethod
+    def strength_for_half_life(sigma: float, lr_sum: float, *, power: float = 2.0) -> float:
+        """Strength of the decoupled form that halves a singular value `sigma` while the learning rates sum to `lr_sum`.
+
+        power = 2: 1 / (sigma * lr_sum). The other singular values decay more slowly, those above faster.
+        """
+        return reference.strength_for_half_life(sigma, lr_sum, power=power)
+
+    def close(self) -> None:
+        """Remove the hooks and end the worker; a refresh under way is dropped."""
+        self._capture.stop()
+        self._pending = None
+        self._side.close()
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Flat dict of tensors, the same keys from construction on; a refresh under way is completed and stored.
+
+        Loadable with `torch.load(weights_only=True)` and storable as safetensors. Resuming is bit-exact at any step.
+        """
+        pending: dict[str, _Refreshed] = self._join_pending() if self._pending is not None else {}
+        if self._pending is not None:
+            self._pending = _completed(self._side, pending)
+        state: dict[str, Tensor] = {
+            "step": torch.tensor(self.step),
+            "pending_step": torch.tensor(self._pending_step if self._pending is not None else -1),
+        }
+        for matrix in self._matrices:
+            layer = self._layers[matrix.name]
+            fresh = pending.get(matrix.name)
+            empty = self._empty_layer(matrix)
+            basis = empty.basis if fresh is None else fresh.basis
+            integers = [layer.arrived, layer.rank, layer.status]
+            integers += [0, 0, 0] if fresh is None else [1, fresh.rank, fresh.status]
+            state |= {f"{matrix.name}.basis.{k}": t.clone() for k, t in layer.basis._asdict().items()}
+            state |= {f"{matrix.name}.pending.{k}": t.clone() for k, t in basis._asdict().items()}
+            state[f"{matrix.name}.S"] = layer.S.clone()
+            state[f"{matrix.name}.S_at_snapshot"] = layer.S_at_snapshot.clone()
+            state[f"{matrix.name}.missed_lr"] = torch.tensor(layer.missed_lr, dtype=torch.float64)
+            state[f"{matrix.name}.flags"] = torch.tensor([int(v) for v in integers])
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` stored; tensors move to the parameters' devices.
+
+        Raises:
+            ValueError: keys are missing or unexpected, or a shape differs (another model, k_max or selection).
+                Nothing is changed then.
+        """
+        expected = {key: value.shape for key, value in self._fresh_state().items()}
+        missing, unexpected = expected.keys() - state_dict.keys(), state_dict.keys() - expected.keys()
+        if missing or unexpected:
+            raise ValueError(
+                f"state does not fit this S2D: missing {sorted(missing)[:5]}, unexpected {sorted(unexpected)[:5]} "
+                "(first five each). It must be built on the same model with the same selection"
+            )
+        for key, shape in expected.items():
+            if state_dict[key].shape != shape:
+                raise ValueError(f"state {key!r} has shape {tuple(state_dict[key].shape)}, expected {tuple(shape)}")
+        self._capture.stop()
+        self.step = int(state_dict["step"])
+        self._pending_step = int(state_dict["pending_step"])
+        pending: dict[str, _Refreshed] = {}
+        for matrix in self._matrices:
+            name, empty = matrix.name, self._empty_layer(matrix)
+
+            def load(key: str, like: Tensor, name: str = name) -> Tensor:
+                return state_dict[f"{name}.{key}"].to(like.device, like.dtype, copy=True)
+
+            flags = [int(v) for v in state_dict[f"{name}.flags"]]
+            self._layers[name] = _Layer(
+                basis=SVDBasis(*(load(f"basis.{k}", t) for k, t in empty.basis._asdict().items())),
+                S=load("S", empty.S),
+                S_at_snapshot=load("S_at_snapshot", empty.S),
+                rank=flags[1],
+                status=flags[2],
+                arrived=bool(flags[0]),
+                missed_lr=float(state_dict[f"{name}.missed_lr"]),
+            )
+            if flags[3]:
+                basis = SVDBasis(*(load(f"pending.{k}", t) for k, t in empty.basis._asdict().items()))
+                pending[name] = _Refreshed(basis, flags[4], flags[5], None)
+        self._pending = _completed(self._side, pending) if self._pending_step >= 0 else None
+        self._arm()
+
+    def _fresh_state(self) -> dict[str, Tensor]:
+        held = self._pending, self._layers
+        try:
+            self._pending, self._layers = None, {m.name: self._empty_layer(m) for m in self._matrices}
+            return self.state_dict()
+        finally:
+            self._pending, self._layers = held
+
+    # --- the refresh --------------------------------------------------------------------------------------------
+
+    def _empty_layer(self, matrix: Matrix) -> _Layer:
+        (m, n), device = matrix.shape, matrix.parameter.device
+        dtype = torch.float64 if matrix.parameter.dtype == torch.float64 else torch.float32
+        k = min(self.k_max, m, n)
+        b = min(warm_width(k), m, n)
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        return _Layer(SVDBasis(zeros(m, b), zeros(b), zeros(b, n), zeros(b)), S=zeros(k), S_at_snapshot=zeros(k))
+
+    def _arm(self) -> None:
+        if self.step % self.interval == 0 and self._matrices:
+            self._capture.start()
+
+    def _end_step(self) -> None:
+        self.step += 1
+        self._arm()
+
+    def _launch_if_due(self) -> None:
+        if self._pending is not None and self._pending.failed():
+            self._join_pending()
+        if not self._capture.active:
+            return
+        captured = self._capture.stop()
+        if not captured:
+            logger.warning(
+                "S2D step %d: no penalized layer ran forward with gradients enabled, the refresh is left out", self.step
+            )
+            return
+        bases: dict[str, SVDBasis | None] = {}
+        for name, layer in self._layers.items():
+            layer.S_at_snapshot, layer.missed_lr = layer.S, 0.0
+            # a layer that did not converge, or was not finite, starts afresh with the wider cold block
+            bases[name] = layer.basis if layer.arrived and layer.status == CONVERGED else None
+        self._pending_step = self.step
+        self._pending = self._side.submit(self._refresh, captured, bases, self.seed + self.step)
+
+    def _refresh(
+        self, captured: dict[str, Captured], bases: dict[str, SVDBasis | None], seed: int
+    ) -> dict[str, _Refreshed]:
+        """Factors and decisions of every captured matrix; runs on the side stream and touches no live parameter."""
+        names = list(captured)
+        weights = [captured[name].weight for name in names]
+        ks = [min(self.k_max, *weight.shape) for weight in weights]
+        factors = topk_svd(weights, k=ks, warm=[bases[n] for n in names], seed=seed, keys=names, impl=self.impl)
+        decisions = pcdr(
+            weights,
+            [captured[name].x for name in names],
+            [captured[name].neuron for name in names],
+            factors,
+            threshold=self.threshold,
+            k_max=self.k_max,
+            impl=self.impl,
+        )
+        refreshed = {}
+        for name, k, factor, decision in zip(names, ks, factors, decisions, strict=True):
+            width = self._layers[name].basis.S.shape[0]
+            U, S, Vh, residual = factor.basis
+            basis = SVDBasis(U[:, :width].contiguous(), S[:width], Vh[:width], residual[:width])
+            refreshed[name] = _Refreshed(basis, min(decision.k_target, k), int(factor.status), decision)
+        return refreshed
+
+    def _join_pending(self) -> dict[str, _Refreshed]:
+        """Wait for the pending refresh; on failure forget it, so that training can go on, and say so."""
+        assert self._pending is not None
+        try:
+            return self._pending.join()
+        except Exception as error:
+            self._pending = None
+            raise RuntimeError(
+                f"the refresh of step {self._pending_step} failed: {error}. The previous factors stay in use; "
+                "calling again continues with them"
+            ) from error
+
+    def _arrive_if_due(self) -> bool:
+        """Take over the refresh whose step has come. Bad layers are reported and left without a penalty."""
+        if self._pending is None or self.step < self._pending_step + self.lead:
+            return False
+        refreshed = self._join_pending()
+        self._pending = None
+        for name, fresh in refreshed.items():
+            if fresh.status in (NON_FINITE, OVERFLOW) or (fresh.pcdr is not None and fresh.pcdr.route == "non-finite"):
+                logger.warning(
+                    "S2D refresh of step %d: %s holds NaN or Inf (or overflows): no penalty on it until the next refresh",
+                    self._pending_step,
+                    name,
+                )
+            elif fresh.status != CONVERGED:
+                logger.info("S2D refresh of step %d: %s did not converge, cold start next", self._pending_step, name)
+            old = self._layers[name]
+            k = old.S.shape[0]
+            self._layers[name] = _Layer(
+                basis=fresh.basis,
+                S=fresh.basis.S[:k],
+                S_at_snapshot=fresh.basis.S[:k],
+                rank=fresh.rank,
+                status=fresh.status,
+                arrived=True,
+                missed_lr=old.missed_lr,
+                pcdr=fresh.pcdr,
+            )
+        chosen = [f"{name} ({fresh.rank})" for name, fresh in refreshed.items() if fresh.rank]
+        logger.info(
+            "S2D refresh of step %d: %d of %d matrices decayed: %s",
+            self._pending_step,
+            len(chosen),
+            len(refreshed),
+            ", ".join(chosen) or "none",
+        )
+        return True
+
+    def _catch_up(self, before: Mapping[str, tuple[_Layer, SVDBasis, Tensor]]) -> None:
+        """Give fresh factors the decay of the steps between their snapshot and now.
+
+        A component that went on being decayed by the previous factors has it already: along the new u_i, v_i they took
+        sum_j change_j (u_i . u_j)(v_j . v_i). The rest is applied to the weight.
+        """
+        weights, factors, ranks, changes = [], [], [], []
+        for matrix in self._matrices:
+            layer, (old_layer, old, old_S) = self._layers[matrix.name], before[matrix.name]
+            if layer is old_layer or not layer.rank:
+                continue
+            k = layer.S.shape[0]
+            target = reference.decayed_singular_values(
+                layer.S, lr_sum=layer.missed_lr, strength=self.strength, power=self.power
+            )
+            overlap = (layer.basis.U[:, :k].mT @ old.U[:, :k]) * (layer.basis.Vh[:k] @ old.Vh[:k].mT)
+            actual = layer.S + overlap @ (old_S - old_layer.S_at_snapshot)
+            inside = torch.arange(k, device=target.device) < layer.rank
+            weights.append(matrix.view(matrix.parameter.detach()))
+            factors.append(layer.factors())
+            ranks.append(layer.rank)
+            changes.append(torch.where(inside, target - actual, 0.0))
+            layer.S = torch.where(inside, target, layer.S)
+        if weights:
+            add_penalty_grad_(weights, factors, ranks=ranks, coefficients=changes, impl=self.impl)
+
+    def _check_deviation(self, rates: Mapping[str, float | None]) -> None:
+        """interval * lr * strength * s_1^(power-1) of the decided layers: how far stale factors overshoot."""
+        for name, rate in rates.items():
+            layer = self._layers[name]
+            if rate is None or not layer.rank:
+                continue
+            c = self.interval * rate * self.strength * float(layer.S[0]) ** (self.power - 1)
+            if c < DEVIATION_WARNING:
+                continue
+            message = (
+                f"interval * lr * strength * s_1^(power-1) = {c:.3g} on {name!r} (s_1 = {float(layer.S[0]):.4g}, "
+                f"lr = {rate:.3g}): factors {self.interval} steps old overshoot"
+            )
+            if c >= DEVIATION_LIMIT:
+                raise ValueError(f"{message}; lower interval or strength, or use mode='decoupled', which is exact")
+            logger.warning("S2D: %s", message)
+
+    def _group_of(self, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+        """Parameter group of each matrix the optimizer holds."""
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        return {m.name: groups[id(m.parameter)] for m in self._matrices if id(m.parameter) in groups}
+
+
+def _completed(side: SideStream, result: dict[str, _Refreshed]) -> Pending[dict[str, _Refreshed]]:
+    work: Callable[[], dict[str, _Refreshed]] = lambda: result  # noqa: E731
+    return SideStream(side.device, asynchronous=False).submit(work)
