@@ -63,7 +63,7 @@ def load_transformer(folder: str | Path) -> tuple[nn.Module, Any]:
         model = AutoModel.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa"
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # on a malformed file the loaders raise whatever they trip over, KeyError for one
         raise ValueError(f"{str(folder)!r} cannot be loaded by transformers: {error}") from error
     finally:
         if bar_was_shown:
@@ -265,7 +265,7 @@ class DigitsViT(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.patch = _linear(4, dim, generator)
         self.position = nn.Parameter(0.02 * torch.randn(16, dim, generator=generator))
-        self.blocks = nn.ModuleList(_Block(dim, hidden, heads, generator) for _ in range(depth))
+        self.blocks = nn.Sequential(*(_Block(dim, hidden, heads, generator) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim)
         self.head = _linear(dim, 10, generator)
 
@@ -273,9 +273,7 @@ class DigitsViT(nn.Module):
         """Logits `[B, 10]` of `images [B, 8, 8]`."""
         patches = images.unflatten(1, (4, 2)).unflatten(3, (4, 2)).transpose(2, 3).reshape(-1, 16, 4)
         x = self.patch(patches) + self.position
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x).mean(1))
+        return self.head(self.norm(self.blocks(x)).mean(1))
 
 
 @contextmanager
@@ -373,7 +371,9 @@ def plant_outliers(
     Returns:
         s_1 of every planted layer before planting, by parameter name.
     """
-    layers = {f"blocks.{i}.fc1": block.fc1 for i, block in enumerate(model.blocks)}
+    layers = {
+        name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and name.endswith(".fc1")
+    }
     width = min(layer.out_features for layer in layers.values())
     if not 0 < neurons <= width:
         raise ValueError(f"neurons={neurons} must lie in 1..{width}, the width of fc1")
@@ -385,9 +385,11 @@ def plant_outliers(
     generator = torch.Generator().manual_seed(seed)
     before = {}
     with _one_thread():
-        model(data.train_images)
-        for hook in hooks:
-            hook.remove()
+        try:
+            model(data.train_images)
+        finally:
+            for hook in hooks:
+                hook.remove()
         for name, layer in layers.items():
             x = inputs[name].double()
             centred = x - x.mean(0)

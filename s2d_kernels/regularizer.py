@@ -298,7 +298,8 @@ class S2D:
             )
 
         def before(inner: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if (args and args[0] is not None) or kwargs.get("closure") is not None:
+            positional = [a for a in args if a is not inner]  # torch passes the optimizer itself among the arguments
+            if any(a is not None for a in positional) or kwargs.get("closure") is not None:
                 raise ValueError(
                     "optimizer.step(closure) computes the gradients after the hook: S2D cannot be attached to it. "
                     "Call reg.add_grad() inside the closure, after backward()"

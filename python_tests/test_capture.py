@@ -1,0 +1,145 @@
+"""The captured activation is the largest |W x| of the step, by brute force."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from s2d_kernels.capture import ActivationCapture
+from s2d_kernels.parameters import find_matrices
+
+
+def brute_force(weight: Tensor, rows: Tensor) -> tuple[float, int, Tensor]:
+    y = rows.double() @ weight.double().mT
+    token, neuron = divmod(int(y.abs().argmax()), weight.shape[0])
+    return float(y[token, neuron].abs()), neuron, rows[token]
+
+
+def check(capture: ActivationCapture, name: str, weight: Tensor, rows: Tensor) -> None:
+    got = capture.stop()[name]
+    value, neuron, x = brute_force(weight, rows)
+    assert got.value.item() == pytest.approx(value, rel=1e-5)
+    assert got.neuron == neuron
+    assert torch.equal(got.x, x)
+    assert torch.equal(got.weight, weight)
+
+
+def started(model: nn.Module, **kwargs: object) -> ActivationCapture:
+    capture = ActivationCapture(find_matrices(model, **kwargs)[0])
+    capture.start()
+    return capture
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(7,), (2, 5), (2, 3, 4)])
+def test_linear_of_any_batch_shape(bias: bool, shape: tuple[int, ...]) -> None:
+    layer = nn.Linear(9, 6, bias=bias)
+    if bias:
+        nn.init.constant_(layer.bias, 100.0)  # must not count
+    capture = started(layer)
+    x = torch.randn(*shape, 9)
+    layer(x)
+    check(capture, "weight", layer.weight.detach(), x.reshape(-1, 9))
+
+
+def test_maximum_over_calls_and_no_gradient_calls_ignored() -> None:
+    layer = nn.Linear(9, 6)
+    capture = started(layer)
+    x = torch.randn(3, 4, 9)
+    for micro_batch in x:
+        layer(micro_batch)
+    with torch.no_grad():
+        layer(1000 * x)
+    check(capture, "weight", layer.weight.detach(), x.reshape(-1, 9))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing(use_reentrant: bool) -> None:
+    layer = nn.Linear(9, 6)
+    capture = started(layer)
+    x = torch.randn(5, 9, requires_grad=True)
+    checkpoint(layer, x, use_reentrant=use_reentrant).sum().backward()
+    check(capture, "weight", layer.weight.detach(), x.detach())
+
+
+def test_fused_projection_by_blocks() -> None:
+    qkv = nn.Module()
+    qkv.qkv = nn.Linear(8, 24)
+    capture = started(qkv)
+    x = torch.randn(11, 8)
+    qkv.qkv(x)
+    captured = capture.stop()
+    for start in (0, 8, 16):
+        weight = qkv.qkv.weight.detach()[start : start + 8]
+        value, neuron, row = brute_force(weight, x)
+        got = captured[f"qkv.weight[{start}:{start + 8}]"]
+        assert got.value.item() == pytest.approx(value, rel=1e-5)
+        assert got.neuron == neuron
+        assert torch.equal(got.x, row)
+
+
+def test_patch_embedding_as_a_linear_layer() -> None:
+    convolution = nn.Conv2d(3, 10, 4, stride=4)
+    nn.init.constant_(convolution.bias, 50.0)
+    images = torch.randn(2, 3, 12, 8)
+    capture = started(convolution)
+    convolution(images)
+    patches = torch.stack([
+        images[b, :, i : i + 4, j : j + 4].reshape(-1) for b in range(2) for i in range(0, 12, 4) for j in range(0, 8, 4)
+    ])  # fmt: skip
+    got = capture.stop()["weight"]
+    value, neuron, x = brute_force(convolution.weight.detach().flatten(1), patches)
+    assert got.value.item() == pytest.approx(value, rel=1e-5)
+    assert got.neuron == neuron
+    assert torch.equal(got.x, x)
+
+
+@pytest.mark.parametrize("call", [lambda a, q, k: a(q, k, k), lambda a, q, k: a(query=q, key=k, value=k)])
+def test_packed_attention_projection(call: Callable) -> None:
+    attention = nn.MultiheadAttention(8, 2)
+    query, key = torch.randn(5, 3, 8), torch.randn(6, 3, 8)
+    capture = started(attention)
+    call(attention, query, key)
+    captured = capture.stop()
+    for start, rows in ((0, query), (8, key), (16, key)):
+        value, neuron, _ = brute_force(attention.in_proj_weight.detach()[start : start + 8], rows.reshape(-1, 8))
+        got = captured[f"in_proj_weight[{start}:{start + 8}]"]
+        assert got.value.item() == pytest.approx(value, rel=1e-5)
+        assert got.neuron == neuron
+
+
+def test_non_finite_activations_are_left_out() -> None:
+    layer = nn.Linear(9, 6)
+    x = torch.randn(5, 9)
+    capture = started(layer)
+    poisoned = x.clone()
+    poisoned[2, 3], poisoned[4, 0] = float("nan"), float("inf")
+    layer(poisoned)
+    check(capture, "weight", layer.weight.detach(), x[[0, 1, 3]])
+
+
+def test_weight_is_the_one_of_the_first_forward() -> None:
+    layer = nn.Linear(9, 6)
+    before = layer.weight.detach().clone()
+    capture = started(layer)
+    layer(torch.randn(2, 9))
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    layer(torch.randn(2, 9))
+    assert torch.equal(capture.stop()["weight"].weight, before)
+    assert not layer._forward_hooks
+
+
+def test_autocast() -> None:
+    layer = nn.Linear(9, 6)
+    capture = started(layer)
+    x = torch.randn(5, 9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(x)
+    got = capture.stop()["weight"]
+    assert got.value.item() == pytest.approx(brute_force(layer.weight.detach(), x)[0], rel=2e-2)
+    assert got.x.dtype == torch.float32

@@ -1,0 +1,546 @@
+"""S2D in real training loops: schedule, laws of decay, resume, asynchrony, failures."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from s2d_kernels import S2D, reference, regularizer
+from s2d_kernels.svd import topk_svd
+
+LR = 1e-2
+
+
+def spiked_model(*, bulk: float = 0.1, dtype: torch.dtype = torch.float32) -> tuple[nn.Sequential, Tensor]:
+    """Two linear layers with Gaussian elements of size `bulk`, the first with an inflated direction v of the inputs."""
+    generator = torch.Generator().manual_seed(1)
+    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+    v = torch.randn(32, generator=generator)
+    v = v / v.norm()
+    u = torch.zeros(64)
+    u[:2] = 0.5**0.5
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * bulk)
+        model[0].weight += 20 * torch.outer(u, v)
+    return model.to(dtype), v.to(dtype)
+
+
+def batch(v: Tensor, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(16, 32, generator=generator).to(v.dtype) + 3 * v
+
+
+def train(
+    model: nn.Module,
+    reg: S2D,
+    optimizer: torch.optim.Optimizer,
+    v: Tensor,
+    steps: range,
+    *,
+    task: float = 1.0,
+    lr: float = LR,
+) -> None:
+    for step in steps:
+        x = batch(v, step)
+        loss = task * (model(x) - x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        if reg.mode == "coupled":
+            reg.add_grad(lr=lr)
+            optimizer.step()
+        else:
+            optimizer.step()
+            reg.decay_(lr)
+
+
+def same_bits(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+MODES = [("coupled", 5e-4), ("decoupled", 1.0)]
+
+
+# --- the law of decay ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "strength", "lr", "interval", "lead"),
+    [
+        ("coupled", 0.01, 1e-2, 20, 3),  # interval * lr * strength * s_1 = 0.04
+        ("coupled", 0.1, 1e-3, 20, 0),
+        ("decoupled", 0.01, 1e-2, 20, 3),
+        ("decoupled", 1.0, 1e-2, 20, 3),
+        ("decoupled", 5.0, 1e-1, 100, 3),
+        ("decoupled", 50.0, 1e-1, 30, 10),
+    ],
+)
+def test_without_a_task_gradient_the_top_singular_value_follows_its_law(
+    mode: str, strength: float, lr: float, interval: int, lead: int
+) -> None:
+    """1/s_T = 1/s_0 + strength * sum(lr), within 3 %.
+
+    The coupled form acts from its first arrival at step `lead` on; the decoupled one makes up for the steps before.
+    The rest of the spectrum is tiny, so that the decaying value stays the top one.
+    """
+    model, v = spiked_model(bulk=1e-6)
+    steps = 200
+    reg = S2D(model, mode=mode, strength=strength, interval=interval, lead=lead, select=[("2", False)])
+    start = torch.linalg.svdvals(model[0].weight.detach())[0].item()
+    train(model, reg, torch.optim.SGD(model.parameters(), lr=lr), v, range(steps), task=0.0, lr=lr)
+    end = torch.linalg.svdvals(model[0].weight.detach().double())[0].item()
+    effective = steps - lead if mode == "coupled" else steps
+    predicted = 1 / (1 / start + strength * lr * effective)
+    assert end == pytest.approx(predicted, rel=0.03)
+    assert predicted < 0.999 * start
+    reg.close()
+
+
+def test_decoupled_equals_its_definition_applied_every_step() -> None:
+    model, v = spiked_model(dtype=torch.float64)
+    reg = S2D(model, mode="decoupled", strength=1.0, interval=10, lead=0, threshold=1e-6, select=[("2", False)])
+    expected = model[0].weight.detach().clone()
+    for step in range(30):
+        train(model, reg, torch.optim.SGD(model.parameters(), lr=0.0), v, range(step, step + 1))
+        expected = reference.decoupled_update(expected, lr=LR, rank=1, strength=1.0, power=2.0)
+    torch.testing.assert_close(model[0].weight.detach(), expected, rtol=1e-6, atol=1e-9)
+    reg.close()
+
+
+def test_coupled_adds_exactly_the_reference_gradient_of_the_snapshot() -> None:
+    model, v = spiked_model(dtype=torch.float64)
+    reg = S2D(model, interval=50, lead=3, strength=1e-3)
+    snapshot = model[0].weight.detach().clone()
+    for step in range(6):
+        x = batch(v, step)
+        model.zero_grad()
+        (model(x) - x).square().mean().backward()
+        plain = [p.grad.clone() for p in model.parameters()]
+        reg.add_grad()
+        expected = reference.penalty_gradient(snapshot, rank=1, strength=1e-3, power=2.0) if step >= 3 else 0
+        difference = model[0].weight.grad - plain[0]
+        torch.testing.assert_close(difference, torch.zeros_like(difference) + expected, rtol=1e-4, atol=1e-6)
+        assert all(torch.equal(p.grad, g) for p, g in zip(list(model.parameters())[1:], plain[1:], strict=True))
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 1e-3 * p.grad
+    assert [layer.k_target for layer in reg.layers] == [1, 0]
+    reg.close()
+
+
+@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
+def test_penalty_is_the_reference_of_the_decided_components(mode: str) -> None:
+    model, v = spiked_model()
+    reg = S2D(model, mode=mode, strength=1e-3, interval=50, lead=0)
+    train(model, reg, torch.optim.SGD(model.parameters(), lr=0.0), v, range(1), lr=0.0)
+    sigma = torch.linalg.svdvals(model[0].weight.detach().double())[0]
+    assert isinstance(reg.penalty, Tensor)
+    assert reg.penalty.item() == pytest.approx((1e-3 / 3 * sigma**3).item(), rel=1e-4)
+    reg.close()
+
+
+# --- schedule, resume, asynchrony ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mode", "strength"), MODES)
+def test_resume_and_asynchrony_change_no_bit(mode: str, strength: float, tmp_path: Path) -> None:
+    """200 steps = 98 + save + load + 102 = 100 + ...; at 98 the refresh of step 96 is in flight."""
+
+    def run(save_at: int | None, asynchronous: bool = True, delay: float = 0.0) -> tuple[nn.Module, int]:
+        model, v = spiked_model()
+
+        def build(m: nn.Module) -> tuple[S2D, torch.optim.Optimizer]:
+            reg = S2D(m, mode=mode, strength=strength, interval=24, lead=3, asynchronous=asynchronous)
+            return reg, torch.optim.SGD(m.parameters(), lr=LR, momentum=0.9)
+
+        reg, optimizer = build(model)
+        if delay:
+            refresh = reg._refresh
+            reg._refresh = lambda *a: (time.sleep(delay), refresh(*a))[1]
+        if save_at is None:
+            train(model, reg, optimizer, v, range(200))
+        else:
+            train(model, reg, optimizer, v, range(save_at))
+            in_flight = reg._pending is not None
+            assert in_flight == (save_at in (98, 99))  # joined within step 99
+            stored = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "s2d": reg.state_dict()}
+            if in_flight:  # saving does not disturb the run that goes on
+                assert stored["s2d"]["pending_step"] == 96
+            torch.save(stored, tmp_path / "checkpoint.pt")
+            loaded = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+            reg.close()
+            model, _ = spiked_model()
+            reg, optimizer = build(model)
+            model.load_state_dict(loaded["model"])
+            optimizer.load_state_dict(loaded["optimizer"])
+            reg.load_state_dict(loaded["s2d"])
+            train(model, reg, optimizer, v, range(save_at, 200))
+        late = reg.late
+        reg.close()
+        return model, late
+
+    straight, _ = run(None)
+    for save_at in (98, 100, 96, 99):
+        assert same_bits(straight, run(save_at)[0]), save_at
+    synchronous, late = run(None, asynchronous=False)
+    assert late == 0
+    assert same_bits(straight, synchronous)
+    slow, late = run(None, delay=0.05)
+    assert late == 9  # the refreshes of steps 0, 24, ..., 192: each is waited for
+    assert same_bits(straight, slow)
+    other, v = spiked_model()
+    reg = S2D(other, mode=mode, strength=strength, interval=24, lead=4)
+    train(other, reg, torch.optim.SGD(other.parameters(), lr=LR, momentum=0.9), v, range(200))
+    assert not same_bits(straight, other)  # the comparison can fail: another lead gives other bits
+    reg.close()
+
+
+def test_saving_does_not_disturb_the_run_that_goes_on() -> None:
+    results = []
+    for save in (False, True):
+        model, v = spiked_model()
+        reg = S2D(model, mode="decoupled", strength=1.0, interval=24, lead=3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        train(model, reg, optimizer, v, range(26))
+        if save:
+            reg.state_dict()
+        train(model, reg, optimizer, v, range(26, 60))
+        results.append(model)
+        reg.close()
+    assert same_bits(*results)
+
+
+def test_hooks_are_installed_on_refresh_steps_only() -> None:
+    model, v = spiked_model()
+    reg = S2D(model, interval=10, lead=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    for step in range(25):
+        assert bool(model[0]._forward_hooks) == (step % 10 == 0)
+        train(model, reg, optimizer, v, range(step, step + 1))
+    reg.close()
+
+
+def test_state_keys_and_shapes_do_not_change_over_time() -> None:
+    model, v = spiked_model()
+    reg = S2D(model, interval=10, lead=3)
+    first = {k: t.shape for k, t in reg.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    for step in range(15):
+        train(model, reg, optimizer, v, range(step, step + 1))
+        assert {k: t.shape for k, t in reg.state_dict().items()} == first
+    assert all(isinstance(t, Tensor) for t in reg.state_dict().values())
+    reg.close()
+
+
+def test_load_refuses_a_state_of_another_model_and_changes_nothing() -> None:
+    model, v = spiked_model()
+    reg = S2D(model, interval=10, lead=3)
+    train(model, reg, torch.optim.SGD(model.parameters(), lr=LR), v, range(12))
+    state = reg.state_dict()
+    other = S2D(nn.Sequential(nn.Linear(32, 64)), interval=10, lead=3)
+    with pytest.raises(ValueError, match=r"unexpected \['2.weight"):
+        other.load_state_dict(state)
+    with pytest.raises(ValueError, match="missing"):
+        reg.load_state_dict({})
+    with pytest.raises(ValueError, match=r"shape \(1,\), expected \(3,\)"):
+        reg.load_state_dict(state | {"0.weight.S": torch.zeros(1)})
+    assert reg.step == 12
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), reg.state_dict().values(), strict=True))
+
+
+# --- failures -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize(("mode", "strength"), [("coupled", 5e-4), ("decoupled", 0.01)])
+def test_an_exception_in_the_worker_surfaces_and_training_can_go_on(
+    mode: str, strength: float, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, v = spiked_model()
+    reg = S2D(model, mode=mode, strength=strength, interval=10, lead=3, asynchronous=asynchronous)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    train(model, reg, optimizer, v, range(5))
+    assert reg.layers[0].k_target == 1
+
+    def fail(*_: object, **__: object) -> None:
+        raise ArithmeticError("did not converge")
+
+    train(model, reg, optimizer, v, range(5, 10))
+    with monkeypatch.context() as patch:
+        patch.setattr(regularizer, "topk_svd", fail)
+        train(model, reg, optimizer, v, range(10, 11))
+        while not reg._pending.done():
+            time.sleep(0.001)
+    with pytest.raises(RuntimeError, match=r"refresh of step 10 failed: did not converge"):
+        train(model, reg, optimizer, v, range(11, 12))
+    train(model, reg, optimizer, v, range(11, 30))
+    assert reg.layers[0].k_target == 1
+    reg.close()
+
+
+def test_a_non_finite_layer_is_skipped_reported_and_leaves_the_others_untouched(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    results = []
+    for poison in (False, True):
+        model, v = spiked_model()
+        lost = nn.Linear(32, 32)
+        both = nn.ModuleDict({"good": model, "lost": lost})
+        if poison:
+            with torch.no_grad():
+                lost.weight[3, 3] = float("nan")
+        reg = S2D(both, interval=10, lead=2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        for step in range(8):
+            x = batch(v, step)
+            lost(x)
+            optimizer.zero_grad()
+            (model(x) - x).square().mean().backward()
+            reg.add_grad()
+            assert all(p.grad.isfinite().all() for p in model.parameters())
+            optimizer.step()
+        results.append(model)
+        if poison:
+            report = {layer.name: layer for layer in reg.layers}["lost.weight"]
+            assert (report.k_target, report.route, report.status) == (0, "non-finite", "non-finite")
+            assert "lost.weight holds NaN or Inf" in caplog.text
+            assert caplog.text.count("holds NaN") == 1
+        reg.close()
+    assert same_bits(*results)
+
+
+def test_a_model_with_nothing_to_select_warns_and_does_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.LayerNorm(4), nn.Embedding(3, 4))
+    reg = S2D(model)
+    assert "nothing to penalize" in caplog.text
+    model[0](torch.randn(2, 4)).sum().backward()
+    reg.add_grad()
+    assert reg.step == 1
+    assert reg.penalty == 0
+    assert reg.layers == []
+
+
+def test_one_row_layers_by_explicit_selection() -> None:
+    """k is clamped to min(m, n); PCDR_1 of a 1 x n layer is 1, so asking for it means decaying it."""
+    layer = nn.Linear(12, 1)
+    assert S2D(layer).decisions[0].reason.startswith("only 1 singular value")
+    reg = S2D(layer, select=[("weight", True)], lead=0, strength=0.1)
+    layer(torch.randn(5, 12)).sum().backward()
+    plain = layer.weight.grad.clone()
+    reg.add_grad()
+    expected = reference.penalty_gradient(layer.weight.detach(), rank=1, strength=0.1, power=2.0)
+    torch.testing.assert_close(layer.weight.grad - plain, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_tied_fused_and_convolutional_parameters_train() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch = nn.Conv2d(1, 16, 2, stride=2)
+            self.qkv = nn.Linear(16, 48)
+            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(self.patch(x).flatten(2).mT).chunk(3, -1)
+            return self.b(self.a(nn.functional.scaled_dot_product_attention(q, k, v)))
+
+    model = Model()
+    with torch.no_grad():
+        model.qkv.weight[20] *= 100  # row 4 of k
+        model.patch.weight[3] *= 100
+    reg = S2D(model, lead=0, strength=1e-3)
+    model(torch.randn(2, 1, 8, 8)).square().mean().backward()
+    plain = {name: p.grad.clone() for name, p in model.named_parameters()}
+    reg.add_grad()
+    targets = {layer.name: layer.k_target for layer in reg.layers}
+    assert set(targets) == {"patch.weight", "qkv.weight[0:16]", "qkv.weight[16:32]", "qkv.weight[32:48]", "a.weight"}
+    assert targets["patch.weight"] == targets["qkv.weight[16:32]"] == 1
+    for name, parameter in model.named_parameters():
+        difference = parameter.grad - plain[name]
+        expected = torch.zeros_like(parameter).flatten(1) if parameter.ndim > 1 else torch.zeros_like(parameter)
+        for matrix in reg._matrices:
+            if matrix.parameter is parameter:
+                expected[matrix.start : matrix.stop] = reference.penalty_gradient(
+                    matrix.view(parameter.detach()), rank=targets[matrix.name], strength=1e-3, power=2.0
+                )
+        torch.testing.assert_close(difference, expected.view_as(difference), atol=1e-5, rtol=1e-3)
+
+
+# --- attach -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mode", "strength"), MODES)
+def test_attach_equals_the_explicit_calls(mode: str, strength: float) -> None:
+    results = []
+    for attach in (False, True):
+        model, v = spiked_model()
+        reg = S2D(model, mode=mode, strength=strength, interval=10, lead=2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        if attach:
+            handle = reg.attach(optimizer)
+            for step in range(20):
+                x = batch(v, step)
+                optimizer.zero_grad()
+                (model(x) - x).square().mean().backward()
+                optimizer.step()
+            handle.remove()
+            optimizer.step()
+        else:
+            train(model, reg, optimizer, v, range(20))
+            optimizer.step()
+        assert reg.step == 20
+        results.append(model)
+        reg.close()
+    assert same_bits(*results)
+
+
+def test_attach_uses_each_groups_learning_rate() -> None:
+    model, v = spiked_model()
+    reg = S2D(model, mode="decoupled", strength=1.0, interval=10, lead=0, threshold=1e-6)
+    optimizer = torch.optim.SGD([{"params": model[0].parameters(), "lr": 0.0}, {"params": model[2].parameters()}], lr=LR)
+    reg.attach(optimizer)
+    before = [model[0].weight.detach().clone(), model[2].weight.detach().clone()]
+    (0 * model(batch(v, 0))).sum().backward()
+    optimizer.step()
+    assert torch.equal(model[0].weight, before[0])
+    expected = reference.decoupled_update(before[1].double(), lr=LR, rank=1, strength=1.0, power=2.0)
+    torch.testing.assert_close(model[2].weight.detach(), expected.float(), atol=1e-6, rtol=1e-5)
+
+
+def test_attach_refuses_what_it_cannot_do(caplog: pytest.LogCaptureFixture) -> None:
+    model, v = spiked_model()
+    reg = S2D(model)
+    with pytest.raises(ValueError, match="holds none of the 2 penalized matrices"):
+        reg.attach(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    reg.attach(optimizer)
+
+    def closure() -> float:
+        return 0.0
+
+    for step in (lambda: optimizer.step(closure), lambda: optimizer.step(closure=closure)):
+        with pytest.raises(ValueError, match="closure"):
+            step()
+    model(batch(v, 0)).sum().backward()
+    optimizer.grad_scale = torch.ones(1)
+    with pytest.raises(ValueError, match="GradScaler"):
+        optimizer.step()
+    caplog.clear()
+    S2D(model).attach(torch.optim.AdamW(model.parameters()))
+    assert caplog.text.count("mode='decoupled' acts on the weights") == 1
+
+
+def test_gradient_scale() -> None:
+    gradients = []
+    for scale in (1.0, 1024.0):
+        model, v = spiked_model()
+        reg = S2D(model, lead=0)
+        (scale * model(batch(v, 0)).square().mean()).backward()
+        reg.add_grad(grad_scale=scale)
+        gradients.append(model[0].weight.grad / scale)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+def test_overshooting_settings_are_warned_about_and_refused(caplog: pytest.LogCaptureFixture) -> None:
+    for strength, fails in ((0.1 * 0.99 / 20, False), (0.5 / 20, False), (1.1 / 20, True)):
+        model, v = spiked_model()
+        sigma = torch.linalg.svdvals(model[0].weight.detach())[0].item()
+        reg = S2D(model, interval=100, lead=0, strength=strength * 20 / sigma)
+        caplog.clear()
+        if fails:
+            with pytest.raises(ValueError, match=r"on '0.weight'.*mode='decoupled'"):
+                train(model, reg, torch.optim.SGD(model.parameters(), lr=0.01), v, range(1))
+        else:
+            train(model, reg, torch.optim.SGD(model.parameters(), lr=0.01), v, range(1))
+            assert ("overshoot" in caplog.text) == (strength > 0.3 / 20)
+
+
+# --- arguments ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mode": "both"}, "mode='both'"),
+        ({"mode": "decoupled"}, "needs strength="),
+        ({"strength": -1.0}, "strength=-1.0"),
+        ({"strength": float("nan")}, "strength=nan"),
+        ({"power": 0.5}, "power=0.5"),
+        ({"threshold": 0.0}, "threshold=0.0"),
+        ({"k_max": 0}, "k_max=0"),
+        ({"interval": 0}, "interval=0"),
+        ({"lead": 100}, "lead=100"),
+        ({"lead": -1}, "lead=-1"),
+        ({"select": [("nowhere", True)]}, "nowhere"),
+    ],
+)
+def test_bad_arguments(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        S2D(nn.Linear(8, 8), **arguments)
+
+
+def test_calls_of_the_other_mode_and_out_of_place() -> None:
+    model, v = spiked_model()
+    coupled, decoupled = S2D(model), S2D(model, mode="decoupled", strength=1.0)
+    with pytest.raises(TypeError, match="nn.Module"):
+        S2D([model])
+    with pytest.raises(ValueError, match="call add_grad"):
+        coupled.decay_(0.1)
+    with pytest.raises(ValueError, match="call decay_"):
+        decoupled.add_grad()
+    with pytest.raises(ValueError, match="no parameter has a gradient"):
+        coupled.add_grad()
+    with pytest.raises(ValueError, match="lr=nan"):
+        decoupled.decay_(float("nan"))
+    assert coupled.step == decoupled.step == 0
+
+
+def test_a_refresh_step_without_forward_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    model, v = spiked_model()
+    reg = S2D(model, interval=5, lead=1)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    reg.add_grad()
+    assert "no penalized layer ran forward" in caplog.text
+    assert reg.step == 1
+    assert reg.layers == []
+    train(model, reg, torch.optim.SGD(model.parameters(), lr=LR), v, range(1, 8))
+    assert reg.layers[0].k_target == 1
+    reg.close()
+
+
+def test_a_layer_that_did_not_converge_starts_cold_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[bool]] = []
+    original: Callable = topk_svd
+
+    def recorded(weights: list[Tensor], **kwargs: object) -> list:
+        calls.append([w is None for w in kwargs["warm"]])
+        factors = original(weights, **kwargs)
+        if len(calls) == 2:
+            factors[0] = factors[0]._replace(status=torch.tensor(1, dtype=torch.int32))
+        return factors
+
+    monkeypatch.setattr(regularizer, "topk_svd", recorded)
+    model, v = spiked_model()
+    reg = S2D(model, interval=5, lead=1)
+    train(model, reg, torch.optim.SGD(model.parameters(), lr=LR), v, range(20))
+    reg.close()
+    assert calls == [[True, True], [False, False], [True, False], [False, False]]
+
+
+def test_decisions_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="s2d_kernels"):
+        model, v = spiked_model()
+        reg = S2D(model, interval=10, lead=1)
+        train(model, reg, torch.optim.SGD(model.parameters(), lr=LR), v, range(2))
+        reg.close()
+    assert "S2D penalize: 0.weight [64, 32]: linear layer" in caplog.text
+    assert "S2D skip: 0.bias" in caplog.text
+    assert "refresh of step 0: 1 of 2 matrices decayed: 0.weight (1)" in caplog.text
