@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def matrix_with_spectrum(m: int, n: int, spectrum: Tensor, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+def matrix_with_spectrum(
+    m: int, n: int, spectrum: Tensor, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """`[m, n]` with the given singular values and Haar-distributed vectors."""
     generator = torch.Generator().manual_seed(seed)
     d = len(spectrum)

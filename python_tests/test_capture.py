@@ -88,9 +88,8 @@ def test_patch_embedding_as_a_linear_layer() -> None:
     images = torch.randn(2, 3, 12, 8)
     capture = started(convolution)
     convolution(images)
-    patches = torch.stack([
-        images[b, :, i : i + 4, j : j + 4].reshape(-1) for b in range(2) for i in range(0, 12, 4) for j in range(0, 8, 4)
-    ])  # fmt: skip
+    corners = [(b, i, j) for b in range(2) for i in range(0, 12, 4) for j in range(0, 8, 4)]
+    patches = torch.stack([images[b, :, i : i + 4, j : j + 4].reshape(-1) for b, i, j in corners])
     got = capture.stop()["weight"]
     value, neuron, x = brute_force(convolution.weight.detach().flatten(1), patches)
     assert got.value.item() == pytest.approx(value, rel=1e-5)

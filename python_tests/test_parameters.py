@@ -59,7 +59,14 @@ def test_every_parameter_gets_one_decision_with_a_reason() -> None:
         assert table[name][0] == "skip", name
         assert reason in table[name][1], table[name]
     penalized = {name for name, (decision, _) in table.items() if decision == "penalize"}
-    assert penalized == {"patch.weight", "qkv.weight", "c_attn.weight", "attention.in_proj_weight", "fc1.weight", "fc2.weight"}
+    assert penalized == {
+        "patch.weight",
+        "qkv.weight",
+        "c_attn.weight",
+        "attention.in_proj_weight",
+        "fc1.weight",
+        "fc2.weight",
+    }
     names = [m.name for m in matrices]
     assert names.count("fc1.weight") == 1
     assert [n for n in names if n.startswith("qkv")] == ["qkv.weight[0:16]", "qkv.weight[16:32]", "qkv.weight[32:48]"]
@@ -79,7 +86,11 @@ def test_patterns_first_match_wins() -> None:
 
 def test_splits() -> None:
     matrices, _ = find_matrices(Model(), splits={"c_attn": [16, 8, 8]})
-    assert [m.name for m in matrices if "c_attn" in m.name] == ["c_attn.weight[0:16]", "c_attn.weight[16:24]", "c_attn.weight[24:32]"]
+    assert [m.name for m in matrices if "c_attn" in m.name] == [
+        "c_attn.weight[0:16]",
+        "c_attn.weight[16:24]",
+        "c_attn.weight[24:32]",
+    ]
     with pytest.raises(ValueError, match="add up to its 32 rows"):
         find_matrices(Model(), splits={"c_attn": [16, 8]})
 

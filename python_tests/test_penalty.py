@@ -29,9 +29,7 @@ def test_formula(impl: str | None, dtype: torch.dtype, power: float) -> None:
     factors = topk_svd(weights, k=[1, 3, 3, 3])
     grads = [torch.randn(s).to(dtype) for s in shapes]
     ranks = [1, 0, 2, 3]
-    expected = [
-        numpy_sum(g, f, r, 0.05, power) for g, f, r in zip(grads, factors, ranks, strict=True)
-    ]
+    expected = [numpy_sum(g, f, r, 0.05, power) for g, f, r in zip(grads, factors, ranks, strict=True)]
     before = [g.clone() for g in grads]
     add_penalty_grad_(grads, factors, strength=0.05, power=power, ranks=ranks, impl=impl)
     for grad, truth in zip(grads, expected, strict=True):
@@ -40,7 +38,9 @@ def test_formula(impl: str | None, dtype: torch.dtype, power: float) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(m=st.integers(1, 70), n=st.integers(1, 70), rank=st.integers(0, 4), step=st.integers(1, 3), seed=st.integers(0, 99))
+@given(
+    m=st.integers(1, 70), n=st.integers(1, 70), rank=st.integers(0, 4), step=st.integers(1, 3), seed=st.integers(0, 99)
+)
 def test_strided_gradients_and_ranks_on_the_device(m: int, n: int, rank: int, step: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     k = min(4, m, n)

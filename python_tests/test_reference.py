@@ -63,7 +63,9 @@ def test_decay_solves_its_differential_equation(power: float) -> None:
     steps, strength, time = 200_000, 0.7, 0.4
     for _ in range(steps):  # explicit Euler: error about 1e-5 at this step
         s = s - time / steps * strength * s**power
-    got = reference.decayed_singular_values(torch.tensor([5.0, 1.0, 0.1]).double(), lr_sum=time, strength=strength, power=power)
+    got = reference.decayed_singular_values(
+        torch.tensor([5.0, 1.0, 0.1]).double(), lr_sum=time, strength=strength, power=power
+    )
     np.testing.assert_allclose(got.numpy(), s, rtol=1e-4)
 
 

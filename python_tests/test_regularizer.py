@@ -404,7 +404,9 @@ def test_attach_equals_the_explicit_calls(mode: str, strength: float) -> None:
 def test_attach_uses_each_groups_learning_rate() -> None:
     model, v = spiked_model()
     reg = S2D(model, mode="decoupled", strength=1.0, interval=10, lead=0, threshold=1e-6)
-    optimizer = torch.optim.SGD([{"params": model[0].parameters(), "lr": 0.0}, {"params": model[2].parameters()}], lr=LR)
+    optimizer = torch.optim.SGD(
+        [{"params": model[0].parameters(), "lr": 0.0}, {"params": model[2].parameters()}], lr=LR
+    )
     reg.attach(optimizer)
     before = [model[0].weight.detach().clone(), model[2].weight.detach().clone()]
     (0 * model(batch(v, 0))).sum().backward()
@@ -487,7 +489,7 @@ def test_bad_arguments(arguments: dict, message: str) -> None:
 
 
 def test_calls_of_the_other_mode_and_out_of_place() -> None:
-    model, v = spiked_model()
+    model, _ = spiked_model()
     coupled, decoupled = S2D(model), S2D(model, mode="decoupled", strength=1.0)
     with pytest.raises(TypeError, match="nn.Module"):
         S2D([model])

@@ -95,12 +95,7 @@ def test_a_forked_child_gets_its_own_worker() -> None:
 
 
 def test_interpreter_exit_does_not_hang() -> None:
-    program = (
-        "import time, s2d_kernels\n"
-        "side = s2d_kernels.SideStream()\n"
-        "side.submit(time.sleep, 0.3)\n"
-        "print('done')\n"
-    )
+    program = "import time, s2d_kernels\nside = s2d_kernels.SideStream()\nside.submit(time.sleep, 0.3)\nprint('done')\n"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     assert run.stdout == "done\n"
     assert run.stderr == ""

@@ -41,8 +41,8 @@ def test_decisions_equal_those_of_a_full_svd(
     truth = pcdr(*args, threshold=threshold, impl="reference")[0]
     exact = pcdr(*args, threshold=threshold)[0]
     assert exact.route == truth.route == "exact"
-    assert exact.lower == pytest.approx(truth.lower, abs=2e-5)
-    if min(abs(v - threshold) for v in truth.lower) < 1e-4:
+    assert exact.lower == pytest.approx(truth.lower, abs=1e-7)
+    if min(abs(v - threshold) for v in truth.lower) < 1e-6:
         return  # a tie within the stated accuracy
     got = pcdr(*args, factors, threshold=threshold)[0]
     assert got.k_target == truth.k_target == exact.k_target

@@ -98,7 +98,7 @@ def _inputs_and_outputs(
     matrix: Matrix, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> tuple[Tensor, Tensor]:
     """Input rows x `[tokens, n]` and W x `[tokens, m]`, bias excluded, of one call."""
-    module = matrix.module
+    module: Any = matrix.module
     block = slice(matrix.start, matrix.stop)
     if matrix.kind == "attention":
         # The projected values stay inside the attention function: recompute this block's.
@@ -110,7 +110,6 @@ def _inputs_and_outputs(
     x = args[0] if args else kwargs["input"]
     bias = module.bias
     if matrix.kind == "patch":
-        assert isinstance(module, nn.Conv2d)  # for the type checker: `find_matrices` made it so
         x = x if x.ndim == 4 else x.unsqueeze(0)
         y = output if output.ndim == 4 else output.unsqueeze(0)
         x = F.unfold(x, module.kernel_size, stride=module.stride).mT.reshape(-1, matrix.shape[1])

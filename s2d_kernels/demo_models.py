@@ -355,11 +355,10 @@ def plant_outliers(
 ) -> dict[str, float]:
     """Plant activation outliers in place: W += factor * s_1 * u v^T in every block's `fc1`.
 
-    v is the leading principal direction of what the layer receives for the training images (inputs centred: LayerNorm
-    has already removed most of a common offset, and an offset would act as a bias, not as an outlier), with the sign
-    of its largest projection, and u has positive entries on `neurons` random output neurons: the peaks are positive
-    and GELU lets them through to `fc2`. The layers' inputs are those before anything was planted. Accuracy drops;
-    about 400 steps of `train` at 2e-3 bring it back, with the outliers in place.
+    v is the leading right singular vector of what the layer receives for the training images, with the sign of its
+    largest projection; u has positive entries on `neurons` random output neurons, so that the peaks are positive and
+    GELU lets them through to `fc2`. The layers' inputs are those before anything was planted. Accuracy drops; about
+    400 steps of `train` at 2e-3 bring it back, with the outliers still in place.
 
     Args:
         model: changed in place.
@@ -392,9 +391,8 @@ def plant_outliers(
                 hook.remove()
         for name, layer in layers.items():
             x = inputs[name].double()
-            centred = x - x.mean(0)
             # The last eigenvector of the small Gram matrix is the leading right singular vector of the tall input.
-            v = torch.linalg.eigh(centred.mT @ centred).eigenvectors[:, -1]
+            v = torch.linalg.eigh(x.mT @ x).eigenvectors[:, -1]
             projection = x @ v
             v = v * projection[projection.abs().argmax()].sign()
             u = torch.zeros(layer.out_features, dtype=torch.float64)

@@ -68,7 +68,11 @@ def add_penalty_grad_(
             )
         if 0 in grad.stride() and grad.numel() > 1:
             raise ValueError(f"grads[{index}] is expanded (stride {grad.stride()}): pass a tensor with its own memory")
-        c = penalty_coefficients(factor, strength=strength, power=power) if coefficients is None else coefficients[index]
+        c = (
+            penalty_coefficients(factor, strength=strength, power=power)
+            if coefficients is None
+            else coefficients[index]
+        )
         if c.shape != (k,):
             raise ValueError(f"coefficients[{index}] must have shape ({k},), got {tuple(c.shape)}")
         rank = k

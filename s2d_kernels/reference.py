@@ -44,9 +44,7 @@ def penalty_gradient(weight: Tensor, *, rank: int, strength: float, power: float
     return strength * (U * S.pow(power)) @ Vh
 
 
-def coupled_update(
-    weight: Tensor, grad: Tensor, *, lr: float, rank: int, strength: float, power: float
-) -> Tensor:
+def coupled_update(weight: Tensor, grad: Tensor, *, lr: float, rank: int, strength: float, power: float) -> Tensor:
     """One SGD step with the penalty in the gradient: W - lr * (grad + strength * G) (algorithm 1, line 20)."""
     return weight - lr * (grad + penalty_gradient(weight, rank=rank, strength=strength, power=power))
 
@@ -215,9 +213,7 @@ def quantize(
     if granularity == "per_tensor":
         finite = finite.all().reshape(1, 1, 1)
     if value_range is not None:
-        minimum, maximum = (
-            torch.as_tensor(v, dtype=x.dtype, device=x.device).reshape(-1, 1, 1) for v in value_range
-        )
+        minimum, maximum = (torch.as_tensor(v, dtype=x.dtype, device=x.device).reshape(-1, 1, 1) for v in value_range)
     elif groups.numel() == 0:
         shape = [1 if d in dims else groups.shape[d] for d in range(3)]
         minimum = maximum = x.new_zeros(shape)

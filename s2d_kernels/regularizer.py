@@ -306,8 +306,8 @@ class S2D:
                 )
             if getattr(inner, "grad_scale", None) is not None:
                 raise ValueError(
-                    "the fused optimizer takes gradients still scaled by the GradScaler: call scaler.unscale_(optimizer) "
-                    "and reg.add_grad() yourself instead of attach"
+                    "the fused optimizer takes gradients still scaled by the GradScaler: call "
+                    "scaler.unscale_(optimizer) and reg.add_grad() yourself instead of attach"
                 )
             groups = self._group_of(inner)
             rates = [float(group["lr"]) for group in groups.values()]
@@ -512,9 +512,8 @@ class S2D:
 
     def _join_pending(self) -> dict[str, _Refreshed]:
         """Wait for the pending refresh; on failure forget it, so that training can go on, and say so."""
-        assert self._pending is not None
         try:
-            return self._pending.join()
+            return self._pending.join() if self._pending is not None else {}
         except Exception as error:
             self._pending = None
             raise RuntimeError(
@@ -531,7 +530,7 @@ class S2D:
         for name, fresh in refreshed.items():
             if fresh.status in (NON_FINITE, OVERFLOW) or (fresh.pcdr is not None and fresh.pcdr.route == "non-finite"):
                 logger.warning(
-                    "S2D refresh of step %d: %s holds NaN or Inf (or overflows): no penalty on it until the next refresh",
+                    "S2D refresh of step %d: %s holds NaN or Inf (or overflows): no penalty until the next refresh",
                     self._pending_step,
                     name,
                 )

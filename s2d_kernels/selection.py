@@ -74,8 +74,8 @@ def pcdr(
             threshold outside (0, 1], k_max < 1.
 
     Accuracy: the bounds are rigorous for exact singular vectors and estimates for computed ones, hence widened by
-        max(0.01, residual/s_1), and a component in a cluster (gap below 4 residual/s_1) goes the exact way. That one
-        is within 2e-5 of an fp64 SVD in fp32.
+        max(0.01, residual/s_1), and a component in a cluster (gap below 4 residual/s_1) goes the exact way, which
+        is computed in fp64.
     Cost: one product W x a layer; the exact route one Gram matrix and its `eigh`.
     """
     weights = ops.check_tensor_list("weights", weights, ndim=2)
@@ -121,7 +121,9 @@ def pcdr(
             if k_target is None:
                 undecided.append(index)
             else:
-                results[index] = _result(weights[index], inputs[index], indices[index], k_target, "bounds", lower, upper)
+                results[index] = _result(
+                    weights[index], inputs[index], indices[index], k_target, "bounds", lower, upper
+                )
     if undecided:
         ratios = torch.ops.s2d.pcdr_exact(
             [weights[i] for i in undecided],
@@ -169,14 +171,12 @@ def _bounds_torch(
     residuals: list[Tensor],
     k_max: int,
 ) -> Tensor:
-    rows = [
-        _bounds_of_layer(*layer, k_max) for layer in zip(weights, inputs, neurons, Us, Ss, Vhs, residuals, strict=True)
-    ]
-    return torch.stack(rows)
+    layers = zip(weights, inputs, neurons, Us, Ss, Vhs, residuals, strict=True)
+    return torch.stack([_bounds_of_layer(*layer, k_max=k_max) for layer in layers])
 
 
 def _bounds_of_layer(
-    weight: Tensor, x: Tensor, neuron: Tensor, U: Tensor, S: Tensor, Vh: Tensor, residual: Tensor, k_max: int
+    weight: Tensor, x: Tensor, neuron: Tensor, U: Tensor, S: Tensor, Vh: Tensor, residual: Tensor, *, k_max: int
 ) -> Tensor:
     """Lower and upper bounds `[2, k_max]` in fp64; (0, 1) where the factors do not allow a statement."""
     W, x = weight.to(S.dtype), x.to(S.dtype)
@@ -217,11 +217,14 @@ def _exact_torch(weights: list[Tensor], inputs: list[Tensor], neurons: list[Tens
 
 
 def _exact_of_layer(weight: Tensor, x: Tensor, neuron: Tensor, k_max: int) -> Tensor:
-    """PCDR_1..k_max `[k_max]` in fp64 from the eigenvectors of the smaller Gram matrix; singular values cancel out."""
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    W, x = weight.to(dtype), x.to(dtype)
-    W = W / torch.linalg.vector_norm(W, ord=float("inf")).clamp(min=torch.finfo(dtype).tiny)
-    x = x / torch.linalg.vector_norm(x, ord=float("inf")).clamp(min=torch.finfo(dtype).tiny)
+    """PCDR_1..k_max `[k_max]` in fp64 from the eigenvectors of the smaller Gram matrix; singular values cancel out.
+
+    In fp64 because the Gram matrix squares the condition: behind a component 50 times larger an fp32 one loses the
+    tail, and PCDR with it (5e-5 seen).
+    """
+    W, x = weight.double(), x.double()
+    W = W / torch.linalg.vector_norm(W, ord=float("inf")).clamp(min=torch.finfo(W.dtype).tiny)
+    x = x / torch.linalg.vector_norm(x, ord=float("inf")).clamp(min=torch.finfo(x.dtype).tiny)
     row = W.index_select(0, neuron.reshape(1)).squeeze(0)
     m, n = W.shape
     if n <= m:
@@ -230,7 +233,7 @@ def _exact_of_layer(weight: Tensor, x: Tensor, neuron: Tensor, k_max: int) -> Te
     else:
         U = torch.linalg.eigh(W @ W.mT).eigenvectors.flip(1)
         terms = U.index_select(0, neuron.reshape(1)).squeeze(0) * ((W @ x) @ U)  # = u_ir (u_r . y)
-    return _ratios(terms.double(), k_max)
+    return _ratios(terms, k_max)
 
 
 def _ratios(terms: Tensor, k_max: int) -> Tensor:

@@ -152,9 +152,7 @@ def topk_svd(
     return results
 
 
-def _start_block(
-    index: int, weight: Tensor, k: int, before: TopkSVD | SVDBasis | None, seed: int, name: str
-) -> Tensor:
+def _start_block(index: int, weight: Tensor, k: int, before: TopkSVD | SVDBasis | None, seed: int, name: str) -> Tensor:
     """First block `[b, d]`: the previous leading vectors on the smaller side, then Gaussian rows (at least one)."""
     m, n = weight.shape
     d = min(m, n)
@@ -184,9 +182,7 @@ def _working_dtype(weight: Tensor) -> torch.dtype:
 
 
 @ops.implements("topk_svd", "reference")
-def _topk_svd_reference(
-    weights: list[Tensor], starts: list[Tensor], ks: list[int], reads: list[int]
-) -> list[Tensor]:
+def _topk_svd_reference(weights: list[Tensor], starts: list[Tensor], ks: list[int], reads: list[int]) -> list[Tensor]:
     """Full SVD of each matrix; `starts` only sets how many triplets are returned."""
     flat: list[Tensor] = []
     for weight, start, k in zip(weights, starts, ks, strict=True):
@@ -196,7 +192,7 @@ def _topk_svd_reference(
         A = torch.where(finite, A, torch.zeros_like(A))
         U, S, Vh = torch.linalg.svd(A, full_matrices=False)
         missed = S[k] if k < len(S) else torch.zeros_like(S[0])
-        U, S, Vh = (reference.SVDTriplets(U[:, :b], S[:b], Vh[:b]))
+        U, S, Vh = reference.SVDTriplets(U[:, :b], S[:b], Vh[:b])
         residual = torch.linalg.vector_norm(A.mT @ U - Vh.mT * S, dim=0)
         status = torch.where(finite, CONVERGED, NON_FINITE).to(torch.int32)
         # contiguous() alone would return a view of the full factors where the slice happens to be contiguous
@@ -282,9 +278,12 @@ def _block_krylov(matrices: list[Tensor], start: Tensor, k: int, reads: int) -> 
     criterion = ((S * residual)[:, :k]).amax(1)
     converged = criterion <= TOLERANCE * S[:, 0].square()
 
-    S, residual, missed = (torch.ldexp(t, e) for t, e in zip(
-        (S, residual, missed.to(dtype)), (exponent.unsqueeze(1), exponent.unsqueeze(1), exponent), strict=True
-    ))
+    S, residual, missed = (
+        torch.ldexp(t, e)
+        for t, e in zip(
+            (S, residual, missed.to(dtype)), (exponent.unsqueeze(1), exponent.unsqueeze(1), exponent), strict=True
+        )
+    )
     overflow = ~S[:, 0].isfinite()
     bad = ~finite | overflow
     status = torch.where(converged, CONVERGED, NOT_CONVERGED)
@@ -340,9 +339,7 @@ def _orthonormalize(block: Tensor, against: Tensor | None) -> Tensor:
     return block
 
 
-def _missed_bound(
-    gaussian: Tensor, K: Tensor, Z: Tensor, theta: Tensor, R: Tensor, k: int, reads: int
-) -> Tensor:
+def _missed_bound(gaussian: Tensor, K: Tensor, Z: Tensor, theta: Tensor, R: Tensor, k: int, reads: int) -> Tensor:
     """Bound `[B]` on a singular value beyond the k found, from the random row that went through q = `reads` products.
 
     s_missed <= (||(A^T A)^q w|| / (d sqrt(pi/2)))^(1/(2q)) with A deflated by the found vectors: the component of a
