@@ -355,8 +355,9 @@ def plant_outliers(
 ) -> dict[str, float]:
     """Plant activation outliers in place: W += factor * s_1 * u v^T in every block's `fc1`.
 
-    v is the leading right singular vector of what the layer receives for the training images, with the sign of its
-    largest projection; u has positive entries on `neurons` random output neurons, so that the peaks are positive and
+    v is the leading principal direction (right singular vector of the centred inputs) of what the layer receives for
+    the training images, with the sign of its largest projection: it varies between tokens, so that training cannot
+    absorb it in a bias. u has positive entries on `neurons` random output neurons, so that the peaks are positive and
     GELU lets them through to `fc2`. The layers' inputs are those before anything was planted. Accuracy drops; about
     400 steps of `train` at 2e-3 bring it back, with the outliers still in place.
 
@@ -391,6 +392,7 @@ def plant_outliers(
                 hook.remove()
         for name, layer in layers.items():
             x = inputs[name].double()
+            x -= x.mean(0)
             # The last eigenvector of the small Gram matrix is the leading right singular vector of the tall input.
             v = torch.linalg.eigh(x.mT @ x).eigenvectors[:, -1]
             projection = x @ v

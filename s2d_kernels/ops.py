@@ -39,6 +39,11 @@ def implements(op: str, impl: str) -> Callable[[_Function], _Function]:
     return enter
 
 
+def names() -> tuple[str, ...]:
+    """All operations in the table."""
+    return tuple(_TABLE)
+
+
 def available(op: str) -> tuple[str, ...]:
     """The implementations of `op` in this installation, in the order of `IMPLS`."""
     return tuple(impl for impl in IMPLS if impl in _TABLE[op])

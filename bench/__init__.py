@@ -1,0 +1,1 @@
+"""Measurements against other people's best: `python -m bench {svd, linear, table}`, `pytest bench/bench_kernels.py`."""

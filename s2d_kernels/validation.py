@@ -1,0 +1,297 @@
+"""`validate`: an implementation of ours, or anyone's kernel, against the definitions in `reference.py`.
+
+Integers (codes, zero points, accumulators) must be equal, so must the outputs whose rounding is defined operation by
+operation; sums in floating point are held to `c` times what their own rounding allows, with the reason beside each c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from s2d_kernels import ops, quant_ops, reference
+from s2d_kernels.penalty import add_penalty_grad_
+from s2d_kernels.selection import pcdr
+from s2d_kernels.svd import topk_svd
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# rows x K x N of the quantized products; odd sizes are where kernels break
+LINEAR_SHAPES = ((1, 1, 1), (37, 199, 63), (64, 256, 128), (5, 1000, 3), (130, 384, 96))
+MATRIX_SHAPES = ((1, 9), (37, 63), (199, 63), (120, 384))
+KINDS = ((4, True, 4, False), (4, True, 4, True), (3, True, 8, False), (8, False, 8, False), (5, True, 5, False))
+
+
+class Check(NamedTuple):
+    """One comparison.
+
+    Attributes:
+        op: operation; case: what it was run on; what: the compared output.
+        compared: number of elements (or decisions); different: how many of them differ.
+        error: largest difference, relative to the largest magnitude; limit: largest allowed (0: must be equal).
+        passed: whether the comparison holds.
+    """
+
+    op: str
+    case: str
+    what: str
+    compared: int
+    different: int
+    error: float
+    limit: float
+    passed: bool
+
+
+def _compare(op: str, case: str, what: str, got: object, expected: Tensor, limit: float = 0.0) -> Check:
+    count = expected.numel()
+    if not isinstance(got, Tensor) or got.shape != expected.shape:
+        shape = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__
+        return Check(
+            op, case, f"{what}: {shape} instead of {tuple(expected.shape)}", count, count, float("inf"), limit, False
+        )
+    got, expected = got.detach().cpu().double(), expected.detach().cpu().double()
+    same = (got == expected) | (got.isnan() & expected.isnan())
+    scale = expected.nan_to_num().abs().amax().clamp(min=1e-300) if count else torch.ones(())
+    # NaN where the reference has a number (or the reverse) is an infinite error.
+    gap = torch.where(same, 0.0, (got - expected).abs() / scale).nan_to_num(nan=float("inf"))
+    error = float(gap.amax()) if count else 0.0
+    different = int((~same).sum())
+    return Check(op, case, what, count, different, error, limit, error <= limit)
+
+
+def validate(
+    kernel: Callable[..., Any] | None = None,
+    *,
+    op: str | None = None,
+    impl: str = "torch",
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> list[Check]:
+    """Compare an implementation, or a kernel of yours, with the reference.
+
+    Args:
+        kernel: a callable with the signature of the public function `op` (without `impl`). It is called with random
+            inputs on `device`, odd sizes and special rows included. None validates ours.
+        op: "fake_quant_linear", "quantize_activation", "quantize_weight", "add_penalty_grad_", "topk_svd" or "pcdr".
+            Required with `kernel`; None runs all.
+        impl: which of our implementations.
+        device: where the inputs live.
+        seed: of the random inputs.
+
+    Returns:
+        One `Check` per comparison. `all(check.passed for check in ...)` is the verdict.
+
+    Raises:
+        ValueError: unknown `op` or `impl`; `kernel` without `op`.
+    """
+    suites: dict[str, Callable[..., Iterator[Check]]] = {
+        "quantize_activation": _check_quantize_activation,
+        "quantize_weight": _check_quantize_weight,
+        "integer_accumulator": _check_accumulator,
+        "fake_quant_linear": _check_fake_quant_linear,
+        "add_penalty_grad_": _check_penalty,
+        "topk_svd": _check_svd,
+        "pcdr": _check_pcdr,
+    }
+    if op is not None and op not in suites:
+        raise ValueError(f"op={op!r} is none of {', '.join(suites)}")
+    if kernel is not None and (op is None or op == "integer_accumulator"):
+        raise ValueError("with kernel=, name the public function it stands for: op='fake_quant_linear', for instance")
+    if impl not in ops.IMPLS:
+        raise ValueError(f"impl={impl!r} is none of {ops.IMPLS}")
+    checks: list[Check] = []
+    for name, suite in suites.items():
+        if op in (None, name):
+            generator = torch.Generator().manual_seed(seed)
+            checks += suite(kernel, impl, torch.device(device), generator)
+    return checks
+
+
+def _activations(rows: int, K: int, generator: torch.Generator) -> Tensor:
+    """Rows of several scales: ordinary, with an outlier, all zero, subnormal, one-sided, exact ties of the rounding."""
+    x = torch.randn(rows, K, generator=generator)
+    for row in range(rows):
+        kind = row % 7
+        if kind == 1:
+            x[row, row % K] *= 200
+        elif kind == 2:
+            x[row] = 0
+        elif kind == 3:
+            x[row] *= 1e-40
+        elif kind == 4:
+            x[row] = x[row].abs() + 1
+        elif kind == 5:
+            x[row] = torch.arange(K) % 16 - 7.5
+    return x
+
+
+def _kinds_and_shapes(
+    generator: torch.Generator, device: torch.device
+) -> Iterator[tuple[str, Tensor, Tensor, dict[str, Any]]]:
+    for rows, K, N in LINEAR_SHAPES:
+        for weight_bits, weight_symmetric, act_bits, act_symmetric in KINDS:
+            x, weight = _activations(rows, K, generator), _activations(N, K, generator)
+            signs = "s" if weight_symmetric else "u", "s" if act_symmetric else "u"
+            case = f"{rows}x{K}x{N} W{weight_bits}{signs[0]}A{act_bits}{signs[1]}"
+            kinds = {
+                "weight_bits": weight_bits,
+                "weight_symmetric": weight_symmetric,
+                "act_bits": act_bits,
+                "act_symmetric": act_symmetric,
+            }
+            yield case, x.to(device), weight.to(device), kinds
+
+
+Kernel = Callable[..., Any] | None
+
+
+def _fields(op: str, case: str, got: Any, expected: quant_ops.QuantizedOperand) -> Iterator[Check]:
+    for field in ("codes", "scale", "zero_point", "row_sum"):
+        yield _compare(op, case, field, getattr(got, field, None), getattr(expected, field))
+
+
+def _check_quantize_activation(
+    kernel: Kernel, impl: str, device: torch.device, generator: torch.Generator
+) -> Iterator[Check]:
+    run = kernel or (lambda *a, **k: quant_ops.quantize_activation(*a, **k, impl=impl))
+    for case, x, _, kinds in _kinds_and_shapes(generator, device):
+        for granularity in ("per_token", "per_tensor"):
+            arguments = {"bits": kinds["act_bits"], "symmetric": kinds["act_symmetric"], "granularity": granularity}
+            expected = quant_ops.quantize_activation(x, **arguments, impl="reference")
+            yield from _fields("quantize_activation", f"{case} {granularity}", run(x, **arguments), expected)
+
+
+def _check_quantize_weight(
+    kernel: Kernel, impl: str, device: torch.device, generator: torch.Generator
+) -> Iterator[Check]:
+    run = kernel or (lambda *a, **k: quant_ops.quantize_weight(*a, **k, impl=impl))
+    for case, _, weight, kinds in _kinds_and_shapes(generator, device):
+        for granularity in ("per_channel", "per_tensor", "per_group"):
+            if granularity == "per_group" and weight.shape[1] % 64:
+                continue
+            arguments = {
+                "bits": kinds["weight_bits"],
+                "symmetric": kinds["weight_symmetric"],
+                "granularity": granularity,
+            }
+            if granularity == "per_group":
+                arguments["group_size"] = 64
+            expected = quant_ops.quantize_weight(weight, **arguments, impl="reference")
+            yield from _fields("quantize_weight", f"{case} {granularity}", run(weight, **arguments), expected)
+
+
+def _check_accumulator(_: Kernel, impl: str, device: torch.device, generator: torch.Generator) -> Iterator[Check]:
+    for case, x, weight, kinds in _kinds_and_shapes(generator, device):
+        qx = quant_ops.quantize_activation(x, bits=kinds["act_bits"], symmetric=kinds["act_symmetric"])
+        qw = quant_ops.quantize_weight(weight, bits=kinds["weight_bits"], symmetric=kinds["weight_symmetric"])
+        expected = quant_ops.integer_accumulator(qx, qw, impl="reference")
+        got = quant_ops.integer_accumulator(qx, qw, impl=impl)
+        yield _compare("integer_accumulator", case, "accumulator", got, expected)
+
+
+def _check_fake_quant_linear(
+    kernel: Kernel, impl: str, device: torch.device, generator: torch.Generator
+) -> Iterator[Check]:
+    run = kernel or (lambda *a, **k: quant_ops.fake_quant_linear(*a, **k, impl=impl))
+    for case, x, weight, kinds in _kinds_and_shapes(generator, device):
+        bias = torch.randn(weight.shape[0], generator=generator).to(device)
+        outputs = []
+        for function in (run, lambda *a, **k: quant_ops.fake_quant_linear(*a, **k, impl="reference")):
+            leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+            y = function(*leaves, **kinds)
+            (y * torch.linspace(-1, 1, y.numel(), device=device).view_as(y)).sum().backward()
+            outputs.append((y, *(leaf.grad for leaf in leaves)))
+        (y, *gradients), (expected_y, *expected_gradients) = outputs
+        yield _compare("fake_quant_linear", case, "y", y, expected_y)
+        for name, got, expected in zip(("grad_x", "grad_W", "grad_b"), gradients, expected_gradients, strict=True):
+            # fp32 sums of up to 1000 terms in any order: about sqrt(1000) roundings, far below a wrong element
+            yield _compare("fake_quant_linear", case, name, got, expected, limit=1e-5)
+
+
+def _spiked(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    m, n = shape
+    spike = torch.outer(torch.randn(m, generator=generator), torch.randn(n, generator=generator))
+    return torch.randn(shape, generator=generator) / n**0.5 + 5 * spike / (m * n) ** 0.5
+
+
+def _check_penalty(kernel: Kernel, impl: str, device: torch.device, generator: torch.Generator) -> Iterator[Check]:
+    run = kernel or (lambda *a, **k: add_penalty_grad_(*a, **k, impl=impl))
+    weights = [_spiked(shape, generator).to(device) for shape in MATRIX_SHAPES]
+    ranks = [1, 0, 2, 3]
+    factors = topk_svd(weights, k=[min(3, *w.shape) for w in weights], impl="reference")
+    # one rounding of the sum, and for fp32 the products of k = 3 terms
+    for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 2**-8), (torch.float16, 2**-10)):
+        grads = [torch.randn(w.shape, generator=generator).to(device, dtype) for w in weights]
+        expected = [g.clone() for g in grads]
+        run(grads, factors, strength=0.05, power=2.0, ranks=ranks)
+        add_penalty_grad_(expected, factors, strength=0.05, power=2.0, ranks=ranks, impl="reference")
+        for got, truth in zip(grads, expected, strict=True):
+            case = f"{'x'.join(map(str, truth.shape))} {str(dtype).removeprefix('torch.')}"
+            yield _compare("add_penalty_grad_", case, "grad", got, truth, limit)
+
+
+def _check_svd(kernel: Kernel, impl: str, device: torch.device, generator: torch.Generator) -> Iterator[Check]:
+    run = kernel or (lambda *a, **k: topk_svd(*a, **k, impl=impl))
+    weights = [_spiked(shape, generator).to(device) for shape in MATRIX_SHAPES]
+    ks = [1] * len(weights)
+    for weight, factor in zip(weights, run(weights, k=ks), strict=True):
+        truth = reference.topk_svd(weight.double().cpu(), 1)
+        case = "x".join(map(str, weight.shape))
+        # the accuracy contract: S to 2e-4, the product to 1e-3
+        yield _compare("topk_svd", case, "S", factor.S, truth.S, limit=2e-4)
+        product = (factor.U.double() * factor.S.double().square()) @ factor.Vh.double()
+        yield _compare("topk_svd", case, "U S^2 Vh", product, (truth.U * truth.S.square()) @ truth.Vh, limit=1e-3)
+
+
+def _check_pcdr(kernel: Kernel, impl: str, device: torch.device, generator: torch.Generator) -> Iterator[Check]:
+    run = kernel or (lambda *a, **k: pcdr(*a, **k, impl=impl))
+    weights = [_spiked(shape, generator) for shape in MATRIX_SHAPES[1:] * 4]
+    tokens = [torch.randn(32, w.shape[1], generator=generator) for w in weights]
+    peaks = [reference.largest_activation(w, x) for w, x in zip(weights, tokens, strict=True)]
+    inputs = [x[token].to(device) for x, (token, _, _) in zip(tokens, peaks, strict=True)]
+    neurons = [neuron for _, neuron, _ in peaks]
+    weights = [w.to(device) for w in weights]
+    factors = topk_svd(weights, k=3, impl="reference")
+    for threshold in (0.3, 0.5, 0.95):
+        got = run(weights, inputs, neurons, factors, threshold=threshold)
+        truth = pcdr(weights, inputs, neurons, threshold=threshold, impl="reference")
+        decisions = [torch.tensor([decision.k_target for decision in side]) for side in (got, truth)]
+        yield _compare("pcdr", f"{len(weights)} layers, tau {threshold}", "k_target", *decisions)
+
+
+def summarize(checks: Sequence[Check]) -> list[Check]:
+    """One `Check` per op and output: counts added, the worst error, passed if all did."""
+    groups: dict[tuple[str, str], list[Check]] = {}
+    for check in checks:
+        groups.setdefault((check.op, check.what), []).append(check)
+    return [
+        Check(
+            op,
+            f"{len(members)} cases",
+            what,
+            sum(c.compared for c in members),
+            sum(c.different for c in members),
+            max(c.error for c in members),
+            max(c.limit for c in members),
+            all(c.passed for c in members),
+        )
+        for (op, what), members in groups.items()
+    ]
+
+
+def to_table(checks: Sequence[Check], *, title: str) -> Table:
+    """The checks as a `rich` table, failures marked."""
+    from rich.table import Table
+
+    table = Table(title=title, header_style="bold")
+    for column in ("op", "cases", "output", "compared", "different", "worst error", "limit", ""):
+        table.add_column(column, justify="left" if column in ("op", "cases", "output") else "right", no_wrap=True)
+    for c in checks:
+        limit = "equal" if c.limit == 0 else f"{c.limit:.1e}"
+        cells = (c.op, c.case, c.what, f"{c.compared:,}", f"{c.different:,}", f"{c.error:.1e}", limit)
+        table.add_row(*cells, "ok" if c.passed else "FAILED", style=None if c.passed else "bold red")
+    return table
