@@ -70,6 +70,7 @@ class SVDCase:
         part._set_weights([self.weights[i] for i in indices])
         part.truth = [self.truth[i] for i in indices]
         part.previous = [self.previous[i] for i in indices]
+        part.earlier_vectors = [self.earlier_vectors[i] for i in indices]
         return part
 
     def sample(self) -> SVDCase:
@@ -97,6 +98,12 @@ class SVDCase:
     def previous(self) -> list[TopkSVD]:
         """Ours of `before`, itself from a warm refresh, as in the middle of a training run."""
         return topk_svd(self.before, k=RANK, warm=topk_svd(self.start, k=RANK, seed=1), seed=2)
+
+    @cached_property
+    def earlier_vectors(self) -> list[Tensor]:
+        """For peers that start warm: 32 leading vectors `[min(m, n), 32]` of `before` on the smaller side, exact."""
+        triplets = [gram_triplets(W, min(32, *W.shape)) for W in self.before]
+        return [t.Vh.mT if len(t.U) >= t.Vh.shape[1] else t.U for t in triplets]
 
     @property
     def parameters(self) -> int:
@@ -269,8 +276,6 @@ class LinearCase:
 
 _LINEAR_SHAPES = (
     LinearCase("minilm.intermediate", 1024, 1536, 384),
-    LinearCase("minilm.output", 1024, 384, 1536),
-    LinearCase("siglip2-b.fc1", 576, 3072, 768),
     LinearCase("siglip2-b.fc2", 576, 768, 3072),
     LinearCase("llama3-8b.o, 128 tokens", 128, 4096, 4096),
     LinearCase("llama3-8b.o, 8 tokens", 8, 4096, 4096),

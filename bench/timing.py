@@ -201,7 +201,9 @@ def _cpu_name() -> str:
 def _output(*command: str) -> str | None:
     try:
         folder = Path(__file__).resolve().parent.parent
-        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder, timeout=20).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=folder, timeout=20
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 

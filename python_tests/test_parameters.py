@@ -29,7 +29,7 @@ class Model(nn.Module):
         self.lora_A = nn.Linear(16, 8, bias=False)
         self.norm = nn.LayerNorm(16)
         self.experts = nn.Parameter(torch.randn(4, 16, 16))
-        self.narrow = nn.Linear(16, 2)
+        self.narrow = nn.Linear(16, 6)
         self.lm_head = nn.Linear(16, 50, bias=False)
         self.lm_head.weight = self.embed.weight
         self.score = nn.Linear(16, 10)
@@ -50,7 +50,7 @@ def test_every_parameter_gets_one_decision_with_a_reason() -> None:
         "lora_A.weight": "low-rank adapter",
         "norm.weight": "not a matrix",
         "experts": "expert",
-        "narrow.weight": "only 2 singular values",
+        "narrow.weight": "only 6 singular values",
         "lm_head.weight": "tied to the embedding embed.weight",
         "score.weight": "output head",
         "fc1.bias": "not a matrix",

@@ -342,7 +342,7 @@ def test_tied_fused_and_convolutional_parameters_train() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.patch = nn.Conv2d(1, 16, 2, stride=2)
+            self.patch = nn.Conv2d(3, 16, 2, stride=2)
             self.qkv = nn.Linear(16, 48)
             self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
             self.b.weight = self.a.weight
@@ -356,7 +356,7 @@ def test_tied_fused_and_convolutional_parameters_train() -> None:
         model.qkv.weight[20] *= 100  # row 4 of k
         model.patch.weight[3] *= 100
     reg = S2D(model, lead=0, strength=1e-3)
-    model(torch.randn(2, 1, 8, 8)).square().mean().backward()
+    model(torch.randn(2, 3, 8, 8)).square().mean().backward()
     plain = {name: p.grad.clone() for name, p in model.named_parameters()}
     reg.add_grad()
     targets = {layer.name: layer.k_target for layer in reg.layers}

@@ -106,7 +106,8 @@ def diagnose(
     settled = results
     if exact:
         settled = pcdr(weights, inputs, neurons, threshold=threshold, k_max=k_max, impl=impl)
-    found = {m.name: triple for m, *triple in zip(called, factors, results, settled, strict=True)}
+    triples = zip(factors, results, settled, strict=True)
+    found = {matrix.name: triple for matrix, triple in zip(called, triples, strict=True)}
     rows = []
     nan = float("nan")
     for matrix in matrices:

@@ -62,7 +62,7 @@ def find_matrices(
 
     Args:
         model: any module.
-        k_max: matrices with min(m, n) <= k_max are skipped: their PCDR is 1 by definition.
+        k_max: matrices with min(m, n) <= 2 k_max are skipped: their PCDR_k_max is near 1 with or without outliers.
         select: (regex, penalize) pairs searched in the parameter name, first match wins. False skips; True overrides
             the skips that go by name or size (heads, adapters, small matrices), never those by kind.
         splits: regex -> row counts of a fused projection, e.g. {"qkv_proj": [4096, 1024, 1024]}.
@@ -120,8 +120,8 @@ def find_matrices(
             continue
         sizes = _row_blocks(name, kind, parameter, split)
         rank = min(*sizes, parameter[0].numel())
-        if rank <= k_max and chosen is None:
-            reason = f"only {rank} singular values: PCDR_{rank} is 1 by definition"
+        if rank <= 2 * k_max and chosen is None:
+            reason = f"only {rank} singular values: PCDR_{min(rank, k_max)} is close to 1 whatever they are"
             decisions.append(ParameterDecision(name, shape, "skip", reason))
             continue
         if len(sizes) > 1:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from s2d_kernels import ops, reference
@@ -70,12 +71,19 @@ def exact_chunk(x_span: int, w_span: int) -> int:
     return 2**24 // (x_span * w_span)
 
 
+def row_sums(codes: Tensor, groups: int) -> Tensor:
+    """Sums of `codes [rows, K]` over each of `groups` equal parts of a row, int32 `[rows, groups]`."""
+    rows, K = codes.shape
+    return codes.reshape(rows, groups, K // groups if groups else 0).sum(2, dtype=torch.int32)
+
+
 def pack_mask(mask: Tensor) -> Tensor:
     """Bool `[rows, K]` to bits, uint8 `[rows, ceil(K / 8)]`."""
-    padded = F.pad(mask, (0, -mask.shape[1] % 8)).contiguous()
+    rows, K = mask.shape
+    flat = F.pad(mask, (0, -K % 8)).reshape(-1)
     # Eight 0/1 bytes as one little-endian int64: this product moves byte i to bit 56 + i, without carries.
-    words = padded.view(torch.int64) * 0x0102040810204080 >> 56
-    return words.to(torch.uint8)
+    words = flat.view(torch.int64) * 0x0102040810204080 >> 56
+    return words.to(torch.uint8).view(rows, (K + 7) // 8)
 
 
 def unpack_mask(mask: Tensor, K: int) -> Tensor:
@@ -181,13 +189,12 @@ def _quantize_reference(
     value_range = None if minimum is None or maximum is None else (minimum.cpu(), maximum.cpu())
     kind: dict[str, Any] = {"bits": bits, "symmetric": symmetric, "granularity": granularity}
     q = reference.quantize(x.cpu(), **kind, value_range=value_range, group_size=group_size)
-    rows, K = x.shape
+    K = x.shape[1]
     shift = code_shift(bits, symmetric)
-    codes = q.codes - shift
-    groups = K // group_size if group_size else 1
-    row_sum = codes.reshape(rows, groups, K // groups if groups else 0).sum(2)
+    codes = (q.codes - shift).contiguous()
+    row_sum = row_sums(codes, K // group_size if group_size else 1)
     zero_point = (q.zero_point - shift).to(torch.int32)
-    out = (codes.to(torch.int8), q.scale, zero_point, row_sum.to(torch.int32), pack_mask(q.mask))
+    out = (codes.to(torch.int8), q.scale, zero_point, row_sum, pack_mask(q.mask))
     return tuple(t.to(x.device) for t in out)
 
 
@@ -284,21 +291,24 @@ def _quantize_torch(
     mask = (codes == q).reshape(rows, K)  # false where q is NaN
     shift = code_shift(bits, symmetric)
     codes = codes.nan_to_num_(nan=0.0).sub_(shift).to(torch.int8).reshape(rows, K).contiguous()
-    groups = K // group_size if group_size else 1
-    row_sum = codes.view(rows, groups, K // groups if groups else 0).sum(2, dtype=torch.int32)
+    row_sum = row_sums(codes, K // group_size if group_size else 1)
     zero_point = (zero_point - shift).to(torch.int32)
     return codes, scale.squeeze(2), zero_point.squeeze(2), row_sum, pack_mask(mask)
 
 
+def _by_group(values: Tensor, parameter: Tensor) -> Tensor:
+    """View of `values [rows, K]` as `[rows, groups, size]`, against which `parameter.unsqueeze(2)` broadcasts."""
+    (rows, K), groups = values.shape, parameter.shape[1]
+    return values.view(rows, groups, K // groups if groups else 0)
+
+
 def _centred(codes: Tensor, zero_point: Tensor, symmetric: bool, dtype: torch.dtype) -> Tensor:
     """codes - zero_point `[rows, K]` in `dtype`, exact."""
-    values = codes.to(dtype)
+    values = codes.to(dtype, memory_format=torch.contiguous_format)  # a copy that may be written
     if symmetric:
         return values
-    rows, groups = zero_point.shape
-    if groups <= 1:
-        return values.sub_(zero_point)
-    return values.view(rows, groups, -1).sub_(zero_point.unsqueeze(2)).view(rows, -1)
+    _by_group(values, zero_point).sub_(zero_point.unsqueeze(2))
+    return values
 
 
 def _exact_products(
@@ -364,11 +374,7 @@ def _grad_torch(
     if bits <= 4:
         codes = unpack_codes(codes, K, symmetric)
     operand = _centred(codes, zero_point, symmetric, scale.dtype)
-    rows, groups = scale.shape
-    if groups <= 1:
-        operand.mul_(scale)
-    else:
-        operand.view(rows, groups, -1).mul_(scale.unsqueeze(2))
+    _by_group(operand, scale).mul_(scale.unsqueeze(2))
     return (grad.to(scale.dtype) @ operand).mul_(unpack_mask(mask, K)).to(out_dtype)
 
 
@@ -542,8 +548,7 @@ def _check_operands(qx: QuantizedOperand, qw: QuantizedOperand) -> tuple[Quantiz
     groups = qw.row_sum.shape[1]
     _check_accumulator_range(K // groups if groups else 0, (qx.bits, qx.symmetric), (qw.bits, qw.symmetric))
     if qx.row_sum.shape[1] != groups:
-        row_sum = qx.codes.reshape(M, groups, K // groups if groups else 0).sum(2, dtype=torch.int32)
-        qx = qx._replace(row_sum=row_sum)
+        qx = qx._replace(row_sum=row_sums(qx.codes, groups))
     return qx, qw
 
 
@@ -674,6 +679,7 @@ class _FakeQuantLinear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         s, (x_dtype, w_dtype, bias_dtype) = ctx.settings, ctx.dtypes
         saved = ctx.saved_tensors

@@ -34,6 +34,8 @@ COLD_READS = 8
 WARM_READS = 4
 # The error of G = sum s^n u v^T stays below five times the criterion (spec, section 3), so this asks for 1e-3.
 TOLERANCE = 2e-4
+# Matrices processed together on a CPU: a share of a last-level cache.
+CACHE_BYTES = 4 << 20
 # Probability that `missed` is not a bound, over the draw of the random column.
 FAILURE_PROBABILITY = 1e-3
 
@@ -204,14 +206,10 @@ def _topk_svd_reference(weights: list[Tensor], starts: list[Tensor], ks: list[in
 def _topk_svd_torch(weights: list[Tensor], starts: list[Tensor], ks: list[int], reads: list[int]) -> list[Tensor]:
     buckets: dict[tuple[object, ...], list[int]] = {}
     for index, weight in enumerate(weights):
-        kind: tuple[object, ...] = (tuple(weight.shape), weight.dtype, starts[index].shape[0], ks[index], reads[index])
-        if weight.device.type == "cpu":
-            # A matrix of its own: all its reads come from the cache, and MKL's batched products would make the
-            # bits depend on the size of the batch.
-            kind = (index,)
+        kind = (tuple(weight.shape), weight.dtype, starts[index].shape[0], ks[index], reads[index])
         buckets.setdefault(kind, []).append(index)
     flat: list[Tensor] = [torch.empty(0)] * (6 * len(weights))
-    for members in buckets.values():
+    for members in (wave for bucket in buckets.values() for wave in _waves(bucket, weights)):
         first = members[0]
         wide = weights[first].shape[0] < weights[first].shape[1]
         matrices = [weights[i].mT if wide else weights[i] for i in members]
@@ -225,6 +223,28 @@ def _topk_svd_torch(weights: list[Tensor], starts: list[Tensor], ks: list[int], 
     return flat
 
 
+def _waves(bucket: list[int], weights: list[Tensor]) -> list[list[int]]:
+    """Cut a bucket of equal matrices so that a wave stays in a CPU's last-level cache through all its reads."""
+    if weights[bucket[0]].device.type != "cpu":
+        return [bucket]
+    size = weights[bucket[0]].numel() * 4
+    wave = max(1, CACHE_BYTES // size)
+    return [bucket[i : i + wave] for i in range(0, len(bucket), wave)]
+
+
+def _products(A: Tensor, B: Tensor) -> Tensor:
+    """A @ B of each matrix of the batch.
+
+    On a CPU one product after the other: MKL's batched routine gives bits that depend on the size of the batch.
+    """
+    if A.device.type != "cpu":
+        return torch.bmm(A, B)
+    C = A.new_empty(A.shape[0], A.shape[1], B.shape[2])
+    for a, b, c in zip(A.unbind(), B.unbind(), C.unbind(), strict=True):
+        torch.mm(a, b, out=c)
+    return C
+
+
 def _block_krylov(matrices: list[Tensor], start: Tensor, k: int, reads: int) -> tuple[Tensor, ...]:
     """Triplets of equally shaped matrices A `[D, d]`, D >= d, from `start [B, b, d]`.
 
@@ -233,7 +253,8 @@ def _block_krylov(matrices: list[Tensor], start: Tensor, k: int, reads: int) -> 
     """
     _, b, d = start.shape
     dtype = start.dtype
-    largest = torch.stack([torch.linalg.vector_norm(A, ord=math.inf) for A in matrices]).to(dtype)
+    # aminmax passes NaN on and makes no copy
+    largest = torch.stack([torch.maximum(high, -low) for low, high in map(torch.aminmax, matrices)]).to(dtype)
     finite = largest.isfinite()
     exponent = torch.frexp(torch.where(finite, largest, 1.0)).exponent.clamp(-126, 126)
     scale = torch.ldexp(torch.ones_like(largest), -exponent)  # power of two: A * scale is exact, |A * scale| < 1
@@ -257,7 +278,7 @@ def _block_krylov(matrices: list[Tensor], start: Tensor, k: int, reads: int) -> 
     K, Y, Z = torch.cat(blocks_K, 1), torch.cat(blocks_Y, 1), torch.cat(blocks_Z, 1)
 
     Y64 = Y.double()
-    eigenvalues, R = torch.linalg.eigh(torch.bmm(Y64, Y64.mT))
+    eigenvalues, R = torch.linalg.eigh(_products(Y64, Y64.mT))
     theta = eigenvalues.clamp(min=0).sqrt().flip(1)  # [B, all], descending
     R = R.flip(2)
     rows = R[:, :, :b].mT.to(dtype)
@@ -266,9 +287,9 @@ def _block_krylov(matrices: list[Tensor], start: Tensor, k: int, reads: int) -> 
     floor = theta[:, :1] * (torch.finfo(dtype).eps * 4)
     inverse = torch.where(S > floor, 1.0 / S, 0.0).to(dtype).unsqueeze(2)
     S = torch.where(S > floor, S, 0.0).to(dtype)
-    right = torch.bmm(rows, K)
-    left = torch.bmm(rows, Y) * inverse
-    residual = torch.linalg.vector_norm(torch.bmm(rows, Z) * inverse - S.unsqueeze(2) * right, dim=2)
+    right = _products(rows, K)
+    left = _products(rows, Y) * inverse
+    residual = torch.linalg.vector_norm(_products(rows, Z) * inverse - S.unsqueeze(2) * right, dim=2)
     right = right * (S > 0).unsqueeze(2)
 
     if dense:
@@ -311,9 +332,9 @@ def _fused_product(matrices: list[Tensor], Q: Tensor, scale: Tensor, finite: Ten
     Z = Q.new_empty(batch, b, d)
     scale = scale.view(-1, 1, 1)
     scaled = Q * scale
-    for i, A in enumerate(matrices):
-        torch.mm(scaled[i], A.mT, out=Y[i])
-        torch.mm(Y[i] * scale[i], A, out=Z[i])
+    for A, q, y, z, s in zip(matrices, scaled, Y, Z, scale, strict=True):
+        torch.mm(q, A.mT, out=y)
+        torch.mm(y * s, A, out=z)
     keep = finite.view(-1, 1, 1)
     return torch.where(keep, Y, 0.0), torch.where(keep, Z, 0.0)
 
@@ -329,13 +350,13 @@ def _orthonormalize(block: Tensor, against: Tensor | None) -> Tensor:
     for _ in range(2):
         before = torch.linalg.vector_norm(block, dim=2, keepdim=True)
         if against is not None:
-            block = block - torch.bmm(torch.bmm(block, against.mT), against)
+            block = block - _products(_products(block, against.mT), against)
         length = torch.linalg.vector_norm(block, dim=2, keepdim=True)
         block = torch.where(length > 8 * eps * before, block / length, 0.0)
         wide = block.double()
-        eigenvalues, E = torch.linalg.eigh(torch.bmm(wide, wide.mT))
+        eigenvalues, E = torch.linalg.eigh(_products(wide, wide.mT))
         inverse = torch.where(eigenvalues > drop * block.shape[1], eigenvalues.clamp(min=drop).rsqrt(), 0.0)
-        block = torch.bmm((E * inverse.unsqueeze(1)).mT.to(block.dtype), block)
+        block = _products((E * inverse.unsqueeze(1)).mT.to(block.dtype), block)
     return block
 
 
@@ -347,11 +368,11 @@ def _missed_bound(gaussian: Tensor, K: Tensor, Z: Tensor, theta: Tensor, R: Tens
     (A^T A)^(q-1) w, whose Ritz coordinates are theta^(2(q-1)) times those of w; dropping the first k deflates it,
     and Z = (A^T A) K takes the last step. No product of its own, and no cancellation.
     """
-    coordinates = torch.bmm(torch.bmm(gaussian.unsqueeze(1), K.mT).double(), R)  # [B, 1, all]
+    coordinates = _products(_products(gaussian.unsqueeze(1), K.mT).double(), R)  # [B, 1, all]
     # relative to the first Ritz value that stays, lest a power of a small one underflow
     top = torch.where(theta[:, k : k + 1] > 0, theta[:, k : k + 1], 1.0)
     coordinates = coordinates * (theta / top).square().pow(reads - 1).unsqueeze(1)
     coordinates[:, :, :k] = 0
-    last = torch.bmm(torch.bmm(coordinates, R.mT), Z.double()).squeeze(1) / top.square()
+    last = _products(_products(coordinates, R.mT), Z.double()).squeeze(1) / top.square()
     ratio = torch.linalg.vector_norm(last, dim=1) / (FAILURE_PROBABILITY * math.sqrt(math.pi / 2))
     return ratio.pow(1 / (2 * reads)) * top.squeeze(1)

@@ -46,7 +46,7 @@ class Check(NamedTuple):
     passed: bool
 
 
-def _compare(op: str, case: str, what: str, got: object, expected: Tensor, limit: float = 0.0) -> Check:
+def _compare(op: str, case: str, what: str, got: object, expected: Any, limit: float = 0.0) -> Check:
     count = expected.numel()
     if not isinstance(got, Tensor) or got.shape != expected.shape:
         shape = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__
@@ -207,7 +207,8 @@ def _check_fake_quant_linear(
             outputs.append((y, *(leaf.grad for leaf in leaves)))
         (y, *gradients), (expected_y, *expected_gradients) = outputs
         yield _compare("fake_quant_linear", case, "y", y, expected_y)
-        for name, got, expected in zip(("grad_x", "grad_W", "grad_b"), gradients, expected_gradients, strict=True):
+        names = ("grad_x", "grad_W", "grad_b")
+        for name, got, expected in zip(names, gradients, expected_gradients, strict=True):
             # fp32 sums of up to 1000 terms in any order: about sqrt(1000) roundings, far below a wrong element
             yield _compare("fake_quant_linear", case, name, got, expected, limit=1e-5)
 
@@ -259,8 +260,8 @@ def _check_pcdr(kernel: Kernel, impl: str, device: torch.device, generator: torc
     for threshold in (0.3, 0.5, 0.95):
         got = run(weights, inputs, neurons, factors, threshold=threshold)
         truth = pcdr(weights, inputs, neurons, threshold=threshold, impl="reference")
-        decisions = [torch.tensor([decision.k_target for decision in side]) for side in (got, truth)]
-        yield _compare("pcdr", f"{len(weights)} layers, tau {threshold}", "k_target", *decisions)
+        ours, theirs = (torch.tensor([decision.k_target for decision in side]) for side in (got, truth))
+        yield _compare("pcdr", f"{len(weights)} layers, tau {threshold}", "k_target", ours, theirs)
 
 
 def summarize(checks: Sequence[Check]) -> list[Check]:

@@ -1,0 +1,136 @@
+"""`python -m bench {svd, linear, table}`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from bench import cases, peers, runs, tables, timing
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+console = Console()
+HERE = Path(__file__).resolve().parent
+
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Append the rows to this file, one JSON object a line.")]
+Quick = Annotated[bool, typer.Option("--quick", help="A tiny case that runs in seconds.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Timed calls of each implementation (slow ones: one).")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads for everybody; default: torch's choice.")]
+
+
+@contextmanager
+def _run(device: str, repeats: int, threads: int | None) -> Iterator[runs.Context]:
+    """Equal threads for everybody, and what all rows of this run share."""
+    chosen = torch.device(device)
+    if chosen.type not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"{device!r} is neither cpu nor cuda", param_hint="--device")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("this torch sees no CUDA device: use --device cpu", param_hint="--device")
+    with timing.equal_threads(threads or torch.get_num_threads()), _progress() as progress:
+        progress.add_task("copy bandwidth and dense peak", total=None)
+        environment = timing.environment(chosen)
+        context = runs.Context(timing.run_identifier(), chosen, environment, repeats)
+    with timing.equal_threads(environment["threads"]):
+        yield context
+
+
+def _progress() -> Progress:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    return Progress(*columns, console=console, transient=True)
+
+
+def _finish(rows: list[timing.Row], json: Path | None) -> None:
+    console.print(tables.rich_table(rows))
+    if json is not None:
+        timing.append_rows(json, rows)
+        console.print(f"{len(rows)} rows appended to {json}")
+
+
+@app.command()
+def svd(
+    device: Device = "cpu",
+    case: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(cases.SVD_CASES)}; repeatable.")] = None,
+    quick: Quick = False,
+    repeats: Repeats = 5,
+    threads: Threads = None,
+    json: Json = None,
+) -> None:
+    """Top-k SVD of all matrices of a model: ours, cold and warm, and the peers at equal error."""
+    names = ["quick"] if quick else (case or ["siglip2-b", "minilm"])
+    unknown = [name for name in names if name not in cases.SVD_CASES]
+    if unknown:
+        raise typer.BadParameter(f"{unknown} not among {list(cases.SVD_CASES)}", param_hint="--case")
+    rows: list[timing.Row] = []
+    with _run(device, repeats, threads) as context, _progress() as progress:
+        task = progress.add_task("", total=len(names) * (4 + len(peers.OURS) + len(peers.SVD_PEERS)))
+
+        def step(text: str) -> None:
+            progress.update(task, advance=1, description=text)
+
+        for name in names:
+            step(f"{name}: building the matrices")
+            built = cases.SVD_CASES[name]().to(context.device)
+            step(f"{name}: fp64 truth")
+            _ = built.truth
+            step(f"{name}: factors of the earlier weights")
+            _ = built.previous, built.earlier_vectors
+            rows += runs.run_svd(built, context, step)
+    _finish(rows, json)
+
+
+@app.command()
+def linear(
+    device: Device = "cpu",
+    quick: Quick = False,
+    repeats: Repeats = 7,
+    threads: Threads = None,
+    json: Json = None,
+) -> None:
+    """W4A4 fake-quantized linear layer: ours, the usual compositions and the plain layer."""
+    shapes = cases.QUICK_LINEAR_CASES if quick else cases.LINEAR_CASES
+    rows: list[timing.Row] = []
+    with _run(device, repeats, threads) as context, _progress() as progress:
+        task = progress.add_task("", total=2 * len(shapes))
+        for shape in shapes:
+            rows += runs.run_linear(shape, context, lambda t: progress.update(task, advance=1, description=t))
+    _finish(rows, json)
+
+
+@app.command()
+def table(
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; fail if README differs.")] = False,
+    readme: Annotated[Path, typer.Option(help="The file with the markers.")] = HERE.parent / "README.md",
+    results: Annotated[Path, typer.Option(help="Folder of the committed rows.")] = HERE / "results",
+) -> None:
+    """Render bench/results/NAME.jsonl into README between <!-- bench:NAME --> and <!-- /bench:NAME -->."""
+    before = readme.read_text(encoding="utf-8")
+    try:
+        after = tables.rendered(before, results)
+    except ValueError as error:
+        console.print(f"[red]{error}")
+        raise typer.Exit(2) from error
+    if after == before:
+        console.print(f"{readme.name} agrees with {results.name}/")
+    elif check:
+        console.print(f"[red]{readme.name} differs from {results.name}/: run `python -m bench table`")
+        raise typer.Exit(1)
+    else:
+        readme.write_text(after, encoding="utf-8")
+        console.print(f"{readme.name} rewritten")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,164 @@
+"""W4A4 fake-quantized linear layers: ours, the usual compositions, and the plain layer that all of them chase.
+
+Weights symmetric per output channel, activations asymmetric per token, 4 bits each. Ours and the composition with the
+same convention are judged against the integer reference; the plain layer, and torch's operator with its other
+rounding, against what they mean to compute, with fp64 products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from s2d_kernels import reference
+
+Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
+# y and the gradients of x, weight and bias.
+Results = tuple[Tensor, ...]
+WEIGHT_MAX = 7
+ACT_MAX = 15
+# bf16 products are 2.3e-3 off by themselves.
+LINEAR_ERROR_LIMIT = 1e-2
+
+
+class _FakeQuant(torch.autograd.Function):
+    """Quantize and dequantize in fp32 with given parameters; the gradient passes where nothing was clamped."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+        unclamped = torch.round(x.float() / scale) + zero_point
+        codes = unclamped.clamp(quant_min, quant_max)
+        ctx.save_for_backward(codes == unclamped)
+        return ((codes - zero_point) * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (mask,) = ctx.saved_tensors
+        return grads[0] * mask, None, None, None, None
+
+
+def _token_parameters(x: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = torch.aminmax(x.detach().float(), dim=1, keepdim=True)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = (high - low) / ACT_MAX
+    scale = torch.where(scale > 0, scale, 1.0)
+    return scale, torch.round(-low / scale).clamp(0, ACT_MAX)
+
+
+def _channel_scale(weight: Tensor) -> Tensor:
+    scale = weight.detach().float().abs().amax(1, keepdim=True) / WEIGHT_MAX
+    return torch.where(scale > 0, scale, 1.0)
+
+
+def _eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    scale, zero_point = _token_parameters(x)
+    channel = _channel_scale(weight)
+    x = _FakeQuant.apply(x, scale, zero_point, 0, ACT_MAX)
+    return F.linear(x, _FakeQuant.apply(weight, channel, torch.zeros_like(channel), -WEIGHT_MAX, WEIGHT_MAX), bias)
+
+
+def _operator_arguments(x: Tensor, weight: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Arguments of torch's fake-quantize operator (fp32) for x, with tokens as its channels, and for the weight."""
+    scale, zero_point = _token_parameters(x)
+    channel = _channel_scale(weight).squeeze(1)
+    none = torch.zeros_like(channel, dtype=torch.int32)
+    return (
+        (x.float(), scale.squeeze(1), zero_point.squeeze(1).int(), 0, 0, ACT_MAX),
+        (weight.float(), channel, none, 0, -WEIGHT_MAX, WEIGHT_MAX),
+    )
+
+
+def _operator(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    for_x, for_weight = _operator_arguments(x, weight)
+    fq_x, fq_weight = (torch.fake_quantize_per_channel_affine(*a).to(x.dtype) for a in (for_x, for_weight))
+    return F.linear(fq_x, fq_weight, bias)
+
+
+def _ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    from s2d_kernels.quant_ops import fake_quant_linear
+
+    return fake_quant_linear(x, weight, bias, weight_bits=4, act_bits=4, act_granularity="per_token")
+
+
+def _products(g: Tensor, x: Tensor, mask_x: Tensor, w: Tensor, mask_w: Tensor, bias: Tensor) -> Results:
+    """y, grad_x, grad_weight and grad_bias in fp64 from dequantized operands and where they were not clamped."""
+    x, w, g = x.double(), w.double(), g.double()
+    return x @ w.mT + bias.double(), (g @ w) * mask_x, (g.mT @ x) * mask_w, g.sum(0)
+
+
+def _plain_truth(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> Results:
+    everywhere = torch.ones((), device=x.device)
+    return _products(grad, x, everywhere, weight, everywhere, bias)
+
+
+def _operator_truth(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> Results:
+    """With the operator's own codes: it multiplies by 1/scale and adds before it rounds."""
+    cachemask = torch.ops.aten.fake_quantize_per_channel_affine_cachemask
+    for_x, for_weight = _operator_arguments(x, weight)
+    (fq_x, mask_x), (fq_weight, mask_weight) = cachemask(*for_x), cachemask(*for_weight)
+    return _products(grad, fq_x, mask_x, fq_weight, mask_weight, bias)
+
+
+def _integer_truth(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> Results:
+    """The integer reference, its accumulator as an fp64 product of the codes: exact far below 2^53.
+
+    int64 matmul would take longer than all the timings together.
+    """
+    qx = reference.quantize(x.float(), bits=4, symmetric=False, granularity="per_row")
+    qw = reference.quantize(weight.float(), bits=4, symmetric=True, granularity="per_row")
+    accumulator = (qx.codes - qx.zero_point).double() @ qw.codes.double().mT
+    y = accumulator * qx.scale.double() * qw.scale.double().mT + bias.double()
+    backward = _products(grad, reference.dequantize(qx), qx.mask, reference.dequantize(qw), qw.mask, bias)
+    return y, *backward[1:]
+
+
+@dataclass(frozen=True)
+class LinearPeer:
+    """A layer y = layer(x, weight, bias), and the truth it is held to, from x, weight, bias and the gradient of y."""
+
+    name: str
+    layer: Layer
+    setting: str
+    truth: Callable[[Tensor, Tensor, Tensor, Tensor], Results]
+    held_to: str
+
+
+LINEAR_PEERS = [
+    LinearPeer("ours", _ours, "exact integers", _integer_truth, "integer reference"),
+    LinearPeer("F.linear", F.linear, "not quantized", _plain_truth, "fp64 product"),
+    LinearPeer("eager fake quant + F.linear", _eager, "plain torch", _integer_truth, "integer reference"),
+    LinearPeer("torch fake_quantize op + F.linear", _operator, "fused op", _operator_truth, "own codes, fp64 product"),
+]
+
+
+def relative_errors(exact: Results, got: Results) -> list[float]:
+    """Relative Frobenius error of each result."""
+    return [float((g.double() - e).norm() / e.norm()) for e, g in zip(exact, got, strict=False)]
+
+
+def forward(layer: Layer, tensors: Results) -> Callable[[], Results]:
+    """The layer as inference runs it, without a graph."""
+    x, weight, bias, _ = tensors
+
+    def run() -> Results:
+        with torch.no_grad():
+            return (layer(x, weight, bias),)
+
+    return run
+
+
+def forward_backward(layer: Layer, tensors: Results) -> Callable[[], Results]:
+    """The layer and the gradients of its input, weight and bias."""
+    leaves = tuple(t.detach().requires_grad_() for t in tensors[:3])
+    grad = tensors[3]
+
+    def run() -> Results:
+        y = layer(*leaves)
+        return (y.detach(), *torch.autograd.grad(y, leaves, grad))
+
+    return run

@@ -1,0 +1,160 @@
+"""From a case to its rows: settings searched, results judged, everything timed in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bench import linear_peers
+from bench.cases import DRIFT, ERROR_LIMIT, RANK, WARM_CHAIN, LinearCase, SVDCase, product_errors, quantile
+from bench.linear_peers import LINEAR_ERROR_LIMIT, LINEAR_PEERS, LinearPeer
+from bench.peers import OURS, SVD_PEERS, Run, SVDPeer
+from bench.search import Trial, cheapest_setting
+from bench.timing import Row, fill_speedups, measure_in_turn, summary, timed
+
+Step = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all rows of one process run share."""
+
+    run: str
+    device: torch.device
+    environment: dict[str, Any]
+    repeats: int = 5
+
+    def row(self, **values: Any) -> Row:
+        """A row with the shared fields filled in; `bytes` gives the floor."""
+        floor = values["bytes"] / self.environment["copy_bytes_per_second"]
+        shared = {"run": self.run, "device": self.device.type, "threads": self.environment["threads"]}
+        return Row(**shared, **values, floor_seconds=floor, environment=self.environment)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A peer with its setting chosen, its result judged and its function ready to be timed."""
+
+    peer: SVDPeer
+    run: Run
+    width: int
+    effort: float
+    errors: list[float]
+    seconds: float
+    note: str
+
+
+def prepare_svd(peer: SVDPeer, case: SVDCase, device: torch.device) -> Prepared:
+    """Choose the cheapest passing setting of `peer` for `case` and run it once, timed, for its errors."""
+    width, effort, note = 0, 0.0, ""
+    if peer.grid:
+        sample = case.sample()
+
+        def trial(part: SVDCase) -> Callable[[int, float], Trial]:
+            def run(width: int, effort: float) -> Trial:
+                seconds, found = timed(peer.prepare(part, width, effort), device)
+                return Trial(seconds, quantile(product_errors(part.truth, found)))
+
+            return run
+
+        found = cheapest_setting(peer.grid, trial(sample), trial(case), ERROR_LIMIT)
+        width, effort = found.width, found.effort
+        tried = f"{sum(map(len, peer.grid.values()))} settings"
+        note = f"cheapest of {tried} that passes" if found.passed else f"none of {tried} reaches {ERROR_LIMIT:g}"
+    if peer.slow:
+        peer.prepare(case.take([0]), width, effort)()  # its one timed call shall not pay for loading the library
+    function = peer.prepare(case, width, effort)
+    seconds, triplets = timed(function, device)
+    return Prepared(peer, function, width, effort, product_errors(case.truth, triplets), seconds, note)
+
+
+def run_svd(
+    case: SVDCase, context: Context, step: Step = lambda _: None, peers: Sequence[SVDPeer] | None = None
+) -> list[Row]:
+    """Rows of ours and of every usable peer on one case."""
+    prepared = []
+    for peer in [*OURS, *(SVD_PEERS if peers is None else peers)]:
+        step(f"{case.name}: {peer.name}, {peer.variant}")
+        if peer.usable(context.device):
+            prepared.append(prepare_svd(peer, case, context.device))
+    step(f"{case.name}: timing")
+    repeats = [0 if p.peer.slow else context.repeats for p in prepared]
+    samples = measure_in_turn([p.run for p in prepared], repeats, context.device)
+    rows = []
+    for p, measured in zip(prepared, samples, strict=True):
+        median, least, most, count = summary(measured or [p.seconds])
+        rows.append(
+            context.row(
+                op="topk_svd",
+                case=case.name,
+                variant=p.peer.variant,
+                dtype="float32",
+                impl=p.peer.name,
+                setting=p.peer.describe(p.width, p.effort),
+                seconds=median,
+                seconds_min=least,
+                seconds_max=most,
+                repeats=count,
+                error_p90=quantile(p.errors),
+                error_max=quantile(p.errors, 1.0),
+                error_limit=ERROR_LIMIT,
+                error_of=f"G = sum s^2 u v^T, k = {RANK}, relative Frobenius, {len(p.errors)} matrices, fp64 truth",
+                gate=quantile(p.errors) <= ERROR_LIMIT,
+                reads=p.peer.reads(p.effort),
+                bytes=case.bytes,
+                problem=f"{case.source}; {WARM_CHAIN if p.peer.variant == 'warm' else f'drifted twice, {DRIFT}'}",
+                note=p.note,
+            )
+        )
+    fill_speedups(rows)
+    return rows
+
+
+def judge_linear(
+    case: LinearCase, peer: LinearPeer, backward: bool, device: torch.device
+) -> tuple[Callable[[], linear_peers.Results], list[float]]:
+    """The function to time and the errors of its results; the call that gives them is the warm-up."""
+    tensors = case.tensors(device)
+    make = linear_peers.forward_backward if backward else linear_peers.forward
+    function = make(peer.layer, tensors)
+    return function, linear_peers.relative_errors(peer.truth(*tensors), function())
+
+
+def run_linear(case: LinearCase, context: Context, step: Step = lambda _: None) -> list[Row]:
+    """Rows of ours and the peers on one layer shape and dtype, forward and forward + backward."""
+    rows = []
+    dtype = str(case.dtype).removeprefix("torch.")
+    for variant in ("forward", "forward+backward"):
+        backward = variant != "forward"
+        step(f"{case.name}, {dtype}, {variant}")
+        judged = [judge_linear(case, peer, backward, context.device) for peer in LINEAR_PEERS]
+        samples = measure_in_turn([f for f, _ in judged], [context.repeats] * len(judged), context.device)
+        for peer, (_, errors), measured in zip(LINEAR_PEERS, judged, samples, strict=True):
+            median, least, most, count = summary(measured)
+            rows.append(
+                context.row(
+                    op="fake_quant_linear",
+                    case=case.name,
+                    variant=variant,
+                    dtype=dtype,
+                    impl=peer.name,
+                    setting=peer.setting,
+                    seconds=median,
+                    seconds_min=least,
+                    seconds_max=most,
+                    repeats=count,
+                    error_p90=quantile(errors),
+                    error_max=quantile(errors, 1.0),
+                    error_limit=LINEAR_ERROR_LIMIT,
+                    error_of=f"{'y, grad_x, grad_W, grad_b' if backward else 'y'}, relative Frobenius, {peer.held_to}",
+                    gate=quantile(errors) <= LINEAR_ERROR_LIMIT,
+                    reads=None,
+                    bytes=case.bytes(backward),
+                    problem=f"W4A4, {case.tokens} tokens, {case.in_features} -> {case.out_features}, bias",
+                )
+            )
+    fill_speedups(rows)
+    return rows

@@ -1,0 +1,103 @@
+"""Rows as a rich table on the terminal and as Markdown between the markers of README."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from bench.timing import Row, read_rows
+
+HEADINGS = ("case", "variant", "implementation", "setting", "time", "error p90", "ours is faster by")
+_MARKED = re.compile(r"(<!-- bench:([\w.-]+) -->\n)(.*?)(<!-- /bench:\2 -->)", re.DOTALL)
+
+
+def milliseconds(seconds: float) -> str:
+    """Three significant digits, never an exponent."""
+    value = seconds * 1e3
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def speedups(row: Row) -> str:
+    """What the row may claim; empty where a gate failed or there is nothing to compare."""
+    if not row.gate:
+        return ""
+    return ", ".join(f"{ratio:.2g}x {variant}" if ratio < 10 else f"{ratio:.0f}x {variant}"
+                     for variant, ratio in row.speedup.items())  # fmt: skip
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    dtype = "" if row.dtype == "float32" else f", {row.dtype}"
+    return (
+        row.case + dtype,
+        row.variant,
+        row.impl,
+        row.setting if row.gate or not row.note else f"{row.setting}; {row.note}",
+        f"{milliseconds(row.seconds)} ms ({milliseconds(row.seconds_min)}-{milliseconds(row.seconds_max)})",
+        f"{row.error_p90:.1e}" + ("" if row.gate else " FAILED"),
+        speedups(row),
+    )
+
+
+def caption(row: Row) -> str:
+    """One line on the machine, the versions and what the columns are."""
+    e = row.environment
+    versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items() if version)
+    return (
+        f"{e['device_name']}, {row.threads} thread{'s' * (row.threads > 1)}, {versions}, commit {e['commit']}, {e['date']}; measured copy "
+        f"{e['copy_bytes_per_second'] / 1e9:.1f} GB/s, fp32 product {e['fp32_flops_per_second'] / 1e9:.0f} GFLOP/s. "
+        f"Time: median (min-max). Error: {row.error_of.split(', relative')[0]}, gate at {row.error_limit:g}. "
+        "Settings with a choice: the cheapest that passes the gate."
+    )
+
+
+def rich_table(rows: Sequence[Row]) -> Table:
+    table = Table(title=rows[0].op, caption=caption(rows[0]))
+    for heading in HEADINGS:
+        table.add_column(heading, overflow="fold", justify="right" if heading in ("time", "error p90") else "left")
+    before = None
+    for row in rows:
+        if before is not None and before != (row.case, row.dtype):
+            table.add_section()
+        before = (row.case, row.dtype)
+        style = "bold" if row.impl == "ours" else ("" if row.gate else "red")
+        table.add_row(*cells(row), style=style)
+    return table
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """Of each case only the rows of its last run: numbers of different runs are not comparable."""
+    rows = list(rows)
+    last: dict[tuple[str, str, str], str] = {}
+    for row in rows:
+        key = (row.device, row.op, row.case)
+        last[key] = max(row.run, last.get(key, ""))
+    return [row for row in rows if row.run == last[(row.device, row.op, row.case)]]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row)) + " |" for row in rows]
+    captions = dict.fromkeys(caption(row) for row in rows)
+    return "\n".join([*lines, "", *(f"<sub>{text}</sub>" for text in captions), ""])
+
+
+def rendered(readme: str, results: Path) -> str:
+    """`readme` with every marked table made anew from `results`/NAME.jsonl.
+
+    Raises:
+        ValueError: a marker without its results, or without its closing twin.
+    """
+    opened, closed = (re.findall(rf"<!-- {slash}bench:([\w.-]+) -->", readme) for slash in ("", "/"))
+    if opened != closed:
+        raise ValueError(f"markers do not pair up: opened {opened}, closed {closed}")
+
+    def table(match: re.Match[str]) -> str:
+        path = results / f"{match[2]}.jsonl"
+        if not path.is_file():
+            raise ValueError(f"README has a marker for {match[2]!r}, but there is no {path}: run the bench with --json")
+        return match[1] + markdown(latest(read_rows(path))) + match[4]
+
+    return _MARKED.sub(table, readme)

@@ -1,0 +1,256 @@
+"""The bench: complete rows, an honest search of settings, gates that hold their tongue, README that cannot drift."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bench import cases, linear_peers, peers, runs, tables, timing
+from bench.__main__ import app
+from bench.search import Trial, cheapest_setting
+
+CPU = torch.device("cpu")
+ENVIRONMENT = {
+    "device_name": "a CPU",
+    "cores": 2,
+    "threads": 1,
+    "driver": None,
+    "python": "3.11",
+    "versions": {"torch": "2.13.0", "cupy": None},
+    "commit": "0123abc",
+    "date": "2026-01-01",
+    "copy_bytes_per_second": 1e10,
+    "fp32_flops_per_second": 1e11,
+}
+CONTEXT = runs.Context("2026-01-01T00:00:00+00:00", CPU, ENVIRONMENT, repeats=2)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with timing.equal_threads(1):
+        yield
+
+
+@pytest.fixture(scope="module")
+def quick() -> cases.SVDCase:
+    return cases.SVD_CASES["quick"]()
+
+
+def make_row(**changes: object) -> timing.Row:
+    row = CONTEXT.row(
+        op="topk_svd",
+        case="c",
+        variant="cold",
+        dtype="float32",
+        impl="ours",
+        setting="s",
+        seconds=0.01,
+        seconds_min=0.009,
+        seconds_max=0.011,
+        repeats=3,
+        error_p90=1e-4,
+        error_max=2e-4,
+        error_limit=1e-3,
+        error_of="G, relative Frobenius",
+        gate=True,
+        reads=9,
+        bytes=10**8,
+        problem="p",
+    )
+    return dataclasses.replace(row, **changes)
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_survives_json_and_refuses_unknown_fields():
+    row = make_row(speedup={"cold": 2.5})
+    assert timing.Row.from_json(row.to_json()) == row
+    assert row.floor_seconds == pytest.approx(0.01)
+    with pytest.raises(ValueError, match="unknown fields.*'surprise'"):
+        timing.Row.from_json(row.to_json()[:-1] + ', "surprise": 1}')
+
+
+def test_speedups_only_within_a_run_and_where_both_gates_passed():
+    ours, warm = make_row(), make_row(variant="warm", seconds=0.002)
+    peer = make_row(impl="peer", seconds=0.04)
+    wrong = make_row(impl="wrong", seconds=0.5, gate=False, error_p90=0.1)
+    warm_peer = make_row(impl="warm peer", variant="warm", seconds=0.006)
+    elsewhere = make_row(impl="other run", run="2025", seconds=1.0)
+    rows = [ours, warm, peer, wrong, warm_peer, elsewhere]
+    timing.fill_speedups(rows)
+    assert peer.speedup == pytest.approx({"cold": 4.0, "warm": 20.0})
+    assert warm_peer.speedup == pytest.approx({"warm": 3.0})  # never against ours cold
+    assert ours.speedup == wrong.speedup == elsewhere.speedup == {}
+    assert tables.speedups(peer) == "4x cold, 20x warm"
+    assert "FAILED" in tables.cells(wrong)[5]
+    wrong.speedup = {"cold": 50.0}
+    assert tables.speedups(wrong) == ""  # not even if a hand-edited file claims it
+
+    ours.gate = False
+    timing.fill_speedups(rows)
+    assert peer.speedup == pytest.approx({"warm": 20.0})
+
+
+def test_the_environment_says_what_the_numbers_depend_on():
+    found = timing.environment(CPU)
+    assert found.keys() == ENVIRONMENT.keys()
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["threads"] == 1
+    assert found["copy_bytes_per_second"] > 1e8
+    assert found["commit"]
+
+
+# --- the search -----------------------------------------------------------------------------------------------------
+
+
+def fake_peer(passes_from: dict[int, int], price: Callable[[int, float], float]) -> Callable[[int, float], Trial]:
+    return lambda width, effort: Trial(price(width, effort), 1e-4 if effort >= passes_from[width] else 1e-2)
+
+
+@pytest.mark.parametrize("shift", [-2, 0, 2])
+def test_search_chooses_the_cheapest_passing_setting(shift):
+    grid = {4: range(1, 31), 8: range(1, 31), 16: range(1, 31)}
+    needed = {4: 24, 8: 8, 16: 6}
+
+    def price(width, effort):
+        return width * effort + 3 * width
+
+    passing = [(price(w, e), w, e) for w in grid for e in grid[w] if e >= needed[w]]
+    # the sample needs fewer, as many or more iterations than the whole
+    screen = fake_peer({w: e + shift for w, e in needed.items()}, price)
+    found = cheapest_setting(grid, screen, fake_peer(needed, price), 1e-3)
+    assert (found.width, found.effort) == min(passing)[1:] == (8, 8)
+    assert found.passed
+
+
+def test_search_says_when_nothing_passes():
+    def trial(width, effort):
+        return Trial(1.0, 1.0 / (width * effort))
+
+    found = cheapest_setting({2: (1, 2), 4: (1, 3)}, trial, trial, 1e-3)
+    assert (found.width, found.effort, found.passed) == (4, 3, False)
+
+
+def test_a_peer_that_misses_the_error_gets_a_row_without_a_speedup(quick):
+    def inaccurate(case, width, effort):
+        return lambda: [t._replace(S=t.S * 1.01) for t in case.truth]
+
+    peer = peers.SVDPeer("1 % off", inaccurate, lambda w, e: f"{w}, {e}", grid={4: (1, 2)})
+    row = runs.run_svd(quick, CONTEXT, peers=[peer])[-1]
+    assert (row.impl, row.gate, row.speedup) == ("1 % off", False, {})
+    assert row.error_p90 == pytest.approx(0.0201, rel=1e-3)
+    assert row.note == "none of 2 settings reaches 0.001"
+    assert row.note in " ".join(tables.cells(row))
+
+
+# --- cases and errors -----------------------------------------------------------------------------------------------
+
+
+def test_siglip2_has_the_76_matrices():
+    shapes = cases.siglip2_shapes()
+    assert len(shapes) == len({name for name, _, _ in shapes}) == 76
+    assert sum(m * n for _, m, n in shapes) == 92_012_544
+
+
+def test_stretching_keeps_the_leading_gaps_and_the_range():
+    spectrum = torch.linspace(10, 0, 384) ** 2
+    stretched = cases.stretched_spectrum(spectrum, 768) / 2**0.5
+    assert len(stretched) == 768
+    torch.testing.assert_close(stretched[:32].float(), spectrum[:32])
+    assert stretched[-1] == 0
+    assert (stretched.diff() <= 0).all()
+
+
+def test_truth_and_error_agree_with_the_full_svd(quick):
+    for weight, exact in zip(quick.weights, quick.truth, strict=True):
+        U, S, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
+        G = (U[:, :3] * S[:3] ** 2) @ Vh[:3]
+        assert ((exact.U * exact.S**2) @ exact.Vh - G).norm() < 1e-12 * G.norm()
+        other = exact._replace(S=exact.S * torch.tensor([1.0, 1.1, 0.9]), U=-exact.U, Vh=-exact.Vh)
+        expected = float(((other.U * other.S**2) @ other.Vh - G).norm() / G.norm())
+        assert cases.product_errors([exact], [other]) == pytest.approx([expected], rel=1e-9)
+
+
+def test_quantile_counts_a_nan_as_wrong():
+    errors = [i / 100 for i in range(1, 11)]
+    assert cases.quantile(errors) == 0.09
+    assert cases.quantile([0.0, float("nan")]) == float("inf")
+    assert cases.quantile([0.3], 1.0) == 0.3
+
+
+@pytest.mark.parametrize("peer", peers.SVD_PEERS, ids=lambda p: f"{p.name}-{p.variant}")
+def test_every_peer_converges_to_the_truth(quick, peer):
+    if peer.grid:
+        width = list(peer.grid)[-1]
+        run = peer.prepare(quick, width, peer.grid[width][-1])
+    else:
+        run = peer.prepare(quick, 0, 0)
+    assert max(cases.product_errors(quick.truth, run())) < 1e-4
+
+
+# --- end to end -----------------------------------------------------------------------------------------------------
+
+
+def test_quick_svd_end_to_end(quick):
+    chosen = [peer for peer in peers.SVD_PEERS if peer.name in ("torch.linalg.svd", "torch.svd_lowrank")]
+    rows = runs.run_svd(quick, CONTEXT, peers=chosen)
+    assert [(row.impl, row.variant) for row in rows[:2]] == [("ours", "cold"), ("ours", "warm")]
+    for row in rows:
+        assert row.gate
+        assert 0 < row.seconds_min <= row.seconds <= row.seconds_max
+        assert row.bytes == quick.bytes == 4 * quick.parameters
+        assert all(getattr(row, field.name) is not None for field in dataclasses.fields(row) if field.name != "reads")
+    assert rows[2].speedup.keys() == rows[3].speedup.keys() == {"cold", "warm"}
+    assert rows[3].note.startswith("cheapest of")
+    assert "N(0,1)" in rows[1].problem
+
+
+@pytest.mark.parametrize("case", cases.QUICK_LINEAR_CASES, ids=lambda c: str(c.dtype))
+def test_quick_linear_end_to_end(case):
+    rows = runs.run_linear(case, CONTEXT)
+    assert [row.impl for row in rows] == 2 * [peer.name for peer in linear_peers.LINEAR_PEERS]
+    assert all(row.gate for row in rows)
+    assert [set(row.speedup) for row in rows[1:4]] == 3 * [{"forward"}]
+
+
+def test_commands(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    for _ in range(2):
+        result = CliRunner().invoke(app, ["linear", "--quick", "--repeats", "1", "--threads", "1", "--json", str(file)])
+        assert result.exit_code == 0, result.output
+    assert len(timing.read_rows(file)) == 32
+    assert len(tables.latest(timing.read_rows(file))) in (16, 32)  # 32 when both runs fell into the same second
+    assert CliRunner().invoke(app, ["svd", "--case", "nonsense"]).exit_code == 2
+    assert CliRunner().invoke(app, ["svd", "--device", "tpu"]).exit_code == 2
+
+
+def test_table_check_notices_a_changed_readme(tmp_path):
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    old = make_row(run="2025-01-01T00:00:00+00:00", impl="of an old run")
+    timing.append_rows(results / "svd.jsonl", [old, make_row(), make_row(impl="peer", speedup={"cold": 3.0})])
+    readme.write_text("before\n<!-- bench:svd -->\n<!-- /bench:svd -->\nafter\n")
+    arguments = ["table", "--readme", str(readme), "--results", str(results)]
+
+    def exit_code(*more):
+        return CliRunner().invoke(app, [*arguments, *more]).exit_code
+
+    assert exit_code("--check") == 1
+    assert exit_code() == 0
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("<!-- /bench:svd -->\nafter\n")
+    assert "3x cold" in text
+    assert "of an old run" not in text
+    assert exit_code("--check") == 0
+    readme.write_text(text.replace("3x cold", "4x cold"))
+    assert exit_code("--check") == 1
+    readme.write_text("<!-- bench:missing -->\n<!-- /bench:missing -->\n")
+    assert exit_code("--check") == 2
+    readme.write_text("<!-- bench:svd -->\n")
+    assert exit_code("--check") == 2
