@@ -28,9 +28,9 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Threads for everybody;
 @contextmanager
 def _run(device: str, repeats: int, threads: int | None) -> Iterator[runs.Context]:
     """Equal threads for everybody, and what all rows of this run share."""
-    chosen = torch.device(device)
-    if chosen.type not in ("cpu", "cuda"):
+    if device.split(":")[0] not in ("cpu", "cuda"):
         raise typer.BadParameter(f"{device!r} is neither cpu nor cuda", param_hint="--device")
+    chosen = torch.device(device)
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("this torch sees no CUDA device: use --device cpu", param_hint="--device")
     with timing.equal_threads(threads or torch.get_num_threads()), _progress() as progress:

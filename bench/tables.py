@@ -45,8 +45,9 @@ def caption(row: Row) -> str:
     """One line on the machine, the versions and what the columns are."""
     e = row.environment
     versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items() if version)
+    threads = f"{row.threads} thread{'s' * (row.threads > 1)}"
     return (
-        f"{e['device_name']}, {row.threads} thread{'s' * (row.threads > 1)}, {versions}, commit {e['commit']}, {e['date']}; measured copy "
+        f"{e['device_name']}, {threads}, {versions}, commit {e['commit']}, {e['date']}; measured copy "
         f"{e['copy_bytes_per_second'] / 1e9:.1f} GB/s, fp32 product {e['fp32_flops_per_second'] / 1e9:.0f} GFLOP/s. "
         f"Time: median (min-max). Error: {row.error_of.split(', relative')[0]}, gate at {row.error_limit:g}. "
         "Settings with a choice: the cheapest that passes the gate."

@@ -161,7 +161,7 @@ def equal_threads(threads: int) -> Iterator[None]:
 def environment(device: torch.device) -> dict[str, Any]:
     """What the numbers of this run depend on, with the machine's copy bandwidth and dense peak measured now."""
     on_gpu = device.type == "cuda"
-    size = 2**28 if on_gpu else 2**26
+    size = 2**28 if on_gpu else 2**25
     source, target = (torch.zeros(size, dtype=torch.float32, device=device) for _ in range(2))
     factor = torch.randn(4096 if on_gpu else 2048, 4096 if on_gpu else 2048, device=device)
     copies, products = measure_in_turn([lambda: target.copy_(source), lambda: factor @ factor], [6, 6], device)
@@ -180,7 +180,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def run_identifier() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _version(module: str) -> str | None:

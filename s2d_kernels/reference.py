@@ -189,7 +189,7 @@ def quantize(
         bits: 2..8.
         symmetric: signed codes around 0, or unsigned codes with a zero point.
         granularity: "per_row" (per token or per output channel), "per_tensor", or "per_group" along K.
-        value_range: (min, max) to use instead of those of `x`; each broadcastable to the scale's shape.
+        value_range: (min, max) to use instead of those of `x`: each one value, or one a row.
         group_size: elements per group, only for "per_group"; must divide K.
 
     Returns:

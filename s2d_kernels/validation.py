@@ -111,8 +111,13 @@ def validate(
     return checks
 
 
-def _activations(rows: int, K: int, generator: torch.Generator) -> Tensor:
-    """Rows of several scales: ordinary, with an outlier, all zero, subnormal, one-sided, exact ties of the rounding."""
+def _rows(rows: int, K: int, bits: int, symmetric: bool, generator: torch.Generator) -> Tensor:
+    """Rows `[rows, K]`: ordinary, with an outlier, all zero, subnormal, one-sided, and exact ties of the rounding.
+
+    The ties are (integer + 1/2) * c with a range that makes c the scale: a kernel that multiplies by 1/c or rounds
+    half away from zero gets other codes there.
+    """
+    low, high = -(2 ** (bits - 1)) + symmetric, 2 ** (bits - 1) - 1
     x = torch.randn(rows, K, generator=generator)
     for row in range(rows):
         kind = row % 7
@@ -125,7 +130,10 @@ def _activations(rows: int, K: int, generator: torch.Generator) -> Tensor:
         elif kind == 4:
             x[row] = x[row].abs() + 1
         elif kind == 5:
-            x[row] = torch.arange(K) % 16 - 7.5
+            ties = torch.arange(K) % (high - low) + low + 0.5
+            ties[:2] = torch.tensor([low, high], dtype=torch.float32)[:K]
+            c = 2 * int(torch.randint(512, 1024, (), generator=generator)) + 1
+            x[row] = ties * (c / 1024)  # c has 11 bits: products and the scale are exact
     return x
 
 
@@ -134,7 +142,8 @@ def _kinds_and_shapes(
 ) -> Iterator[tuple[str, Tensor, Tensor, dict[str, Any]]]:
     for rows, K, N in LINEAR_SHAPES:
         for weight_bits, weight_symmetric, act_bits, act_symmetric in KINDS:
-            x, weight = _activations(rows, K, generator), _activations(N, K, generator)
+            x = _rows(rows, K, act_bits, act_symmetric, generator)
+            weight = _rows(N, K, weight_bits, weight_symmetric, generator)
             signs = "s" if weight_symmetric else "u", "s" if act_symmetric else "u"
             case = f"{rows}x{K}x{N} W{weight_bits}{signs[0]}A{act_bits}{signs[1]}"
             kinds = {
