@@ -37,7 +37,7 @@ def started(model: nn.Module, **kwargs: object) -> ActivationCapture:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(7,), (2, 5), (2, 3, 4)])
 def test_linear_of_any_batch_shape(bias: bool, shape: tuple[int, ...]) -> None:
-    layer = nn.Linear(9, 6, bias=bias)
+    layer = nn.Linear(9, 7, bias=bias)
     if bias:
         nn.init.constant_(layer.bias, 100.0)  # must not count
     capture = started(layer)
@@ -47,7 +47,7 @@ def test_linear_of_any_batch_shape(bias: bool, shape: tuple[int, ...]) -> None:
 
 
 def test_maximum_over_calls_and_no_gradient_calls_ignored() -> None:
-    layer = nn.Linear(9, 6)
+    layer = nn.Linear(9, 7)
     capture = started(layer)
     x = torch.randn(3, 4, 9)
     for micro_batch in x:
@@ -59,7 +59,7 @@ def test_maximum_over_calls_and_no_gradient_calls_ignored() -> None:
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpointing(use_reentrant: bool) -> None:
-    layer = nn.Linear(9, 6)
+    layer = nn.Linear(9, 7)
     capture = started(layer)
     x = torch.randn(5, 9, requires_grad=True)
     checkpoint(layer, x, use_reentrant=use_reentrant).sum().backward()
@@ -112,7 +112,7 @@ def test_packed_attention_projection(call: Callable) -> None:
 
 
 def test_non_finite_activations_are_left_out() -> None:
-    layer = nn.Linear(9, 6)
+    layer = nn.Linear(9, 7)
     x = torch.randn(5, 9)
     capture = started(layer)
     poisoned = x.clone()
@@ -122,7 +122,7 @@ def test_non_finite_activations_are_left_out() -> None:
 
 
 def test_weight_is_the_one_of_the_first_forward() -> None:
-    layer = nn.Linear(9, 6)
+    layer = nn.Linear(9, 7)
     before = layer.weight.detach().clone()
     capture = started(layer)
     layer(torch.randn(2, 9))
@@ -134,7 +134,7 @@ def test_weight_is_the_one_of_the_first_forward() -> None:
 
 
 def test_autocast() -> None:
-    layer = nn.Linear(9, 6)
+    layer = nn.Linear(9, 7)
     capture = started(layer)
     x = torch.randn(5, 9)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -34,8 +34,6 @@ COLD_READS = 8
 WARM_READS = 4
 # The error of G = sum s^n u v^T stays below five times the criterion (spec, section 3), so this asks for 1e-3.
 TOLERANCE = 2e-4
-# Matrices processed together on a CPU: a share of a last-level cache.
-CACHE_BYTES = 4 << 20
 # Probability that `missed` is not a bound, over the draw of the random column.
 FAILURE_PROBABILITY = 1e-3
 
@@ -206,10 +204,14 @@ def _topk_svd_reference(weights: list[Tensor], starts: list[Tensor], ks: list[in
 def _topk_svd_torch(weights: list[Tensor], starts: list[Tensor], ks: list[int], reads: list[int]) -> list[Tensor]:
     buckets: dict[tuple[object, ...], list[int]] = {}
     for index, weight in enumerate(weights):
-        kind = (tuple(weight.shape), weight.dtype, starts[index].shape[0], ks[index], reads[index])
+        kind: tuple[object, ...] = (tuple(weight.shape), weight.dtype, starts[index].shape[0], ks[index], reads[index])
+        if weight.device.type == "cpu":
+            # A matrix of its own: all its reads come from the cache, and every operand starts at an aligned address.
+            # In a batch MKL's bits depend on the batch's size and on the alignment of each slice.
+            kind = (index,)
         buckets.setdefault(kind, []).append(index)
     flat: list[Tensor] = [torch.empty(0)] * (6 * len(weights))
-    for members in (wave for bucket in buckets.values() for wave in _waves(bucket, weights)):
+    for members in buckets.values():
         first = members[0]
         wide = weights[first].shape[0] < weights[first].shape[1]
         matrices = [weights[i].mT if wide else weights[i] for i in members]
@@ -221,28 +223,6 @@ def _topk_svd_torch(weights: list[Tensor], starts: list[Tensor], ks: list[int], 
             # Copies: operator outputs must not share the bucket's storage.
             flat[6 * index : 6 * index + 6] = [t.clone(memory_format=torch.contiguous_format) for t in outputs]
     return flat
-
-
-def _waves(bucket: list[int], weights: list[Tensor]) -> list[list[int]]:
-    """Cut a bucket of equal matrices so that a wave stays in a CPU's last-level cache through all its reads."""
-    if weights[bucket[0]].device.type != "cpu":
-        return [bucket]
-    size = weights[bucket[0]].numel() * 4
-    wave = max(1, CACHE_BYTES // size)
-    return [bucket[i : i + wave] for i in range(0, len(bucket), wave)]
-
-
-def _products(A: Tensor, B: Tensor) -> Tensor:
-    """A @ B of each matrix of the batch.
-
-    On a CPU one product after the other: MKL's batched routine gives bits that depend on the size of the batch.
-    """
-    if A.device.type != "cpu":
-        return torch.bmm(A, B)
-    C = A.new_empty(A.shape[0], A.shape[1], B.shape[2])
-    for a, b, c in zip(A.unbind(), B.unbind(), C.unbind(), strict=True):
-        torch.mm(a, b, out=c)
-    return C
 
 
 def _block_krylov(matrices: list[Tensor], start: Tensor, k: int, reads: int) -> tuple[Tensor, ...]:
@@ -278,7 +258,7 @@ def _block_krylov(matrices: list[Tensor], start: Tensor, k: int, reads: int) -> 
     K, Y, Z = torch.cat(blocks_K, 1), torch.cat(blocks_Y, 1), torch.cat(blocks_Z, 1)
 
     Y64 = Y.double()
-    eigenvalues, R = torch.linalg.eigh(_products(Y64, Y64.mT))
+    eigenvalues, R = torch.linalg.eigh(torch.bmm(Y64, Y64.mT))
     theta = eigenvalues.clamp(min=0).sqrt().flip(1)  # [B, all], descending
     R = R.flip(2)
     rows = R[:, :, :b].mT.to(dtype)
@@ -287,9 +267,9 @@ def _block_krylov(matrices: list[Tensor], start: Tensor, k: int, reads: int) -> 
     floor = theta[:, :1] * (torch.finfo(dtype).eps * 4)
     inverse = torch.where(S > floor, 1.0 / S, 0.0).to(dtype).unsqueeze(2)
     S = torch.where(S > floor, S, 0.0).to(dtype)
-    right = _products(rows, K)
-    left = _products(rows, Y) * inverse
-    residual = torch.linalg.vector_norm(_products(rows, Z) * inverse - S.unsqueeze(2) * right, dim=2)
+    right = torch.bmm(rows, K)
+    left = torch.bmm(rows, Y) * inverse
+    residual = torch.linalg.vector_norm(torch.bmm(rows, Z) * inverse - S.unsqueeze(2) * right, dim=2)
     right = right * (S > 0).unsqueeze(2)
 
     if dense:
@@ -350,13 +330,13 @@ def _orthonormalize(block: Tensor, against: Tensor | None) -> Tensor:
     for _ in range(2):
         before = torch.linalg.vector_norm(block, dim=2, keepdim=True)
         if against is not None:
-            block = block - _products(_products(block, against.mT), against)
+            block = block - torch.bmm(torch.bmm(block, against.mT), against)
         length = torch.linalg.vector_norm(block, dim=2, keepdim=True)
         block = torch.where(length > 8 * eps * before, block / length, 0.0)
         wide = block.double()
-        eigenvalues, E = torch.linalg.eigh(_products(wide, wide.mT))
+        eigenvalues, E = torch.linalg.eigh(torch.bmm(wide, wide.mT))
         inverse = torch.where(eigenvalues > drop * block.shape[1], eigenvalues.clamp(min=drop).rsqrt(), 0.0)
-        block = _products((E * inverse.unsqueeze(1)).mT.to(block.dtype), block)
+        block = torch.bmm((E * inverse.unsqueeze(1)).mT.to(block.dtype), block)
     return block
 
 
@@ -368,11 +348,11 @@ def _missed_bound(gaussian: Tensor, K: Tensor, Z: Tensor, theta: Tensor, R: Tens
     (A^T A)^(q-1) w, whose Ritz coordinates are theta^(2(q-1)) times those of w; dropping the first k deflates it,
     and Z = (A^T A) K takes the last step. No product of its own, and no cancellation.
     """
-    coordinates = _products(_products(gaussian.unsqueeze(1), K.mT).double(), R)  # [B, 1, all]
+    coordinates = torch.bmm(torch.bmm(gaussian.unsqueeze(1), K.mT).double(), R)  # [B, 1, all]
     # relative to the first Ritz value that stays, lest a power of a small one underflow
     top = torch.where(theta[:, k : k + 1] > 0, theta[:, k : k + 1], 1.0)
     coordinates = coordinates * (theta / top).square().pow(reads - 1).unsqueeze(1)
     coordinates[:, :, :k] = 0
-    last = _products(_products(coordinates, R.mT), Z.double()).squeeze(1) / top.square()
+    last = torch.bmm(torch.bmm(coordinates, R.mT), Z.double()).squeeze(1) / top.square()
     ratio = torch.linalg.vector_norm(last, dim=1) / (FAILURE_PROBABILITY * math.sqrt(math.pi / 2))
     return ratio.pow(1 / (2 * reads)) * top.squeeze(1)
