@@ -27,9 +27,10 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python -m pytest bench/bench_kernels.py --benchmark-only $(PYTEST_ARGS)
 
-# README tables from bench/results/.
+# The tables of README and docs/benchmarks.md from docs/demo.md and bench/results/.
 tables: $(READY)
 	$(BIN)/python -m bench table
+	$(BIN)/python -m bench table --readme docs/benchmarks.md
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info

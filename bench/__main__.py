@@ -115,10 +115,10 @@ def table(
     readme: Annotated[Path, typer.Option(help="The file with the markers.")] = HERE.parent / "README.md",
     results: Annotated[Path, typer.Option(help="Folder of the committed rows.")] = HERE / "results",
 ) -> None:
-    """Render bench/results/NAME.jsonl into README between <!-- bench:NAME --> and <!-- /bench:NAME -->."""
+    """Render bench/results/NAME.jsonl between <!-- bench:NAME --> markers, and files between include markers."""
     before = readme.read_text(encoding="utf-8")
     try:
-        after = tables.rendered(before, results)
+        after = tables.rendered(before, results, readme.parent)
     except ValueError as error:
         console.print(f"[red]{error}")
         raise typer.Exit(2) from error

@@ -11,6 +11,7 @@ from rich.table import Table
 from bench.timing import Row, read_rows
 
 HEADINGS = ("case", "variant", "implementation", "setting", "time", "error p90", "ours is faster by")
+_INCLUDED = re.compile(r"(<!-- include:([\w./-]+) -->\n)(.*?)(<!-- /include -->)", re.DOTALL)
 _MARKED = re.compile(r"(<!-- bench:([\w.-]+) -->\n)(.*?)(<!-- /bench:\2 -->)", re.DOTALL)
 
 
@@ -85,12 +86,22 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join([*lines, "", *(f"<sub>{text}</sub>" for text in captions), ""])
 
 
-def rendered(readme: str, results: Path) -> str:
-    """`readme` with every marked table made anew from `results`/NAME.jsonl.
+def rendered(readme: str, results: Path, folder: Path = Path()) -> str:
+    """`readme` with every marked table made anew from `results`/NAME.jsonl and every included file of `folder`.
 
     Raises:
-        ValueError: a marker without its results, or without its closing twin.
+        ValueError: a marker without its results or file, or without its closing twin.
     """
+    if readme.count("<!-- include:") != readme.count("<!-- /include -->"):
+        raise ValueError("include markers do not pair up")
+
+    def include(match: re.Match[str]) -> str:
+        path = folder / match[2]
+        if not path.is_file():
+            raise ValueError(f"an include marker names {match[2]!r}, but there is no {path}")
+        return f"{match[1]}{path.read_text(encoding='utf-8').rstrip()}\n{match[4]}"
+
+    readme = _INCLUDED.sub(include, readme)
     opened, closed = (re.findall(rf"<!-- {slash}bench:([\w.-]+) -->", readme) for slash in ("", "/"))
     if opened != closed:
         raise ValueError(f"markers do not pair up: opened {opened}, closed {closed}")
