@@ -190,7 +190,8 @@ def to_markdown(rows: Sequence[LayerDiagnosis]) -> str:
     """The rows as a Markdown table."""
     header = _header(rows)
     lines = [header, ["---"] * len(header), *map(_cells, rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in escaped) + "\n"
 
 
 def draw(rows: Sequence[LayerDiagnosis], ratio_axes: Any, activation_axes: Any, *, threshold: float) -> None:
