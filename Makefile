@@ -4,12 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST_ARGS ?=
+# where the demo writes demo.png and demo.md; OUT=docs renews README's
+OUT ?= out
 
 .PHONY: demo test lint format bench tables clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
-	$(BIN)/python -m s2d_kernels demo
+	$(BIN)/python -m s2d_kernels demo --out $(OUT)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -141,6 +141,26 @@ def test_random_shapes_beside_neighbours(m: int, n: int, k: int, seed: int) -> N
     assert all(torch.equal(x, y) for x, y in zip(alone.basis, beside.basis, strict=True))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(384, 384), (512, 128), (128, 512), (96, 80), (48, 16), (37, 199), (600, 300)])
+def test_bits_do_not_depend_on_how_many_alike_are_in_the_call(shape: tuple[int, int], threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        weights = [torch.randn(shape) for _ in range(7)]
+        cold = topk_svd(weights, k=3)
+        warm = topk_svd(weights, k=3, warm=cold, seed=1)
+        for i in (0, 3, 6):
+            for count in (1, 2, 5):
+                others = [weights[(i + j) % 7] for j in range(count)]
+                alone = topk_svd(others, k=3)[0]
+                again = topk_svd(others, k=3, warm=[cold[(i + j) % 7] for j in range(count)], seed=1)[0]
+                assert all(torch.equal(x, y) for x, y in zip(alone.basis, cold[i].basis, strict=True))
+                assert all(torch.equal(x, y) for x, y in zip(again.basis, warm[i].basis, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_same_bits_again_and_other_bits_from_another_seed() -> None:
     weight = torch.randn(257, 199)
     first, again, other, named = (

@@ -34,6 +34,8 @@ COLD_READS = 8
 WARM_READS = 4
 # The error of G = sum s^n u v^T stays below five times the criterion (spec, section 3), so this asks for 1e-3.
 TOLERANCE = 2e-4
+# Matrices processed together on a CPU: a share of its last-level cache.
+CACHE_BYTES = 16 << 20
 # Probability that `missed` is not a bound, over the draw of the random column.
 FAILURE_PROBABILITY = 1e-3
 
@@ -76,13 +78,13 @@ class TopkSVD(NamedTuple):
 
 
 def warm_width(k: int) -> int:
-    """Columns of a warm start: b - 1 previous ones and one fresh random one."""
-    return max(8, k + 5)
+    """Columns of a warm start, max(8, k + 5) in whole fours: b - 1 previous ones and one fresh random one."""
+    return -(-max(8, k + 5) // 4) * 4
 
 
 def cold_width(k: int) -> int:
-    """Columns of a cold start, all random."""
-    return max(16, 2 * k)
+    """Columns of a cold start, max(16, 2 k) in whole fours: all random."""
+    return -(-max(16, 2 * k) // 4) * 4
 
 
 def topk_svd(
@@ -205,17 +207,19 @@ def _topk_svd_torch(weights: list[Tensor], starts: list[Tensor], ks: list[int], 
     buckets: dict[tuple[object, ...], list[int]] = {}
     for index, weight in enumerate(weights):
         kind: tuple[object, ...] = (tuple(weight.shape), weight.dtype, starts[index].shape[0], ks[index], reads[index])
-        if weight.device.type == "cpu":
-            # A matrix of its own: all its reads come from the cache, and every operand starts at an aligned address.
-            # In a batch MKL's bits depend on the batch's size and on the alignment of each slice.
+        if weight.device.type == "cpu" and (weight.shape[0] % 16 or weight.shape[1] % 16 or starts[index].shape[0] % 4):
+            # MKL's bits depend on the alignment of each slice of a batch, and these slices would not be aligned.
             kind = (index,)
         buckets.setdefault(kind, []).append(index)
     flat: list[Tensor] = [torch.empty(0)] * (6 * len(weights))
-    for members in buckets.values():
+    for members in (wave for bucket in buckets.values() for wave in _waves(bucket, weights)):
         first = members[0]
         wide = weights[first].shape[0] < weights[first].shape[1]
-        matrices = [weights[i].mT if wide else weights[i] for i in members]
-        results = _block_krylov(matrices, torch.stack([starts[i] for i in members]), ks[first], reads[first])
+        largest = torch.stack([_largest_element(weights[i]) for i in members])
+        matrices = torch.stack([weights[i] for i in members])
+        matrices = matrices.to(starts[first].dtype)
+        start = torch.stack([starts[i] for i in members])
+        results = _block_krylov(matrices.mT if wide else matrices, largest, start, ks[first], reads[first])
         for position, index in enumerate(members):
             left, S, right, residual, missed, status = (r[position] for r in results)
             U, Vh = (right.mT, left) if wide else (left.mT, right)
@@ -225,25 +229,57 @@ def _topk_svd_torch(weights: list[Tensor], starts: list[Tensor], ks: list[int], 
     return flat
 
 
-def _block_krylov(matrices: list[Tensor], start: Tensor, k: int, reads: int) -> tuple[Tensor, ...]:
-    """Triplets of equally shaped matrices A `[D, d]`, D >= d, from `start [B, b, d]`.
+def _waves(bucket: list[int], weights: list[Tensor]) -> list[list[int]]:
+    """Cut a bucket of equal matrices so that a wave stays in a CPU's cache through all its reads."""
+    if weights[bucket[0]].device.type != "cpu":
+        return [bucket]
+    count = -(-len(bucket) * weights[bucket[0]].numel() * 4 // CACHE_BYTES)
+    count = min(count, max(1, len(bucket) // 2))  # a lone matrix leaves threads idle
+    return [bucket[len(bucket) * i // count : len(bucket) * (i + 1) // count] for i in range(count)]
+
+
+def _bmm(A: Tensor, B: Tensor) -> Tensor:
+    """torch.bmm whose bits do not depend on the size of the batch.
+
+    MKL gives each matrix of a batch to one thread, but splits a single one among all, sums included: so a single one
+    goes twice.
+    """
+    if A.shape[0] == 1 and A.device.type == "cpu":
+        return torch.bmm(A.expand(2, -1, -1), B.expand(2, -1, -1))[:1]
+    return torch.bmm(A, B)
+
+
+def _eigh(H: Tensor) -> tuple[Tensor, Tensor]:
+    """torch.linalg.eigh of each matrix. On a CPU one by one: LAPACK's bits depend on how a slice is aligned."""
+    if H.device.type != "cpu" or H.shape[0] == 1:
+        return torch.linalg.eigh(H)
+    values, vectors = zip(*(torch.linalg.eigh(h) for h in H), strict=True)
+    return torch.stack(values), torch.stack(vectors)
+
+
+def _largest_element(weight: Tensor) -> Tensor:
+    """max |W|, 0-dim; NaN if W holds one."""
+    low, high = torch.aminmax(weight)  # passes NaN on, and makes no copy
+    return torch.maximum(high, -low)
+
+
+def _block_krylov(matrices: Tensor, largest: Tensor, start: Tensor, k: int, reads: int) -> tuple[Tensor, ...]:
+    """Triplets of the matrices A `[B, D, d]`, D >= d, with `largest [B]` elements, from `start [B, b, d]`.
 
     Returns left vectors as rows `[B, b, D]`, S `[B, b]`, right vectors as rows `[B, b, d]`, residual `[B, b]`,
     missed `[B]`, status `[B]`.
     """
     _, b, d = start.shape
     dtype = start.dtype
-    # aminmax passes NaN on and makes no copy
-    largest = torch.stack([torch.maximum(high, -low) for low, high in map(torch.aminmax, matrices)]).to(dtype)
+    largest = largest.to(dtype)
     finite = largest.isfinite()
     exponent = torch.frexp(torch.where(finite, largest, 1.0)).exponent.clamp(-126, 126)
     scale = torch.ldexp(torch.ones_like(largest), -exponent)  # power of two: A * scale is exact, |A * scale| < 1
-    matrices = [A.to(dtype) for A in matrices]
 
     dense = reads * b >= d  # the Krylov space would be everything: one read with Q = identity is exact
     gaussian = start[:, -1]
     if dense:
-        Q = torch.eye(d, dtype=dtype, device=start.device).expand(len(matrices), d, d)
+        Q = torch.eye(d, dtype=dtype, device=start.device).expand(matrices.shape[0], d, d)
         reads = 1
     else:
         Q = _orthonormalize(start, None)
@@ -258,7 +294,7 @@ def _block_krylov(matrices: list[Tensor], start: Tensor, k: int, reads: int) -> 
     K, Y, Z = torch.cat(blocks_K, 1), torch.cat(blocks_Y, 1), torch.cat(blocks_Z, 1)
 
     Y64 = Y.double()
-    eigenvalues, R = torch.linalg.eigh(torch.bmm(Y64, Y64.mT))
+    eigenvalues, R = _eigh(_bmm(Y64, Y64.mT))
     theta = eigenvalues.clamp(min=0).sqrt().flip(1)  # [B, all], descending
     R = R.flip(2)
     rows = R[:, :, :b].mT.to(dtype)
@@ -267,9 +303,9 @@ def _block_krylov(matrices: list[Tensor], start: Tensor, k: int, reads: int) -> 
     floor = theta[:, :1] * (torch.finfo(dtype).eps * 4)
     inverse = torch.where(S > floor, 1.0 / S, 0.0).to(dtype).unsqueeze(2)
     S = torch.where(S > floor, S, 0.0).to(dtype)
-    right = torch.bmm(rows, K)
-    left = torch.bmm(rows, Y) * inverse
-    residual = torch.linalg.vector_norm(torch.bmm(rows, Z) * inverse - S.unsqueeze(2) * right, dim=2)
+    right = _bmm(rows, K)
+    left = _bmm(rows, Y) * inverse
+    residual = torch.linalg.vector_norm(_bmm(rows, Z) * inverse - S.unsqueeze(2) * right, dim=2)
     right = right * (S > 0).unsqueeze(2)
 
     if dense:
@@ -301,21 +337,11 @@ def _block_krylov(matrices: list[Tensor], start: Tensor, k: int, reads: int) -> 
     )
 
 
-def _fused_product(matrices: list[Tensor], Q: Tensor, scale: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
-    """Y = Q (sA)^T `[B, b, D]` and Z = Y (sA) `[B, b, d]`; zeros for a matrix that is not finite.
-
-    One matrix after the other with both products together, so that the second finds it in the cache. One routine
-    for any number of matrices: the bits must not depend on the neighbours.
-    """
-    batch, b, d = Q.shape
-    Y = Q.new_empty(batch, b, matrices[0].shape[0])
-    Z = Q.new_empty(batch, b, d)
-    scale = scale.view(-1, 1, 1)
-    scaled = Q * scale
-    for A, q, y, z, s in zip(matrices, scaled, Y, Z, scale, strict=True):
-        torch.mm(q, A.mT, out=y)
-        torch.mm(y * s, A, out=z)
-    keep = finite.view(-1, 1, 1)
+def _fused_product(A: Tensor, Q: Tensor, scale: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
+    """Y = Q (sA)^T `[B, b, D]` and Z = Y (sA) `[B, b, d]`; zeros for a matrix that is not finite."""
+    scale, keep = scale.view(-1, 1, 1), finite.view(-1, 1, 1)
+    Y = _bmm(Q * scale, A.mT)
+    Z = _bmm(Y * scale, A)
     return torch.where(keep, Y, 0.0), torch.where(keep, Z, 0.0)
 
 
@@ -330,13 +356,13 @@ def _orthonormalize(block: Tensor, against: Tensor | None) -> Tensor:
     for _ in range(2):
         before = torch.linalg.vector_norm(block, dim=2, keepdim=True)
         if against is not None:
-            block = block - torch.bmm(torch.bmm(block, against.mT), against)
+            block = block - _bmm(_bmm(block, against.mT), against)
         length = torch.linalg.vector_norm(block, dim=2, keepdim=True)
         block = torch.where(length > 8 * eps * before, block / length, 0.0)
         wide = block.double()
-        eigenvalues, E = torch.linalg.eigh(torch.bmm(wide, wide.mT))
+        eigenvalues, E = _eigh(_bmm(wide, wide.mT))
         inverse = torch.where(eigenvalues > drop * block.shape[1], eigenvalues.clamp(min=drop).rsqrt(), 0.0)
-        block = torch.bmm((E * inverse.unsqueeze(1)).mT.to(block.dtype), block)
+        block = _bmm((E * inverse.unsqueeze(1)).mT.to(block.dtype), block)
     return block
 
 
@@ -348,11 +374,11 @@ def _missed_bound(gaussian: Tensor, K: Tensor, Z: Tensor, theta: Tensor, R: Tens
     (A^T A)^(q-1) w, whose Ritz coordinates are theta^(2(q-1)) times those of w; dropping the first k deflates it,
     and Z = (A^T A) K takes the last step. No product of its own, and no cancellation.
     """
-    coordinates = torch.bmm(torch.bmm(gaussian.unsqueeze(1), K.mT).double(), R)  # [B, 1, all]
+    coordinates = _bmm(_bmm(gaussian.unsqueeze(1), K.mT).double(), R)  # [B, 1, all]
     # relative to the first Ritz value that stays, lest a power of a small one underflow
     top = torch.where(theta[:, k : k + 1] > 0, theta[:, k : k + 1], 1.0)
     coordinates = coordinates * (theta / top).square().pow(reads - 1).unsqueeze(1)
     coordinates[:, :, :k] = 0
-    last = torch.bmm(torch.bmm(coordinates, R.mT), Z.double()).squeeze(1) / top.square()
+    last = _bmm(_bmm(coordinates, R.mT), Z.double()).squeeze(1) / top.square()
     ratio = torch.linalg.vector_norm(last, dim=1) / (FAILURE_PROBABILITY * math.sqrt(math.pi / 2))
     return ratio.pow(1 / (2 * reads)) * top.squeeze(1)
