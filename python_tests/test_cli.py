@@ -44,6 +44,7 @@ def test_report_on_a_model_folder(tmp_path: Path) -> None:
     arguments = ["report", str(folder), "--batches", "1", "--bounds-only"]
     result = RUNNER.invoke(app, arguments + [str(x) for name, path in outputs.items() for x in (f"--{name}", path)])
     assert result.exit_code == 0, result.output
+    assert "NaN" not in outputs["json"].read_text()
     rows = [json.loads(line) for line in outputs["json"].read_text().splitlines()]
     fired = {row["name"] for row in rows if row["k_target"]}
     assert {"encoder.layer.0.output.dense.weight", "encoder.layer.2.output.dense.weight"} <= fired

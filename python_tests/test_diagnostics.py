@@ -81,7 +81,7 @@ def test_table_markdown_and_picture(tmp_path: Path) -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(ValueError, match="batches is empty"):
+    with pytest.raises(ValueError, match="batches holds no batch"):
         diagnostics.diagnose(Model(), [])
-    with pytest.raises(TypeError, match="a batch must be a tensor"):
+    with pytest.raises(TypeError, match=r"batches\[0\] is a str"):
         diagnostics.diagnose(Model(), ["text"])

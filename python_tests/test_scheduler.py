@@ -78,19 +78,24 @@ def test_a_forked_child_gets_its_own_worker() -> None:
     side = SideStream()
     pending = side.submit(lambda: 1)
     pending.join()
+    release = threading.Event()
+    running = side.submit(release.wait, 30)
     child = os.fork()
     if child == 0:
         try:
+            code = 0 if pending.join() == 1 and side.submit(lambda: 3).join() == 3 else 2
             try:
-                pending.join()
+                running.join()
                 code = 1
             except RuntimeError:
-                code = 0 if side.submit(lambda: 3).join() == 3 else 2
+                pass
             side.close()
         except BaseException:
             code = 3
         os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    release.set()
+    assert running.join()
     side.close()
 
 

@@ -229,7 +229,7 @@ def test_bad_input_is_refused_by_name() -> None:
         topk_svd([torch.randn(3)], k=1)
     with pytest.raises(ValueError, match="equally long"):
         topk_svd([weight], k=[1, 2])
-    with pytest.raises(ValueError, match="reads=0"):
+    with pytest.raises(ValueError, match="reads=0 must be at least 1"):
         topk_svd([weight], k=1, reads=0)
     with pytest.raises(ValueError, match=r"warm\[0\] has U \(6, 4\)"):
         topk_svd([torch.randn(9, 8)], k=1, warm=topk_svd([weight], k=1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import platform
 import sys
@@ -72,9 +73,18 @@ def report(
         if markdown is not None:
             markdown.write_text(diagnostics.to_markdown(rows))
         if json_file is not None:
-            json_file.write_text("".join(json.dumps(row._asdict()) + "\n" for row in rows))
+            json_file.write_text("".join(json.dumps(_finite(row._asdict())) + "\n" for row in rows))
     except (ImportError, OSError, ValueError, TypeError) as error:
         raise _fail(error) from error
+
+
+def _finite(value: object) -> object:
+    """JSON has no NaN: null stands for what was not computed."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @app.command()
@@ -90,7 +100,7 @@ def validate(
 
     try:
         checks = validation.validate(op=op, impl=impl, device=device, seed=seed)
-    except ValueError as error:
+    except (ValueError, RuntimeError, AssertionError) as error:  # torch's own, for a device that is not there
         raise _fail(error) from error
     shown = checks if details else validation.summarize(checks)
     console.print(validation.to_table(shown, title=f"impl={impl} against reference on {device}, seed {seed}"))

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from s2d_kernels.capture import ActivationCapture
+from s2d_kernels.evaluation import run_batches
 from s2d_kernels.parameters import ParameterDecision, find_matrices
 from s2d_kernels.selection import pcdr
 from s2d_kernels.svd import STATUS_NAMES, topk_svd
@@ -75,26 +75,15 @@ def diagnose(
         One `LayerDiagnosis` per matrix in the model's order, and the decision about every parameter.
 
     Raises:
-        ValueError: no batch was given.
+        ValueError: no batch was given. TypeError: a batch is something else.
     """
     matrices, decisions = find_matrices(model, k_max=k_max, select=select, splits=splits)
     capture = ActivationCapture(matrices, require_grad=False)
-    training = model.training
-    model.eval()
-    count = 0
     capture.start()
     try:
-        with torch.no_grad():
-            for batch in batches:
-                _call(model, batch)
-                count += 1
-                if progress is not None:
-                    progress(1)
+        run_batches(model, batches, progress=progress)
     finally:
         captured = capture.stop()
-        model.train(training)
-    if count == 0:
-        raise ValueError("batches is empty: give at least one batch of the model's real input")
     called = [matrix for matrix in matrices if matrix.name in captured]
     weights = [captured[matrix.name].weight for matrix in called]
     factors = topk_svd(
@@ -131,17 +120,6 @@ def diagnose(
             )
         )
     return rows, decisions
-
-
-def _call(model: nn.Module, batch: Any) -> None:
-    if isinstance(batch, Tensor):
-        model(batch)
-    elif isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, (tuple, list)):
-        model(*batch)
-    else:
-        raise TypeError(f"a batch must be a tensor, a tuple, a list or a mapping, got {type(batch).__name__}")
 
 
 def _ratio(exact: float, low: float, high: float) -> str:

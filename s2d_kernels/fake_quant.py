@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from s2d_kernels import ops, quant_ops
+from s2d_kernels.evaluation import run_batches
 from s2d_kernels.parameters import HEAD
 
 logger = logging.getLogger("s2d_kernels")
@@ -409,22 +409,6 @@ def _batch_range(x: Tensor, percentile: float | None) -> Tensor:
     return torch.where(extremes.isfinite().all(), found.double(), torch.nan)
 
 
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients and without fused paths that call no hooks; all restored afterwards."""
-    training = {module: module.training for module in model.modules()}
-    fused = torch.backends.mha.get_fastpath_enabled()
-    model.eval()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-        for module, mode in training.items():
-            module.training = mode
-
-
 def _calibrate(
     model: nn.Module,
     layers: Mapping[str, nn.Linear],
@@ -451,26 +435,11 @@ def _calibrate(
         return hook
 
     handles = [layer.register_forward_pre_hook(observe(name), with_kwargs=True) for name, layer in layers.items()]
-    count = 0
     try:
-        with _evaluation(model):
-            for batch in batches:
-                count += 1
-                if isinstance(batch, Tensor):
-                    model(batch)
-                elif isinstance(batch, Mapping):
-                    model(**batch)
-                elif isinstance(batch, tuple | list):
-                    model(*batch)
-                else:
-                    raise TypeError(
-                        f"calibration batch {count - 1} is a {type(batch).__name__}: give a tensor, tuple or dict"
-                    )
+        run_batches(model, batches, name="calibration")
     finally:
         for handle in handles:
             handle.remove()
-    if count == 0:
-        raise ValueError("calibration holds no batch: an iterator may have been used up before")
 
     ranges = {}
     for name, calls in found.items():

@@ -12,7 +12,10 @@ An operation has up to four implementations, all with the same signature over pl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -65,6 +68,54 @@ def resolve(op: str, impl: str | None, device: torch.device) -> Callable[..., An
     return _TABLE[op][choose(op, impl, device)]
 
 
+@contextmanager
+def exact_arithmetic(device: torch.device) -> Iterator[None]:
+    """No gradients, and no autocast: it would turn an exact or an fp32 product into a bf16 one."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def define(op: str, signature: str, fake: Callable[..., Any]) -> None:
+    """Register the op `s2d::<op>` with a trailing `str? impl=None`; `fake` takes the arguments before it.
+
+    The first argument is a tensor or a list of tensors, whose device is asked for the implementation.
+    """
+    arguments, returns = signature.split(" -> ")
+    library.define(f"{op}({arguments}, str? impl=None) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
+    count = arguments.count(",") + 1  # the dispatcher leaves out a trailing argument that has its default value
+
+    def call(*given: Any) -> Any:
+        impl = given[count] if len(given) > count else None
+        device = given[0].device if isinstance(given[0], Tensor) else given[0][0].device
+        with exact_arithmetic(device):
+            return resolve(op, impl, device)(*given[:count])
+
+    library.impl(op, call, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"s2d::{op}", lambda *given: fake(*given[:count]))
+
+
+def check_integer(name: str, value: object, *, low: int, high: int | None = None) -> int:
+    """Return `value` as an int in low..high, or raise a TypeError/ValueError that names it."""
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise TypeError(f"{name}={value!r} must be an integer, got {type(value).__name__}") from error
+    if number < low or (high is not None and number > high):
+        wanted = f"at least {low}" if high is None else f"in {low}..{high}"
+        raise ValueError(f"{name}={number} must be {wanted}")
+    return number
+
+
+def check_number(name: str, value: object) -> float:
+    """Return `value` as a finite float, or raise a TypeError/ValueError that names it."""
+    if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name}={value!r} must be a number, got {type(value).__name__}")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name}={number} must be finite")
+    return number
+
+
 def check_tensor(
     name: str,
     value: object,
@@ -110,97 +161,36 @@ def check_same_length(**lists: Sequence[Any]) -> None:
 
 # --- topk_svd: six outputs a matrix, U [m, b], S [b], Vh [b, n], residual [b], missed [], status [] (int32) --------
 
-library.define(
-    "topk_svd(Tensor[] weights, Tensor[] starts, SymInt[] ks, SymInt[] reads, str? impl=None) -> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
-
-def _topk_svd(
-    weights: list[Tensor], starts: list[Tensor], ks: list[int], reads: list[int], impl: str | None = None
-) -> list[Tensor]:
-    with torch.no_grad():
-        return resolve("topk_svd", impl, weights[0].device)(weights, starts, ks, reads)
-
-
-def _topk_svd_fake(
-    weights: list[Tensor], starts: list[Tensor], ks: list[int], reads: list[int], impl: str | None = None
-) -> list[Tensor]:
+def _topk_svd_fake(weights: list[Tensor], starts: list[Tensor], _ks: list[int], _reads: list[int]) -> list[Tensor]:
     flat: list[Tensor] = []
     for weight, start in zip(weights, starts, strict=True):
         (m, n), b = weight.shape, start.shape[0]
-        shapes = ((m, b), (b,), (b, n), (b,), ())
-        flat += [start.new_empty(shape) for shape in shapes]
+        flat += [start.new_empty(shape) for shape in ((m, b), (b,), (b, n), (b,), ())]
         flat.append(start.new_empty((), dtype=torch.int32))
     return flat
 
 
-library.impl("topk_svd", _topk_svd, "CompositeExplicitAutograd")
-torch.library.register_fake("s2d::topk_svd", _topk_svd_fake)
-
+define("topk_svd", "Tensor[] weights, Tensor[] starts, SymInt[] ks, SymInt[] reads -> Tensor[]", _topk_svd_fake)
 
 # --- add_penalty_grad_: grads[i] += U[i] diag(coefficients[i]) Vh[i] ----------------------------------------------
 
-library.define(
-    "add_penalty_grad_(Tensor(a!)[] grads, Tensor[] U, Tensor[] Vh, Tensor[] coefficients, str? impl=None) -> ()",
-    tags=(torch.Tag.pt2_compliant_tag,),
+define(
+    "add_penalty_grad_",
+    "Tensor(a!)[] grads, Tensor[] U, Tensor[] Vh, Tensor[] coefficients -> ()",
+    lambda *_: None,
 )
 
+# --- PCDR: bounds [layers, 2, k_max] from the factors, or the ratios themselves [layers, k_max], fp64 ---------------
 
-def _add_penalty_grad_(
-    grads: list[Tensor], U: list[Tensor], Vh: list[Tensor], coefficients: list[Tensor], impl: str | None = None
-) -> None:
-    with torch.no_grad():
-        resolve("add_penalty_grad_", impl, grads[0].device)(grads, U, Vh, coefficients)
-
-
-library.impl("add_penalty_grad_", _add_penalty_grad_, "CompositeExplicitAutograd")
-torch.library.register_fake("s2d::add_penalty_grad_", lambda *_, **__: None)
-
-
-# --- PCDR: bounds [layers, 2, k_max] from the factors, or the ratios themselves [layers, k_max] --------------------
-
-library.define(
-    "pcdr_bounds(Tensor[] weights, Tensor[] inputs, Tensor[] neurons, Tensor[] U, Tensor[] S, Tensor[] Vh, "
-    "Tensor[] residuals, int k_max, str? impl=None) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+define(
+    "pcdr_bounds",
+    "Tensor[] weights, Tensor[] inputs, Tensor[] neurons, Tensor[] U, Tensor[] S, Tensor[] Vh, Tensor[] residuals, "
+    "int k_max -> Tensor",
+    lambda weights, _x, _i, _u, _s, _v, _r, k_max: weights[0].new_empty((len(weights), 2, k_max), dtype=torch.float64),
 )
-library.define(
-    "pcdr_exact(Tensor[] weights, Tensor[] inputs, Tensor[] neurons, int k_max, str? impl=None) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-def _pcdr_bounds(
-    weights: list[Tensor],
-    inputs: list[Tensor],
-    neurons: list[Tensor],
-    U: list[Tensor],
-    S: list[Tensor],
-    Vh: list[Tensor],
-    residuals: list[Tensor],
-    k_max: int,
-    impl: str | None = None,
-) -> Tensor:
-    function = resolve("pcdr_bounds", impl, weights[0].device)
-    return function(weights, inputs, neurons, U, S, Vh, residuals, k_max)
-
-
-def _pcdr_exact(
-    weights: list[Tensor], inputs: list[Tensor], neurons: list[Tensor], k_max: int, impl: str | None = None
-) -> Tensor:
-    return resolve("pcdr_exact", impl, weights[0].device)(weights, inputs, neurons, k_max)
-
-
-library.impl("pcdr_bounds", _pcdr_bounds, "CompositeExplicitAutograd")
-library.impl("pcdr_exact", _pcdr_exact, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "s2d::pcdr_bounds",
-    lambda weights, _x, _i, _u, _s, _v, _r, k_max, impl=None: weights[0].new_empty(
-        (len(weights), 2, k_max), dtype=torch.float64
-    ),
-)
-torch.library.register_fake(
-    "s2d::pcdr_exact",
-    lambda weights, _x, _i, k_max, impl=None: weights[0].new_empty((len(weights), k_max), dtype=torch.float64),
+define(
+    "pcdr_exact",
+    "Tensor[] weights, Tensor[] inputs, Tensor[] neurons, int k_max -> Tensor",
+    lambda weights, _x, _i, k_max: weights[0].new_empty((len(weights), k_max), dtype=torch.float64),
 )

@@ -48,6 +48,7 @@ def add_penalty_grad_(
     Accuracy: the sum is formed in fp32 (fp64 for fp64) and rounded once to the gradient's dtype.
     Determinism: same inputs give the same bits.
     """
+    strength, power = ops.check_number("strength", strength), ops.check_number("power", power)
     grads = ops.check_tensor_list("grads", grads, ndim=2)
     ops.check_same_length(grads=grads, factors=factors)
     if isinstance(ranks, Tensor):
@@ -60,14 +61,19 @@ def add_penalty_grad_(
 
     touched: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for index, (grad, factor) in enumerate(zip(grads, factors, strict=True)):
+        if not isinstance(factor, TopkSVD):
+            raise TypeError(f"factors[{index}] must be a TopkSVD, got {type(factor).__name__}")
         k = factor.S.shape[0]
         if factor.U.shape != (grad.shape[0], k) or factor.Vh.shape != (k, grad.shape[1]):
             raise ValueError(
                 f"factors[{index}] has U {tuple(factor.U.shape)} and Vh {tuple(factor.Vh.shape)}, "
                 f"which do not fit grads[{index}] of shape {tuple(grad.shape)}"
             )
-        if 0 in grad.stride() and grad.numel() > 1:
-            raise ValueError(f"grads[{index}] is expanded (stride {grad.stride()}): pass a tensor with its own memory")
+        if _overlaps(grad):
+            raise ValueError(
+                f"grads[{index}] overlaps itself in memory (shape {tuple(grad.shape)}, stride {grad.stride()}): pass a "
+                "tensor with its own memory"
+            )
         c = (
             penalty_coefficients(factor, strength=strength, power=power)
             if coefficients is None
@@ -79,14 +85,18 @@ def add_penalty_grad_(
         if isinstance(ranks, Tensor):
             c = torch.where(torch.arange(k, device=c.device) < ranks[index], c, 0.0)
         elif ranks is not None:
-            rank = int(ranks[index])
-            if not 0 <= rank <= k:
-                raise ValueError(f"ranks[{index}]={rank} must lie in 0..{k}")
+            rank = ops.check_integer(f"ranks[{index}]", ranks[index], low=0, high=k)
         if rank and grad.numel():
             touched.append((grad, factor.U[:, :rank], factor.Vh[:rank], c[:rank]))
     if touched:
         gs, Us, Vhs, cs = (list(column) for column in zip(*touched, strict=True))
         torch.ops.s2d.add_penalty_grad_(gs, Us, Vhs, cs, impl)
+
+
+def _overlaps(matrix: Tensor) -> bool:
+    """Whether two elements of a matrix share memory."""
+    (outer_stride, outer), (inner_stride, inner) = sorted(zip(matrix.stride(), matrix.shape, strict=True), reverse=True)
+    return (inner > 1 and inner_stride == 0) or (outer > 1 and outer_stride < inner_stride * (inner - 1) + 1)
 
 
 @ops.implements("add_penalty_grad_", "reference")

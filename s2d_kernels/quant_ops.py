@@ -17,7 +17,7 @@ int64 matrices nor divides by a Python number with correct rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -107,22 +107,6 @@ def unpack_codes(packed: Tensor, K: int, symmetric: bool) -> Tensor:
 # --- Ops ----------------------------------------------------------------------------------------------------------
 
 
-def _define(op: str, signature: str, fake: Callable[..., Any]) -> None:
-    """Register the op `s2d::<op>` with a trailing `str? impl=None`; `fake` takes the arguments before it."""
-    arguments, returns = signature.split(" -> ")
-    ops.library.define(f"{op}({arguments}, str? impl=None) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
-    count = arguments.count(",") + 1  # the dispatcher leaves out a trailing argument that has its default value
-
-    def call(x: Tensor, *rest: Any) -> Any:
-        impl = rest[count - 1] if len(rest) == count else None
-        # Autocast would turn an exact GEMM into a bf16 one.
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            return ops.resolve(op, impl, x.device)(x, *rest[: count - 1])
-
-    ops.library.impl(op, call, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"s2d::{op}", lambda *given: fake(*given[:count]))
-
-
 def _working_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -145,27 +129,27 @@ def _quantize_fake(
 _OPERAND = "Tensor {0}_codes, Tensor {0}_scale, Tensor {0}_zero_point, Tensor {0}_row_sum"
 _OPERANDS = f"{_OPERAND.format('x')}, {_OPERAND.format('w')}"
 _KINDS = "int x_bits, bool x_symmetric, int w_bits, bool w_symmetric"
-_define(
+ops.define(
     "quantize",
     "Tensor x, Tensor? minimum, Tensor? maximum, int bits, bool symmetric, str granularity, SymInt group_size"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _quantize_fake,
 )
-_define(
+ops.define(
     "integer_accumulator",
     f"{_OPERANDS}, {_KINDS} -> Tensor",
     lambda x, _xs, _xz, _xr, w, _ws, _wz, w_row_sum, *_: x.new_empty(
         (w_row_sum.shape[1], x.shape[0], w.shape[0]), dtype=torch.int32
     ),
 )
-_define(
+ops.define(
     "integer_linear",
     f"{_OPERANDS}, Tensor? bias, {_KINDS}, ScalarType out_dtype -> Tensor",
     lambda x, _xs, _xz, _xr, w, _ws, _wz, _wr, _bias, _xb, _xy, _wb, _wy, out_dtype: x.new_empty(
         (x.shape[0], w.shape[0]), dtype=out_dtype
     ),
 )
-_define(
+ops.define(
     "straight_through_grad",
     "Tensor grad, Tensor codes, Tensor scale, Tensor zero_point, Tensor mask, SymInt K, int bits, bool symmetric, "
     "ScalarType out_dtype -> Tensor",

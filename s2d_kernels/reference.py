@@ -56,8 +56,10 @@ def decayed_singular_values(S: Tensor, *, lr_sum: Tensor | float, strength: floa
     """
     if power == 1:
         return S * torch.exp(torch.as_tensor(-strength * lr_sum, dtype=S.dtype, device=S.device))
-    growth = (power - 1) * strength * lr_sum * S.pow(power - 1)
-    return S * torch.exp(torch.log1p(growth) * (-1.0 / (power - 1)))
+    # log(1 + growth) from the logarithm of growth = (power-1) * strength * lr_sum * s^(power-1), which may overflow
+    rate = torch.as_tensor((power - 1) * strength * lr_sum, dtype=S.dtype, device=S.device)
+    log_growth = rate.log() + (power - 1) * S.log()
+    return S * torch.exp(torch.logaddexp(log_growth, torch.zeros_like(S)) * (-1.0 / (power - 1)))
 
 
 def decoupled_update(weight: Tensor, *, lr: float, rank: int, strength: float, power: float) -> Tensor:

@@ -21,9 +21,12 @@ T = TypeVar("T")
 class Pending(Generic[T]):
     """Result of `SideStream.submit`, to be joined once."""
 
-    def __init__(self, side: SideStream, future: Future[tuple[T, torch.cuda.Event | None]]) -> None:
+    def __init__(
+        self, side: SideStream, future: Future[tuple[T, torch.cuda.Event | None]], arguments: tuple[Any, ...] = ()
+    ) -> None:
         self._side = side
         self._future = future
+        self._arguments = arguments  # held until the join: the side stream may still read their memory
         self._process = os.getpid()
 
     def done(self) -> bool:
@@ -36,7 +39,7 @@ class Pending(Generic[T]):
 
     def join(self) -> T:
         """Wait for the result; the current CUDA stream waits for the side stream. Re-raises the work's exception."""
-        if os.getpid() != self._process:
+        if os.getpid() != self._process and not self._future.done():
             raise RuntimeError("this refresh was started in another process: after a fork only the parent can join it")
         if not self._future.done():
             self._side.late += 1
@@ -49,6 +52,7 @@ class Pending(Generic[T]):
             value, event = self._future.result()
         if event is not None:
             torch.cuda.current_stream(self._side.device).wait_event(event)
+        self._arguments = ()
         return value
 
 
@@ -90,8 +94,8 @@ class SideStream:
                 future.set_result(self._run(fork, work, args))
             except Exception as error:
                 future.set_exception(error)
-            return Pending(self, future)
-        return Pending(self, self._thread().submit(self._run, fork, work, args))
+            return Pending(self, future, args)
+        return Pending(self, self._thread().submit(self._run, fork, work, args), args)
 
     def close(self) -> None:
         """Finish what was submitted and end the worker. A later `submit` starts a new one."""
@@ -110,7 +114,8 @@ class SideStream:
     def _run(
         self, fork: torch.cuda.Event | None, work: Callable[..., T], args: tuple[Any, ...]
     ) -> tuple[T, torch.cuda.Event | None]:
-        with torch.no_grad():
+        # Autocast belongs to the calling thread: without this, work done in place would differ from the worker's.
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             if fork is None or self._stream is None:
                 return work(*args), None
             with torch.cuda.stream(self._stream):

@@ -85,17 +85,21 @@ def pcdr(
         ops.check_same_length(weights=weights, factors=factors)
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold={threshold} must lie in (0, 1]")
-    if k_max < 1:
-        raise ValueError(f"k_max={k_max} must be at least 1")
+    k_max = ops.check_integer("k_max", k_max, low=1)
     indices: list[Tensor] = []
     finite: list[int] = []
     for index, (weight, x) in enumerate(zip(weights, inputs, strict=True)):
         if x.shape[0] != weight.shape[1]:
             raise ValueError(f"inputs[{index}] has {x.shape[0]} elements, weights[{index}] is {tuple(weight.shape)}")
-        neuron = int(neurons[index])
+        neuron = neurons[index]
+        if isinstance(neuron, Tensor) and not neuron.is_floating_point() and neuron.numel() == 1:
+            neuron = int(neuron)
+        neuron = ops.check_integer(f"neurons[{index}]", neuron, low=-(2**63))
         if not 0 <= neuron < weight.shape[0]:
             raise ValueError(f"neurons[{index}]={neuron} must lie in 0..{weight.shape[0] - 1}")
         indices.append(torch.tensor(neuron, device=weight.device))
+        if factors is not None:
+            _check_factors(index, weight, factors[index])
         bad = factors is not None and int(factors[index].status) in (NON_FINITE, OVERFLOW)
         if not bad and bool(x.isfinite().all()) and (factors is not None or bool(weight.isfinite().all())):
             finite.append(index)
@@ -142,11 +146,24 @@ def pcdr(
     ]
 
 
+def _check_factors(index: int, weight: Tensor, factor: object) -> None:
+    if not isinstance(factor, TopkSVD):
+        raise TypeError(f"factors[{index}] must be a TopkSVD, got {type(factor).__name__}")
+    basis, (m, n) = factor.basis, weight.shape
+    b = basis.S.shape[0]
+    if basis.U.shape != (m, b) or basis.Vh.shape != (b, n):
+        raise ValueError(
+            f"factors[{index}] has a basis of U {tuple(basis.U.shape)} and Vh {tuple(basis.Vh.shape)}, which do not "
+            f"fit weights[{index}] of shape {tuple(weight.shape)}"
+        )
+
+
 def _result(
     weight: Tensor, x: Tensor, neuron: Tensor, k_target: int, route: str, lower: list[float], upper: list[float]
 ) -> PCDR:
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    activation = float((weight[int(neuron)].to(dtype) @ x.to(dtype)).abs())
+    with ops.exact_arithmetic(weight.device):
+        activation = float((weight[int(neuron)].to(dtype) @ x.to(dtype)).abs())
     return PCDR(k_target, route, tuple(lower), tuple(upper), activation, int(neuron))
 
 

@@ -87,6 +87,7 @@ def cold_width(k: int) -> int:
     return -(-max(16, 2 * k) // 4) * 4
 
 
+@torch.no_grad()
 def topk_svd(
     weights: Sequence[Tensor],
     *,
@@ -127,22 +128,25 @@ def topk_svd(
     Determinism: same inputs, seed and keys give the same bits.
     """
     weights = ops.check_tensor_list("weights", weights, ndim=2)
-    ks = [k] * len(weights) if isinstance(k, int) else list(k)
+    ks = list(k) if isinstance(k, Sequence) else [k] * len(weights)
     previous = [None] * len(weights) if warm is None else list(warm)
     names = [""] * len(weights) if keys is None else list(keys)
     ops.check_same_length(weights=weights, k=ks, warm=previous, keys=names)
-    if reads is not None and reads < 1:
-        raise ValueError(f"reads={reads} must be at least 1")
+    if reads is not None:
+        reads = ops.check_integer("reads", reads, low=1)
     if not weights:
         return []
     starts, schedule = [], []
     for index, (weight, k_i, before, name) in enumerate(zip(weights, ks, previous, names, strict=True)):
         if weight.numel() == 0:
             raise ValueError(f"weights[{index}] is empty, shape {tuple(weight.shape)}: leave it out of the list")
+        k_i = ks[index] = ops.check_integer(f"k of weights[{index}]", k_i, low=-(2**63))
         if not 1 <= k_i <= min(weight.shape):
             raise ValueError(
                 f"k={k_i} for weights[{index}] must lie in 1..{min(weight.shape)}, its shape is {tuple(weight.shape)}"
             )
+        if before is not None and not isinstance(before, TopkSVD | SVDBasis):
+            raise TypeError(f"warm[{index}] must be a TopkSVD, its basis, or None, got {type(before).__name__}")
         starts.append(_start_block(index, weight, k_i, before, seed, name))
         schedule.append(reads or (COLD_READS if before is None else WARM_READS))
     flat = torch.ops.s2d.topk_svd(weights, starts, ks, schedule, impl)
@@ -273,7 +277,9 @@ def _block_krylov(matrices: Tensor, largest: Tensor, start: Tensor, k: int, read
     dtype = start.dtype
     largest = largest.to(dtype)
     finite = largest.isfinite()
-    exponent = torch.frexp(torch.where(finite, largest, 1.0)).exponent.clamp(-126, 126)
+    # the exponents of which both 2^e and 2^-e are normal numbers
+    bound = 1022 if dtype == torch.float64 else 126
+    exponent = torch.frexp(torch.where(finite, largest, 1.0)).exponent.clamp(-bound, bound)
     scale = torch.ldexp(torch.ones_like(largest), -exponent)  # power of two: A * scale is exact, |A * scale| < 1
 
     dense = reads * b >= d  # the Krylov space would be everything: one read with Q = identity is exact
@@ -299,8 +305,9 @@ def _block_krylov(matrices: Tensor, largest: Tensor, start: Tensor, k: int, read
     R = R.flip(2)
     rows = R[:, :, :b].mT.to(dtype)
     S = theta[:, :b]
-    # Below the rounding of the products a Ritz value is noise: the component counts as zero.
-    floor = theta[:, :1] * (torch.finfo(dtype).eps * 4)
+    # A Ritz value below the rounding of the products, or of their fp64 Gram matrix, is noise: it counts as zero.
+    noise = max(4 * torch.finfo(dtype).eps, math.sqrt(Y.shape[1] * torch.finfo(torch.float64).eps))
+    floor = theta[:, :1] * noise
     inverse = torch.where(S > floor, 1.0 / S, 0.0).to(dtype).unsqueeze(2)
     S = torch.where(S > floor, S, 0.0).to(dtype)
     right = _bmm(rows, K)
