@@ -142,3 +142,26 @@ def test_autocast() -> None:
     got = capture.stop()["weight"]
     assert got.value.item() == pytest.approx(brute_force(layer.weight.detach(), x)[0], rel=2e-2)
     assert got.x.dtype == torch.float32
+
+
+def test_an_overflowing_output_is_the_largest() -> None:
+    layer = nn.Linear(8, 7, bias=False)
+    with torch.no_grad():
+        layer.weight[3] = 1e4
+    x = torch.ones(2, 8) * 3
+    capture = started(layer)
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert layer(x).isinf().any()
+    assert capture.stop()["weight"].neuron == 3
+
+
+def test_a_linear_that_returns_its_bias_beside_the_output() -> None:
+    class Pair(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return super().forward(x), self.bias
+
+    layer = Pair(9, 7)
+    capture = started(layer)
+    x = torch.randn(5, 9)
+    layer(x)
+    check(capture, "weight", layer.weight.detach(), x)

@@ -106,5 +106,7 @@ def test_views_reach_the_parameter() -> None:
     matrices, _ = find_matrices(model)
     for matrix in matrices:
         gradient = torch.zeros_like(matrix.parameter)
-        matrix.view(gradient).fill_(1.0)
+        rows = matrix.rows(gradient)
+        rows.fill_(1.0)
+        matrix.write_back(gradient, rows)
         assert gradient.sum() == matrix.shape[0] * matrix.shape[1]

@@ -102,3 +102,11 @@ def test_half_life(power: float) -> None:
 def test_top_k_refuses_more_components_than_there_are() -> None:
     with pytest.raises(ValueError, match=r"k=4 must lie in 1\.\.3"):
         reference.topk_svd(torch.randn(3, 5), 4)
+
+
+def test_decay_does_not_overflow() -> None:
+    s = torch.tensor([1e30])
+    got = reference.decayed_singular_values(s, lr_sum=1e-3, strength=1.0, power=3.0)
+    assert got.item() == pytest.approx((2 * 1e-3) ** -0.5, rel=1e-4)
+    assert reference.decayed_singular_values(torch.zeros(1), lr_sum=0.1, strength=1.0, power=2.0) == 0
+    assert reference.decayed_singular_values(torch.ones(1), lr_sum=0.0, strength=1.0, power=2.0) == 1

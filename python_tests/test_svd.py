@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from helpers import decaying_spectrum, matrix_with_spectrum, product_error
@@ -241,3 +242,26 @@ def test_bad_input_is_refused_by_name() -> None:
 def test_operator_checks() -> None:
     weights, starts = [torch.randn(20, 9), torch.randn(9, 30)], [torch.randn(4, 9), torch.randn(4, 9)]
     torch.library.opcheck(torch.ops.s2d.topk_svd.default, (weights, starts, [2, 2], [2, 2], "torch"))
+
+
+def test_parameters_autocast_and_numpy_integers() -> None:
+    weight = torch.nn.Parameter(matrix_with_spectrum(90, 80, decaying_spectrum(80)))
+    plain = topk_svd([weight], k=3)[0]
+    assert not plain.S.requires_grad
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = topk_svd([weight], k=np.int64(3))[0]
+    assert all(torch.equal(x, y) for x, y in zip(plain.basis, inside.basis, strict=True))
+
+
+@pytest.mark.parametrize("scale", [1e200, 1e-200])
+def test_fp64_range(scale: float) -> None:
+    weight = matrix_with_spectrum(70, 60, decaying_spectrum(60, rate=0.1), dtype=torch.float64)
+    got = topk_svd([weight * scale], k=3)[0]
+    assert got.status == CONVERGED
+    assert torch.allclose(got.S / scale, torch.linalg.svdvals(weight)[:3], rtol=1e-6)
+
+
+def test_fp64_rank_deficient_has_zeros_not_noise() -> None:
+    got = topk_svd([torch.outer(torch.randn(50).double(), torch.randn(40).double())], k=3)[0]
+    assert not got.S[1:].any()
+    assert not got.U[:, 1:].any()

@@ -50,6 +50,7 @@ def reciprocal(x: torch.Tensor, **kinds: Any) -> QuantizedOperand:
         ("add_penalty_grad_", lambda g, f, *, ranks, **k: add_penalty_grad_(g, f, **k), {"grad"}),
         ("topk_svd", topk_svd, set()),
         ("topk_svd", lambda w, k: topk_svd(w, k=k, reads=1), {"S", "U S^2 Vh"}),
+        ("topk_svd", lambda w, k: [topk_svd([m.nan_to_num()], k=k)[0] for m in w], {"S", "U S^2 Vh"}),
         ("pcdr", pcdr, set()),
         ("pcdr", lambda w, x, n, f, **k: [d._replace(k_target=0) for d in pcdr(w, x, n, f, **k)], {"k_target"}),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import weakref
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from s2d_kernels.ops import exact_arithmetic
 from s2d_kernels.parameters import Matrix
 
 
@@ -24,12 +27,53 @@ class Captured(NamedTuple):
     weight: Tensor
 
 
+class _EagerWhileCapturing:
+    """Keeps compiled functions eager while any capture is active; one global switch, hence one count."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._stance: Any = None
+
+    def enter(self) -> None:
+        self._count += 1
+        # Without Dynamo nothing is compiled; importing it for nothing takes seconds.
+        if self._stance is None and "torch._dynamo" in sys.modules:
+            self._stance = torch.compiler.set_stance("force_eager")
+
+    def leave(self) -> None:
+        self._count -= 1
+        if self._count == 0 and self._stance is not None:
+            self._stance.__exit__(None, None, None)
+            self._stance = None
+
+
+_eager = _EagerWhileCapturing()
+
+
+class _Hook:
+    """Forward hook that dies with its capture and is inert in a copy or a pickle of the model."""
+
+    def __init__(self, capture: ActivationCapture | None = None) -> None:
+        self._capture = weakref.ref(capture) if capture is not None else None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        capture = self._capture() if self._capture is not None else None
+        if capture is not None:
+            capture.observe(module, args, kwargs, output)
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
+
+
 class ActivationCapture:
     """Forward hooks that keep, per matrix, the largest |W x| over all calls between `start` and `stop`.
 
     Only calls with gradients enabled count, so validation in between does not. Several calls (gradient accumulation,
     a module used twice) give the maximum over the calls; a repeated forward (activation checkpointing) changes
-    nothing. Non-finite activations are left out. Nothing is read back to the host.
+    nothing. Rows of the input that hold NaN or Inf are left out; an output that overflows to Inf from a finite row is
+    the largest there is. Nothing is read back to the host.
+
+    The hooks hold this object weakly: where it is dropped, or the model is copied or pickled, they do nothing.
     """
 
     def __init__(self, matrices: Iterable[Matrix], *, require_grad: bool = True) -> None:
@@ -40,20 +84,31 @@ class ActivationCapture:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._captured: dict[str, Captured] = {}
 
+    def __del__(self) -> None:
+        self.stop()
+
     @property
     def active(self) -> bool:
         """Whether the hooks are installed."""
         return bool(self._handles)
 
     def start(self) -> None:
-        """Install the hooks and forget what was captured."""
+        """Install the hooks and forget what was captured. Compiled models run eagerly until `stop`.
+
+        torch.compile does not look for hooks that were installed after it traced a module.
+        """
         self.stop()
         self._captured = {}
+        hook = _Hook(self)
         for module in self._by_module:
-            self._handles.append(module.register_forward_hook(self._observe, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        if self._by_module:
+            _eager.enter()
 
     def stop(self) -> dict[str, Captured]:
         """Remove the hooks; returns what was captured by matrix name. Matrices that were not called are missing."""
+        if self._handles:
+            _eager.leave()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -67,10 +122,11 @@ class ActivationCapture:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Take one call of `module` into account."""
         if self._require_grad and not torch.is_grad_enabled():
             return
-        with torch.no_grad():
+        with exact_arithmetic(output[0].device if isinstance(output, tuple | list) else output.device):
             for matrix in self._by_module[module]:
                 self._keep_larger(matrix, *_inputs_and_outputs(matrix, args, kwargs, output))
 
@@ -78,13 +134,14 @@ class ActivationCapture:
         if y.numel() == 0:
             return
         magnitude = y.float().abs()
-        magnitude = torch.where(magnitude.isfinite(), magnitude, -1.0)
+        usable = x.isfinite().all(1, keepdim=True) & ~magnitude.isnan()
+        magnitude = torch.where(usable, magnitude, -1.0)
         value, flat = magnitude.flatten().max(0)
         row = x.index_select(0, (flat // y.shape[1]).reshape(1)).squeeze(0).float()
         neuron = flat % y.shape[1]
         old = self._captured.get(matrix.name)
         if old is None:
-            weight = matrix.view(matrix.parameter.detach()).clone()
+            weight = matrix.rows(matrix.parameter.detach()).clone()
         else:
             larger = value > old.value
             value = torch.where(larger, value, old.value)
@@ -106,9 +163,10 @@ def _inputs_and_outputs(
         names = ("query", "key", "value")
         x = args[position] if len(args) > position else kwargs[names[position]]
         x = x.reshape(-1, x.shape[-1])
-        return x, F.linear(x, matrix.view(matrix.parameter).to(x.dtype))
+        return x, F.linear(x, matrix.rows(matrix.parameter).to(x.dtype))
     x = args[0] if args else kwargs["input"]
     bias = module.bias
+    output = output[0] if isinstance(output, tuple | list) else output  # some subclasses return the bias beside it
     if matrix.kind == "patch":
         x = x if x.ndim == 4 else x.unsqueeze(0)
         y = output if output.ndim == 4 else output.unsqueeze(0)

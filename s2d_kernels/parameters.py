@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 HEAD = re.compile(r"(^|\.)(lm_head|head|classifier|score|output_projection|embed_out)$")
 FUSED_QKV = re.compile(r"(^|[._])(qkv|qkv_proj|c_attn|wqkv|in_proj|query_key_value)$", re.IGNORECASE)
+# torch.compile and DistributedDataParallel put their own level into every name
+_WRAPPERS = re.compile(r"\b_orig_mod\.|^module\.")
 ADAPTER = re.compile(r"lora_(A|B|embedding)|(^|\.)adapter", re.IGNORECASE)
 
 
@@ -38,12 +41,19 @@ class Matrix:
     start: int
     stop: int
 
-    def view(self, tensor: Tensor) -> Tensor:
-        """The `[m, n]` view of the parameter, or of a tensor of its shape such as its gradient."""
+    def rows(self, tensor: Tensor) -> Tensor:
+        """The `[m, n]` rows of the parameter, or of a tensor of its shape such as its gradient.
+
+        A view wherever memory allows; a channels_last kernel gives a copy, which `write_back` returns.
+        """
         if tensor.ndim != 2:
-            # A view, never a copy: what is added to it must reach the parameter.
-            tensor = tensor.view(tensor.shape[0], -1)
+            tensor = tensor.reshape(tensor.shape[0], -1)
         return tensor[self.start : self.stop]
+
+    def write_back(self, tensor: Tensor, rows: Tensor) -> None:
+        """Store changed `rows(tensor)` in `tensor`, if they were a copy."""
+        if rows.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
+            tensor[self.start : self.stop].copy_(rows.view(rows.shape[0], *tensor.shape[1:]))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -75,12 +85,13 @@ def find_matrices(
         NotImplementedError: a parameter is a DTensor.
     """
     splits = dict(splits or {})
+    _check_patterns(select, splits)
     unmatched = {pattern for pattern, _ in select} | set(splits)
     occurrences: dict[int, list[str]] = {}
     owners: dict[str, tuple[nn.Module, str]] = {}
     for prefix, module in model.named_modules(remove_duplicate=True):
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            name = f"{prefix}.{attribute}" if prefix else attribute
+            name = _WRAPPERS.sub("", f"{prefix}.{attribute}" if prefix else attribute)
             occurrences.setdefault(id(parameter), []).append(name)
             owners[name] = (module, attribute)
 
@@ -88,6 +99,10 @@ def find_matrices(
     decisions: list[ParameterDecision] = []
     for name, (module, attribute) in owners.items():
         parameter = getattr(module, attribute)
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(f"parameter {name!r} has no shape yet (a lazy module): run one forward before S2D")
+        if hasattr(parameter, "ds_id"):
+            raise NotImplementedError(f"parameter {name!r} is partitioned by DeepSpeed ZeRO-3: not supported")
         if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
             raise NotImplementedError(f"parameter {name!r} is a DTensor: sharded models are not supported yet")
         shape = tuple(parameter.shape)
@@ -97,6 +112,8 @@ def find_matrices(
         chosen = hits[0] if hits else None
 
         kind, reason = _kind(module, attribute, parameter)
+        if parameter.numel() == 0:
+            kind, reason = None, "empty"
         others = [n for n in occurrences[id(parameter)] if n != name]
         earlier = occurrences[id(parameter)].index(name) > 0
         modules_of_others = [type(owners[n][0]) for n in others]
@@ -124,6 +141,8 @@ def find_matrices(
             reason = f"only {rank} singular values: PCDR_{min(rank, k_max)} is close to 1 whatever they are"
             decisions.append(ParameterDecision(name, shape, "skip", reason))
             continue
+        if len(sizes) == 1 and split is None and FUSED_QKV.search(name.rsplit(".", 1)[0]):
+            reason += "; looks like a fused projection of unequal parts: splits= treats each as its own matrix"
         if len(sizes) > 1:
             reason += f", fused: {len(sizes)} matrices of {', '.join(map(str, sizes))} rows"
         if chosen is not None:
@@ -139,6 +158,19 @@ def find_matrices(
     return matrices, decisions
 
 
+def _check_patterns(select: object, splits: Mapping[str, Sequence[int]]) -> None:
+    pairs = list(select) if isinstance(select, Sequence) and not isinstance(select, str) else [select]
+    for pair in pairs:
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[0], str):
+            raise TypeError(f"select must hold (regex, penalize) pairs such as ('lm_head', False), got {pair!r}")
+    patterns: list[Any] = [*pairs, *((pattern, True) for pattern in splits)]
+    for pattern, _ in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"pattern {pattern!r} is no regular expression: {error}") from error
+
+
 def _kind(module: nn.Module, attribute: str, parameter: nn.Parameter) -> tuple[str | None, str]:
     """Kind of matrix a parameter is, or None, with the reason."""
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
@@ -149,6 +181,8 @@ def _kind(module: nn.Module, attribute: str, parameter: nn.Parameter) -> tuple[s
         return None, "nn.MultiheadAttention applies it as a function: its activations cannot be captured"
     if isinstance(module, nn.Linear) and attribute == "weight":
         return "linear", "linear layer"
+    if isinstance(module, nn.modules.conv._ConvNd) and not isinstance(module, nn.Conv2d) and attribute == "weight":
+        return None, f"{type(module).__name__}: only two-dimensional patch embeddings are supported"
     if isinstance(module, nn.Conv2d) and attribute == "weight":
         tiles = module.kernel_size == module.stride and module.padding in ((0, 0), "valid", 0)
         if tiles and module.dilation == (1, 1) and module.groups == 1 and module.padding_mode == "zeros":

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from s2d_kernels import reference
+from s2d_kernels import ops, reference
 from s2d_kernels.capture import ActivationCapture, Captured
 from s2d_kernels.parameters import Matrix, ParameterDecision, find_matrices
 from s2d_kernels.penalty import add_penalty_grad_
@@ -61,6 +61,7 @@ class _Layer:
     status: int = CONVERGED
     arrived: bool = False
     missed_lr: float = 0.0  # sum of the learning rates since that copy
+    sigma: float = 0.0  # the largest singular value at the snapshot, on the host
     pcdr: PCDR | None = None
 
     def factors(self) -> TopkSVD:
@@ -75,6 +76,7 @@ class _Refreshed(NamedTuple):
     basis: SVDBasis
     rank: int
     status: int
+    sigma: float
     pcdr: PCDR | None
 
 
@@ -96,7 +98,7 @@ class S2D:
             decision and reason is in `decisions` and logged at INFO on the logger "s2d_kernels".
         mode: "coupled" or "decoupled".
         strength: lambda. Default 5e-4 when coupled. The decoupled form has no default: see `strength_for_half_life`.
-        power: n > = 1, the exponent on the singular values.
+        power: n >= 1, the exponent on the singular values.
         threshold: tau, the PCDR from which a layer is decayed.
         k_max: most components considered, clamped per layer to min(m, n).
         interval: steps between refreshes.
@@ -110,7 +112,7 @@ class S2D:
     Raises:
         TypeError: `model` is no module.
         ValueError: a value out of range, a pattern that matches nothing.
-        NotImplementedError: sharded (DTensor) parameters.
+        NotImplementedError: sharded (DTensor, ZeRO-3) parameters, more than one process in torch.distributed.
 
     Attributes:
         step: completed optimizer steps.
@@ -149,20 +151,27 @@ class S2D:
                     "S2D.strength_for_half_life(sigma, lr_sum) gives the one that halves sigma"
                 )
             strength = STRENGTH
-        if not (strength >= 0 and strength < float("inf")):
-            raise ValueError(f"strength={strength} must be finite and not negative")
-        if not 1 <= power < float("inf"):
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            world = torch.distributed.get_world_size()
+            if world > 1:
+                raise NotImplementedError(
+                    f"S2D on {world} processes is not supported yet: each would decide from its own batch, and the "
+                    "weights would drift apart"
+                )
+        self.mode = mode
+        self.strength = ops.check_number("strength", strength)
+        self.power = ops.check_number("power", power)
+        self.threshold = ops.check_number("threshold", threshold)
+        if self.strength < 0:
+            raise ValueError(f"strength={strength} must not be negative")
+        if self.power < 1:
             raise ValueError(f"power={power} must be at least 1")
-        if not 0 < threshold <= 1:
+        if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold={threshold} must lie in (0, 1]")
-        if k_max < 1:
-            raise ValueError(f"k_max={k_max} must be at least 1")
-        if interval < 1:
-            raise ValueError(f"interval={interval} must be at least 1")
-        if not 0 <= lead < interval:
-            raise ValueError(f"lead={lead} must lie in 0..interval-1, interval={interval}")
-        self.mode, self.strength, self.power, self.threshold = mode, float(strength), float(power), float(threshold)
-        self.k_max, self.interval, self.lead, self.seed, self.impl = k_max, interval, lead, seed, impl
+        self.k_max = k_max = ops.check_integer("k_max", k_max, low=1)
+        self.interval = ops.check_integer("interval", interval, low=1)
+        self.lead = ops.check_integer("lead", lead, low=0, high=self.interval - 1)
+        self.seed, self.impl = ops.check_integer("seed", seed, low=0), impl
         self.step = 0
         self.decisions: list[ParameterDecision]
         self._matrices, self.decisions = find_matrices(model, k_max=k_max, select=select, splits=splits)
@@ -175,56 +184,77 @@ class S2D:
                 len(self.decisions),
                 type(model).__name__,
             )
+        low = [m.name for m in self._matrices if m.parameter.dtype in (torch.bfloat16, torch.float16)]
+        if low and mode == "decoupled":
+            logger.warning(
+                "S2D decoupled: %d matrices (first: %s) are in bf16 or fp16, which rounds most of a small decay away: "
+                "keep fp32 weights",
+                len(low),
+                low[0],
+            )
         self._layers = {matrix.name: self._empty_layer(matrix) for matrix in self._matrices}
         device = self._matrices[0].parameter.device if self._matrices else torch.device("cpu")
         self._side = SideStream(device, asynchronous=asynchronous)
         self._capture = ActivationCapture(self._matrices)
         self._pending: Pending[dict[str, _Refreshed]] | None = None
         self._pending_step = -1
+        self._handle: torch.utils.hooks.RemovableHandle | None = None
+        self._closed = False
+        self._warned: set[str] = set()
         self._arm()
 
     # --- use in a training loop ---------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def add_grad(self, *, grad_scale: float = 1.0, lr: float | None = None) -> None:
         """Add the penalty gradient to `.grad` of the decided layers. Once per optimizer step, after `backward()`.
+
+        A call at a refresh step in which no penalized layer ran forward with gradients does nothing and is not counted.
 
         Args:
             grad_scale: factor the gradients carry at this moment, for calls before `GradScaler.unscale_`.
             lr: learning rate of a plain SGD-like optimizer, to check that stale factors do not overshoot:
-                interval * lr * strength * s_1^(power-1) above 0.3 is warned about, 1 and more refused.
+                interval * lr * strength * s_1^(power-1) above 0.3 is warned about, 1 and more refused. With momentum
+                give lr / (1 - momentum). `attach` knows it by itself.
 
         Raises:
-            ValueError: mode is "decoupled"; no gradients at all; the check above.
+            ValueError: mode is "decoupled", or S2D is attached or closed; no gradients at all; the check above.
             RuntimeError: a refresh failed in the worker; training may go on with the previous factors.
         """
         if self.mode != "coupled":
             raise ValueError("add_grad belongs to mode='coupled'; with mode='decoupled' call decay_(lr) after the step")
-        if not (grad_scale > 0 and grad_scale < float("inf")):
-            raise ValueError(f"grad_scale={grad_scale} must be positive and finite")
+        self._check_callable("add_grad")
+        self._add_grad(grad_scale, {} if lr is None else {m.name: ops.check_number("lr", lr) for m in self._matrices})
+
+    def _add_grad(self, grad_scale: float, rates: Mapping[str, float]) -> None:
+        if not ops.check_number("grad_scale", grad_scale) > 0:
+            raise ValueError(f"grad_scale={grad_scale} must be positive")
         if self._matrices and all(matrix.parameter.grad is None for matrix in self._matrices):
             raise ValueError(
                 f"no parameter has a gradient (first: {self._matrices[0].name!r}): call add_grad after backward() and "
                 "before zero_grad(). Frameworks that keep .grad to themselves (DeepSpeed ZeRO, optimizer-in-backward) "
-                "are not supported"
+                "are not supported. After load_state_dict(assign=True) build S2D anew: the parameters were replaced"
             )
-        self._launch_if_due()
-        if self._arrive_if_due():
-            self._check_deviation({matrix.name: lr for matrix in self._matrices})
-        grads, factors, ranks = [], [], []
-        for matrix in self._matrices:
-            layer = self._layers[matrix.name]
-            if layer.rank and matrix.parameter.grad is not None:
-                grads.append(matrix.view(matrix.parameter.grad))
-                factors.append(layer.factors())
-                ranks.append(layer.rank)
-        if grads:
-            add_penalty_grad_(
-                grads, factors, strength=self.strength * grad_scale, power=self.power, ranks=ranks, impl=self.impl
-            )
+        with ops.exact_arithmetic(self._side.device):
+            if not self._launch_if_due():
+                return
+            self._arrive_if_due()
+            self._check_deviation(rates)
+            grads, factors, ranks, touched = [], [], [], []
+            for matrix in self._matrices:
+                layer, grad = self._layers[matrix.name], matrix.parameter.grad
+                if layer.rank and grad is not None:
+                    grads.append(matrix.rows(grad))
+                    factors.append(layer.factors())
+                    ranks.append(layer.rank)
+                    touched.append((matrix, grad))
+            if grads:
+                add_penalty_grad_(
+                    grads, factors, strength=self.strength * grad_scale, power=self.power, ranks=ranks, impl=self.impl
+                )
+            for (matrix, grad), rows in zip(touched, grads, strict=True):
+                matrix.write_back(grad, rows)
         self._end_step()
 
-    @torch.no_grad()
     def decay_(self, lr: float | Mapping[str, float]) -> None:
         """Decay the weights themselves: s <- s (1 + (n-1) lr lambda s^(n-1))^(-1/(n-1)). Once per step, after it.
 
@@ -232,50 +262,77 @@ class S2D:
         factors have already taken along the same directions.
 
         Args:
-            lr: learning rate of this step, or one per matrix name.
+            lr: learning rate of this step, or one per matrix name. Frozen parameters are left alone.
 
         Raises:
-            ValueError: mode is "coupled", or a learning rate is negative or not finite.
+            ValueError: mode is "coupled", S2D is attached or closed, or a learning rate is missing, negative or not
+                finite.
             RuntimeError: a refresh failed in the worker; training may go on with the previous factors.
         """
         if self.mode != "decoupled":
             raise ValueError("decay_ belongs to mode='decoupled'; with mode='coupled' call add_grad() before the step")
-        rates = {m.name: float(lr[m.name] if isinstance(lr, Mapping) else lr) for m in self._matrices}
-        for name, rate in rates.items():
-            if not (rate >= 0 and rate < float("inf")):
-                raise ValueError(f"lr={rate} of {name!r} must be finite and not negative")
-        self._launch_if_due()
-        before = {name: (layer, layer.basis, layer.S) for name, layer in self._layers.items()}
-        if self._arrive_if_due():
-            self._catch_up(before)
-        weights, factors, ranks, changes = [], [], [], []
+        self._check_callable("decay_")
+        if isinstance(lr, Mapping):
+            missing = [m.name for m in self._matrices if m.name not in lr]
+            if missing:
+                raise ValueError(f"lr holds no learning rate for {missing[:5]} (first five)")
+            self._decay({m.name: lr[m.name] for m in self._matrices})
+        else:
+            self._decay({m.name: lr for m in self._matrices})
+
+    def _decay(self, given: Mapping[str, float]) -> None:
+        rates = {}
         for matrix in self._matrices:
-            layer = self._layers[matrix.name]
-            rate = rates[matrix.name]
-            layer.missed_lr += rate
-            if not layer.rank or rate == 0:
-                continue
-            S = reference.decayed_singular_values(layer.S, lr_sum=rate, strength=self.strength, power=self.power)
-            S = torch.where(torch.arange(len(S), device=S.device) < layer.rank, S, layer.S)
-            weights.append(matrix.view(matrix.parameter.detach()))
-            factors.append(layer.factors())
-            ranks.append(layer.rank)
-            changes.append(S - layer.S)
-            layer.S = S
-        if weights:
-            add_penalty_grad_(weights, factors, ranks=ranks, coefficients=changes, impl=self.impl)
+            rate = ops.check_number(f"lr of {matrix.name!r}", given[matrix.name])
+            if rate < 0:
+                raise ValueError(f"lr={rate} of {matrix.name!r} must not be negative")
+            rates[matrix.name] = rate if matrix.parameter.requires_grad else 0.0
+        with ops.exact_arithmetic(self._side.device):
+            if not self._launch_if_due():
+                return
+            before = {name: (layer, layer.basis, layer.S) for name, layer in self._layers.items()}
+            if self._arrive_if_due():
+                self._catch_up(before)
+            changes = []
+            for matrix in self._matrices:
+                layer, rate = self._layers[matrix.name], rates[matrix.name]
+                layer.missed_lr += rate
+                if not layer.rank or rate == 0:
+                    continue
+                S = reference.decayed_singular_values(layer.S, lr_sum=rate, strength=self.strength, power=self.power)
+                S = torch.where(torch.arange(len(S), device=S.device) < layer.rank, S, layer.S)
+                changes.append((matrix, layer, S - layer.S))
+                layer.S = S
+            self._change_weights(changes)
         self._end_step()
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> torch.utils.hooks.RemovableHandle:
-        """Let hooks of `optimizer.step()` make the call; returns the handle whose `remove()` ends that.
+    def _change_weights(self, changes: Sequence[tuple[Matrix, _Layer, Tensor]]) -> None:
+        """W += U diag(change) Vh of each layer's decided components."""
+        if not changes:
+            return
+        weights = [matrix.rows(matrix.parameter.detach()) for matrix, _, _ in changes]
+        add_penalty_grad_(
+            weights,
+            [layer.factors() for _, layer, _ in changes],
+            ranks=[layer.rank for _, layer, _ in changes],
+            coefficients=[change for _, _, change in changes],
+            impl=self.impl,
+        )
+        for (matrix, _, _), rows in zip(changes, weights, strict=True):
+            matrix.write_back(matrix.parameter.detach(), rows)
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let hooks of `optimizer.step()` make the call, until `detach` or `close`.
 
         The coupled form then acts after gradient clipping done by the loop, the decoupled form after the step with
-        each parameter group's learning rate.
+        each parameter group's learning rate. A step without any gradient is left alone, and so is a parameter without
+        one.
 
         Raises:
-            ValueError: the optimizer holds none of the penalized parameters. Later, from the step: it is called with
-                a closure, or with gradients still scaled by a GradScaler.
+            ValueError: already attached or closed; the optimizer holds none of the penalized parameters. Later, from
+                the step: it is called with a closure, or with gradients still scaled by a GradScaler.
         """
+        self._check_callable("attach")
         rates = self._group_of(optimizer)
         if self._matrices and not rates:
             raise ValueError(
@@ -286,10 +343,15 @@ class S2D:
         if self.mode == "decoupled":
 
             def after(inner: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+                found_inf = getattr(inner, "found_inf", None)  # a fused optimizer skips such a step by itself
+                if self._no_gradients() or (found_inf is not None and bool(found_inf)):
+                    return
                 groups = self._group_of(inner)
-                self.decay_({m.name: float(groups[m.name]["lr"]) if m.name in groups else 0.0 for m in self._matrices})
+                trained = {m.name for m in self._matrices if m.name in groups and m.parameter.grad is not None}
+                self._decay({m.name: float(groups[m.name]["lr"]) if m.name in trained else 0.0 for m in self._matrices})
 
-            return optimizer.register_step_post_hook(after)
+            self._handle = optimizer.register_step_post_hook(after)
+            return
         if adaptive:
             logger.warning(
                 "S2D coupled with %s: it divides the penalty by the gradient's own size, so that strength hardly "
@@ -309,11 +371,18 @@ class S2D:
                     "the fused optimizer takes gradients still scaled by the GradScaler: call "
                     "scaler.unscale_(optimizer) and reg.add_grad() yourself instead of attach"
                 )
-            groups = self._group_of(inner)
-            rates = [float(group["lr"]) for group in groups.values()]
-            self.add_grad(lr=None if adaptive else max(rates, default=None))
+            if self._no_gradients():
+                return
+            groups = {} if adaptive else self._group_of(inner)
+            self._add_grad(1.0, {name: _effective_rate(group) for name, group in groups.items()})
 
-        return optimizer.register_step_pre_hook(before)
+        self._handle = optimizer.register_step_pre_hook(before)
+
+    def detach(self) -> None:
+        """End what `attach` began."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
 
     # --- what one looks at --------------------------------------------------------------------------------------
 
@@ -337,8 +406,7 @@ class S2D:
             nothing = (float("nan"),) * self.k_max
             decision = layer.pcdr or PCDR(layer.rank, "loaded", nothing, nothing, float("nan"), -1)
             status = STATUS_NAMES[layer.status]
-            sigma = float(layer.basis.S[0])
-            reports.append(LayerReport(matrix.name, matrix.shape, layer.rank, *decision[1:5], sigma, status))
+            reports.append(LayerReport(matrix.name, matrix.shape, layer.rank, *decision[1:5], layer.sigma, status))
         return reports
 
     @property
@@ -360,7 +428,9 @@ class S2D:
         return reference.strength_for_half_life(sigma, lr_sum, power=power)
 
     def close(self) -> None:
-        """Remove the hooks and end the worker; a refresh under way is dropped."""
+        """Remove the hooks, `attach`'s too, and end the worker; a refresh under way is dropped. Final."""
+        self._closed = True
+        self.detach()
         self._capture.stop()
         self._pending = None
         self._side.close()
@@ -372,13 +442,14 @@ class S2D:
 
         Loadable with `torch.load(weights_only=True)` and storable as safetensors. Resuming is bit-exact at any step.
         """
-        pending: dict[str, _Refreshed] = self._join_pending() if self._pending is not None else {}
-        if self._pending is not None:
-            self._pending = _completed(self._side, pending)
-        state: dict[str, Tensor] = {
-            "step": torch.tensor(self.step),
-            "pending_step": torch.tensor(self._pending_step if self._pending is not None else -1),
-        }
+        if self._pending is None:
+            return self._pack(-1, {})
+        pending = self._join_pending()
+        self._pending = _completed(self._side, pending)
+        return self._pack(self._pending_step, pending)
+
+    def _pack(self, pending_step: int, pending: Mapping[str, _Refreshed]) -> dict[str, Tensor]:
+        state = {"step": torch.tensor(self.step), "pending_step": torch.tensor(pending_step)}
         for matrix in self._matrices:
             layer = self._layers[matrix.name]
             fresh = pending.get(matrix.name)
@@ -401,7 +472,10 @@ class S2D:
             ValueError: keys are missing or unexpected, or a shape differs (another model, k_max or selection).
                 Nothing is changed then.
         """
-        expected = {key: value.shape for key, value in self._fresh_state().items()}
+        strange = [key for key, value in state_dict.items() if not isinstance(value, Tensor)]
+        if strange:
+            raise TypeError(f"state {strange[0]!r} is a {type(state_dict[strange[0]]).__name__}, expected a tensor")
+        expected = {key: value.shape for key, value in self._pack(-1, {}).items()}
         missing, unexpected = expected.keys() - state_dict.keys(), state_dict.keys() - expected.keys()
         if missing or unexpected:
             raise ValueError(
@@ -430,20 +504,13 @@ class S2D:
                 status=flags[2],
                 arrived=bool(flags[0]),
                 missed_lr=float(state_dict[f"{name}.missed_lr"]),
+                sigma=float(state_dict[f"{name}.basis.S"][0]),
             )
             if flags[3]:
                 basis = SVDBasis(*(load(f"pending.{k}", t) for k, t in empty.basis._asdict().items()))
-                pending[name] = _Refreshed(basis, flags[4], flags[5], None)
+                pending[name] = _Refreshed(basis, flags[4], flags[5], float(basis.S[0]), None)
         self._pending = _completed(self._side, pending) if self._pending_step >= 0 else None
         self._arm()
-
-    def _fresh_state(self) -> dict[str, Tensor]:
-        held = self._pending, self._layers
-        try:
-            self._pending, self._layers = None, {m.name: self._empty_layer(m) for m in self._matrices}
-            return self.state_dict()
-        finally:
-            self._pending, self._layers = held
 
     # --- the refresh --------------------------------------------------------------------------------------------
 
@@ -466,17 +533,23 @@ class S2D:
         self.step += 1
         self._arm()
 
-    def _launch_if_due(self) -> None:
+    def _launch_if_due(self) -> bool:
+        """Start the refresh of this step if it is one; False if it should have one but nothing was captured."""
         if self._pending is not None and self._pending.failed():
             self._join_pending()
         if not self._capture.active:
-            return
+            return True
         captured = self._capture.stop()
         if not captured:
-            logger.warning(
-                "S2D step %d: no penalized layer ran forward with gradients enabled, the refresh is left out", self.step
+            self._warn_once(
+                "S2D step %d waits: no penalized layer has run forward with gradients enabled, so there is nothing to "
+                "refresh from. Is this S2D built on the model that trains?",
+                self.step,
             )
-            return
+            self._capture.start()
+            return False
+        if self._pending is not None:
+            self._take_over()  # only after loading a state of another interval or lead can one still be under way
         bases: dict[str, SVDBasis | None] = {}
         for name, layer in self._layers.items():
             layer.S_at_snapshot, layer.missed_lr = layer.S, 0.0
@@ -484,6 +557,7 @@ class S2D:
             bases[name] = layer.basis if layer.arrived and layer.status == CONVERGED else None
         self._pending_step = self.step
         self._pending = self._side.submit(self._refresh, captured, bases, self.seed + self.step)
+        return True
 
     def _refresh(
         self, captured: dict[str, Captured], bases: dict[str, SVDBasis | None], seed: int
@@ -507,7 +581,8 @@ class S2D:
             width = self._layers[name].basis.S.shape[0]
             U, S, Vh, residual = factor.basis
             basis = SVDBasis(U[:, :width].contiguous(), S[:width], Vh[:width], residual[:width])
-            refreshed[name] = _Refreshed(basis, min(decision.k_target, k), int(factor.status), decision)
+            rank = min(decision.k_target, k)
+            refreshed[name] = _Refreshed(basis, rank, int(factor.status), float(S[0]), decision)
         return refreshed
 
     def _join_pending(self) -> dict[str, _Refreshed]:
@@ -522,10 +597,16 @@ class S2D:
             ) from error
 
     def _arrive_if_due(self) -> bool:
-        """Take over the refresh whose step has come. Bad layers are reported and left without a penalty."""
+        """Take over the refresh whose step has come."""
         if self._pending is None or self.step < self._pending_step + self.lead:
             return False
+        self._take_over()
+        return True
+
+    def _take_over(self) -> None:
+        """Use the pending refresh from now on. Bad layers are reported and left without a penalty."""
         refreshed = self._join_pending()
+        self._warned.clear()
         self._pending = None
         for name, fresh in refreshed.items():
             if fresh.status in (NON_FINITE, OVERFLOW) or (fresh.pcdr is not None and fresh.pcdr.route == "non-finite"):
@@ -546,6 +627,7 @@ class S2D:
                 status=fresh.status,
                 arrived=True,
                 missed_lr=old.missed_lr,
+                sigma=fresh.sigma,
                 pcdr=fresh.pcdr,
             )
         chosen = [f"{name} ({fresh.rank})" for name, fresh in refreshed.items() if fresh.rank]
@@ -556,7 +638,6 @@ class S2D:
             len(refreshed),
             ", ".join(chosen) or "none",
         )
-        return True
 
     def _catch_up(self, before: Mapping[str, tuple[_Layer, SVDBasis, Tensor]]) -> None:
         """Give fresh factors the decay of the steps between their snapshot and now.
@@ -564,7 +645,7 @@ class S2D:
         A component that went on being decayed by the previous factors has it already: along the new u_i, v_i they took
         sum_j change_j (u_i . u_j)(v_j . v_i). The rest is applied to the weight.
         """
-        weights, factors, ranks, changes = [], [], [], []
+        changes = []
         for matrix in self._matrices:
             layer, (old_layer, old, old_S) = self._layers[matrix.name], before[matrix.name]
             if layer is old_layer or not layer.rank:
@@ -576,35 +657,55 @@ class S2D:
             overlap = (layer.basis.U[:, :k].mT @ old.U[:, :k]) * (layer.basis.Vh[:k] @ old.Vh[:k].mT)
             actual = layer.S + overlap @ (old_S - old_layer.S_at_snapshot)
             inside = torch.arange(k, device=target.device) < layer.rank
-            weights.append(matrix.view(matrix.parameter.detach()))
-            factors.append(layer.factors())
-            ranks.append(layer.rank)
-            changes.append(torch.where(inside, target - actual, 0.0))
-            layer.S = torch.where(inside, target, layer.S)
-        if weights:
-            add_penalty_grad_(weights, factors, ranks=ranks, coefficients=changes, impl=self.impl)
+            if matrix.parameter.requires_grad:
+                changes.append((matrix, layer, torch.where(inside, target - actual, 0.0)))
+                layer.S = torch.where(inside, target, layer.S)
+        self._change_weights(changes)
 
-    def _check_deviation(self, rates: Mapping[str, float | None]) -> None:
+    def _check_deviation(self, rates: Mapping[str, float]) -> None:
         """interval * lr * strength * s_1^(power-1) of the decided layers: how far stale factors overshoot."""
         for name, rate in rates.items():
             layer = self._layers[name]
-            if rate is None or not layer.rank:
+            if not layer.rank:
                 continue
-            c = self.interval * rate * self.strength * float(layer.S[0]) ** (self.power - 1)
+            c = self.interval * rate * self.strength * layer.sigma ** (self.power - 1)
             if c < DEVIATION_WARNING:
                 continue
             message = (
-                f"interval * lr * strength * s_1^(power-1) = {c:.3g} on {name!r} (s_1 = {float(layer.S[0]):.4g}, "
-                f"lr = {rate:.3g}): factors {self.interval} steps old overshoot"
+                f"interval * lr * strength * s_1^(power-1) = {c:.3g} on {name!r} (s_1 = {layer.sigma:.4g}, "
+                f"lr / (1 - momentum) = {rate:.3g}): factors {self.interval} steps old overshoot"
             )
             if c >= DEVIATION_LIMIT:
                 raise ValueError(f"{message}; lower interval or strength, or use mode='decoupled', which is exact")
-            logger.warning("S2D: %s", message)
+            self._warn_once("S2D: %s", message, key=name)
+
+    def _warn_once(self, message: str, *arguments: object, key: str = "") -> None:
+        """Log a warning unless one with this key was logged since the last arrival."""
+        if key not in self._warned:
+            self._warned.add(key)
+            logger.warning(message, *arguments)
+
+    def _check_callable(self, name: str) -> None:
+        if self._closed:
+            raise ValueError(f"{name}: this S2D is closed, build a new one")
+        if self._handle is not None:
+            raise ValueError(f"{name}: attached to an optimizer, whose step already makes the call; detach() first")
+
+    def _no_gradients(self) -> bool:
+        return bool(self._matrices) and all(matrix.parameter.grad is None for matrix in self._matrices)
 
     def _group_of(self, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
         """Parameter group of each matrix the optimizer holds."""
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         return {m.name: groups[id(m.parameter)] for m in self._matrices if id(m.parameter) in groups}
+
+
+def _effective_rate(group: Mapping[str, Any]) -> float:
+    """What a constant gradient moves a parameter by per step in the long run: momentum multiplies the learning rate."""
+    momentum = float(group.get("momentum", 0.0))
+    if momentum == 0.0:
+        return float(group["lr"])
+    return float(group["lr"]) * (1 - float(group.get("dampening", 0.0))) / max(1 - momentum, 1e-12)
 
 
 def _completed(side: SideStream, result: dict[str, _Refreshed]) -> Pending[dict[str, _Refreshed]]:

@@ -244,17 +244,46 @@ def _check_penalty(kernel: Kernel, impl: str, device: torch.device, generator: t
             yield _compare("add_penalty_grad_", case, "grad", got, truth, limit)
 
 
+def _hard_matrices(generator: torch.Generator) -> dict[str, Tensor]:
+    """Matrices with k = 3 well separated leading values among the cases that break SVD kernels."""
+
+    def matrix(m: int, n: int, scale: float = 1.0) -> Tensor:
+        d = min(m, n)
+        spectrum = torch.exp(-0.1 * torch.arange(d, dtype=torch.float64))
+        U, V = (torch.linalg.qr(torch.randn(s, d, generator=generator, dtype=torch.float64))[0] for s in (m, n))
+        return ((U * spectrum) @ V.mT * scale).float()
+
+    poisoned = matrix(63, 37)
+    poisoned[5, 5] = float("nan")
+    deficient = torch.zeros(80, 60)
+    deficient[:, :2] = torch.randn(80, 2, generator=generator)
+    return {
+        "199x63": matrix(199, 63),
+        "NaN inside": poisoned,
+        "63x199": matrix(63, 199),
+        "zero": torch.zeros(40, 50),
+        "120x384": matrix(120, 384),
+        "1e30": matrix(90, 90, 1e30),
+        "1e-30": matrix(90, 90, 1e-30),
+        "rank 2": deficient,
+        "3x5": matrix(3, 5),
+    }
+
+
 def _check_svd(kernel: Kernel, impl: str, device: torch.device, generator: torch.Generator) -> Iterator[Check]:
     run = kernel or (lambda *a, **k: topk_svd(*a, **k, impl=impl))
-    weights = [_spiked(shape, generator).to(device) for shape in MATRIX_SHAPES]
-    ks = [1] * len(weights)
-    for weight, factor in zip(weights, run(weights, k=ks), strict=True):
-        truth = reference.topk_svd(weight.double().cpu(), 1)
-        case = "x".join(map(str, weight.shape))
-        # the accuracy contract: S to 2e-4, the product to 1e-3
+    cases = _hard_matrices(generator)
+    weights = [w.to(device) for w in cases.values()]
+    for (case, weight), factor in zip(cases.items(), run(weights, k=3), strict=True):
+        finite = bool(weight.isfinite().all())
+        # a matrix that is not finite gets zeros, and its neighbours in the call are right
+        truth = reference.topk_svd(weight.double() if finite else torch.zeros_like(weight).double(), 3)
+        # the accuracy contract: S to 2e-4 of the largest, the product to 1e-3
         yield _compare("topk_svd", case, "S", factor.S, truth.S, limit=2e-4)
-        product = (factor.U.double() * factor.S.double().square()) @ factor.Vh.double()
-        yield _compare("topk_svd", case, "U S^2 Vh", product, (truth.U * truth.S.square()) @ truth.Vh, limit=1e-3)
+        unit = 1 / float(truth.S[0].clamp(min=1e-300))
+        got, expected = ((U.double().cpu() * (S.double().cpu() * unit).square()) @ Vh.double().cpu()
+                         for U, S, Vh in ((factor.U, factor.S, factor.Vh), truth))  # fmt: skip
+        yield _compare("topk_svd", case, "U S^2 Vh", got, expected, limit=1e-3)
 
 
 def _check_pcdr(kernel: Kernel, impl: str, device: torch.device, generator: torch.Generator) -> Iterator[Check]:
