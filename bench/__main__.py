@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from bench import cases, peers, runs, tables, timing
+from bench import audit, cases, peers, runs, tables, timing
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 console = Console()
@@ -131,6 +131,8 @@ def table(
         readme.write_text(after, encoding="utf-8")
         console.print(f"{readme.name} rewritten")
 
+
+app.command()(audit.audit)
 
 if __name__ == "__main__":
     app()

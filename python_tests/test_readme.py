@@ -42,7 +42,7 @@ def test_snippet_runs() -> None:
             model(torch.randn(8, 16)).square().mean().backward()
             optimizer.step()
 
-    (snippet,) = blocks("python")
+    snippet = blocks("python")[0]
     scope = {"model": model, "optimizer": optimizer, "train": train}
     exec(snippet, scope)
     assert scope["reg"].step == 5

@@ -117,7 +117,7 @@ def env() -> None:
     import torch
 
     import s2d_kernels
-    from s2d_kernels import ops
+    from s2d_kernels import _native, ops
 
     table = Table(title="s2d_kernels environment", show_header=False)
     table.add_row("s2d_kernels", f"{s2d_kernels.__version__} ({Path(s2d_kernels.__file__).parent})")
@@ -134,12 +134,25 @@ def env() -> None:
             table.add_row(f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}")
     else:
         table.add_row("GPU", "none")
+    table.add_row("driver", _driver())
+    problem = _native.problem()
+    table.add_row("native library", str(_native.library_path()))
+    if problem is None:
+        table.add_row("  holds", f"ABI {_native.ABI_VERSION}, {_native.architectures()}")
+    else:
+        table.add_row("  cannot be used", f"{problem} (this package needs ABI {_native.ABI_VERSION})")
     table.add_section()
     for op in ops.names():
         devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
         chosen = ", ".join(f"{device}: {ops.choose(op, None, torch.device(device))}" for device in devices)
         table.add_row(op, f"{chosen} (available: {', '.join(ops.available(op))})")
     console.print(table)
+
+
+def _driver() -> str:
+    """The NVIDIA driver's version; a CUDA 13 runtime needs 580 or newer."""
+    path = Path("/proc/driver/nvidia/version")
+    return path.read_text().splitlines()[0] if path.is_file() else "none (a CUDA 13 library needs 580 or newer)"
 
 
 def _version(package: str) -> str:

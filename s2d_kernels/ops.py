@@ -25,18 +25,29 @@ IMPLS = ("reference", "torch", "triton", "cuda")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _TABLE: dict[str, dict[str, Callable[..., Any]]] = {}
+# impl -> why it cannot be used on this machine, or None; impls without an entry always can
+_PROBLEM: dict[str, Callable[[], str | None]] = {}
+# (op, impl) -> whether it takes these arguments
+_SUPPORTS: dict[tuple[str, str], Callable[..., bool]] = {}
+# what impl=None tries, by device type; the first that is usable wins
+_PREFERENCE = {"cuda": ("cuda", "triton", "torch")}
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 library = torch.library.Library("s2d", "DEF")
 
 
-def implements(op: str, impl: str) -> Callable[[_Function], _Function]:
-    """Enter the decorated function into the dispatch table as implementation `impl` of `op`."""
+def implements(op: str, impl: str, supports: Callable[..., bool] | None = None) -> Callable[[_Function], _Function]:
+    """Enter the decorated function into the dispatch table as implementation `impl` of `op`.
+
+    `supports` is asked with the operation's arguments before impl=None chooses it.
+    """
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r} is none of {IMPLS}")
 
     def enter(function: _Function) -> _Function:
         _TABLE.setdefault(op, {})[impl] = function
+        if supports is not None:
+            _SUPPORTS[op, impl] = supports
         return function
 
     return enter
@@ -52,20 +63,44 @@ def available(op: str) -> tuple[str, ...]:
     return tuple(impl for impl in IMPLS if impl in _TABLE[op])
 
 
-def choose(op: str, impl: str | None, device: torch.device) -> str:
-    """Name of the implementation of `op` for tensors on `device`; `impl` None picks the fastest that is present."""
+def declare_problem(impl: str, problem: Callable[[], str | None]) -> None:
+    """Let `problem` say, when asked, why `impl` cannot be used on this machine (None: it can)."""
+    _PROBLEM[impl] = problem
+
+
+def problem_of(impl: str) -> str | None:
+    """Why `impl` cannot be used on this machine, or None."""
+    return _PROBLEM[impl]() if impl in _PROBLEM else None
+
+
+def choose(op: str, impl: str | None, device: torch.device, arguments: Sequence[Any] | None = None) -> str:
+    """Name of the implementation of `op` for tensors on `device`.
+
+    `impl` None picks the first of the device's list that exists, is usable on this machine and takes the `arguments`.
+    """
     if impl is None:
+        for candidate in _PREFERENCE.get(device.type, ("torch",)):
+            if candidate not in _TABLE[op] or problem_of(candidate) is not None:
+                continue
+            supports = _SUPPORTS.get((op, candidate))
+            if arguments is None or supports is None or supports(*arguments):
+                return candidate
         return "torch"
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r} is none of {IMPLS} (or None to choose by device)")
     if impl not in _TABLE[op]:
         raise ValueError(f"{op} has no impl={impl!r} in this installation, only {available(op)} (device {device})")
+    problem = problem_of(impl)
+    if problem is not None:
+        raise ValueError(f"impl={impl!r} cannot be used: {problem}")
     return impl
 
 
-def resolve(op: str, impl: str | None, device: torch.device) -> Callable[..., Any]:
+def resolve(
+    op: str, impl: str | None, device: torch.device, arguments: Sequence[Any] | None = None
+) -> Callable[..., Any]:
     """The function that `choose` names."""
-    return _TABLE[op][choose(op, impl, device)]
+    return _TABLE[op][choose(op, impl, device, arguments)]
 
 
 @contextmanager
@@ -88,7 +123,7 @@ def define(op: str, signature: str, fake: Callable[..., Any]) -> None:
         impl = given[count] if len(given) > count else None
         device = given[0].device if isinstance(given[0], Tensor) else given[0][0].device
         with exact_arithmetic(device):
-            return resolve(op, impl, device)(*given[:count])
+            return resolve(op, impl, device, given[:count])(*given[:count])
 
     library.impl(op, call, "CompositeExplicitAutograd")
     torch.library.register_fake(f"s2d::{op}", lambda *given: fake(*given[:count]))

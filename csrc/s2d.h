@@ -1,0 +1,68 @@
+/* C ABI of the native library, the one contract between the kernels and everything that calls them.
+ *
+ * Every operation: `int s2d_<op>(..., void* workspace, size_t workspace_bytes, cudaStream_t stream)` returns a status.
+ * It enqueues on `stream` and returns: no allocation, no synchronization, no global state, capturable in a CUDA graph.
+ * Empty input returns S2D_OK at once. All sizes and strides are in elements and 64 bits wide. All arguments are checked
+ * before anything is enqueued.
+ */
+#ifndef S2D_H_
+#define S2D_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+#pragma GCC visibility push(default)
+
+/* Raised with every change of a signature or struct below; the loader refuses another value. */
+#define S2D_ABI_VERSION 1
+
+/* The stream type without CUDA's headers: a cudaStream_t is a pointer to this. */
+typedef struct CUstream_st* s2d_stream;
+
+typedef enum s2d_status {
+  S2D_OK = 0,
+  S2D_BAD_ARGUMENT = 1,   /* a negative size, a null or misaligned pointer, an unknown dtype, a rank outside
+                             0..S2D_MAX_RANK, rows of a gradient that share elements */
+  S2D_BAD_WORKSPACE = 2,  /* workspace smaller than the query says, or not 256-byte aligned */
+  S2D_NO_KERNEL = 3,      /* the library holds no code for this device */
+  S2D_LAUNCH_FAILED = 4   /* the driver refused the launch */
+} s2d_status;
+
+typedef enum s2d_dtype { S2D_FLOAT32 = 0, S2D_BFLOAT16 = 1, S2D_FLOAT16 = 2 } s2d_dtype;
+
+#define S2D_MAX_RANK 64
+
+int s2d_abi_version(void);
+
+/* The architectures compiled in, for people: "sm_80 sm_86 ... compute_80", or "emulated on the CPU"; never null. */
+const char* s2d_architectures(void);
+
+/* A sentence for a status; never null. */
+const char* s2d_status_string(int status);
+
+/* One layer of s2d_add_penalty_grad: grad += U diag(coefficients) Vh over the first `rank` components. */
+typedef struct s2d_penalty_layer {
+  void* grad;                 /* [rows, cols] of `dtype`, row stride grad_stride, columns contiguous; in place */
+  const float* U;             /* [rows, >= rank], row stride u_row_stride, column stride u_col_stride */
+  const float* Vh;            /* [>= rank, cols], row stride vh_stride, columns contiguous */
+  const float* coefficients;  /* [>= rank], read on the device */
+  const int32_t* device_rank; /* null, or one integer read on the device; min(rank, *device_rank) components count */
+  int64_t rows, cols;
+  int64_t grad_stride, u_row_stride, u_col_stride, vh_stride;
+  int32_t rank;
+  int32_t dtype;              /* s2d_dtype of grad */
+} s2d_penalty_layer;
+
+/* Adds the penalty gradient of all layers in as few launches as the parameter space allows (one up to ~300 layers).
+ * `layers` is host memory, read before the call returns. Needs no workspace. Layers of rank 0 cost nothing. */
+int s2d_add_penalty_grad(const s2d_penalty_layer* layers, int32_t count, void* workspace, size_t workspace_bytes,
+                         s2d_stream stream);
+
+#pragma GCC visibility pop
+#ifdef __cplusplus
+}
+#endif
+#endif /* S2D_H_ */

@@ -1,0 +1,24 @@
+#include "s2d.h"
+
+int s2d_abi_version(void) { return S2D_ABI_VERSION; }
+
+const char* s2d_architectures(void) { return S2D_ARCHITECTURES; }
+
+const char* s2d_status_string(int status) {
+  switch (status) {
+    case S2D_OK:
+      return "ok";
+    case S2D_BAD_ARGUMENT:
+      return "bad argument: a negative size, a null or misaligned pointer, overlapping rows, an unknown dtype or a "
+             "rank "
+             "out of range";
+    case S2D_BAD_WORKSPACE:
+      return "the workspace is smaller than its query says, or not 256-byte aligned";
+    case S2D_NO_KERNEL:
+      return "the library holds no code for this device";
+    case S2D_LAUNCH_FAILED:
+      return "the kernel could not be launched";
+    default:
+      return "unknown status";
+  }
+}

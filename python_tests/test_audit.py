@@ -1,0 +1,180 @@
+"""`python -m bench audit`: no kernel spills or lacks an instruction, and the audit would notice if one did."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from bench import audit
+from s2d_kernels import triton_kernels
+
+PTXAS = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z4fastPf' for 'sm_80'
+ptxas info    : Function properties for _Z4fastPf
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 33 registers, used 1 barriers, 1024 bytes smem, 360 bytes cmem[0]
+ptxas info    : Compile time = 5.012 ms
+ptxas info    : Compiling entry function '_Z4slowPf' for 'sm_80'
+ptxas info    : Function properties for _Z4slowPf
+    64 bytes stack frame, 12 bytes spill stores, 20 bytes spill loads
+ptxas info    : Used 24 registers, used 0 barriers, 64 bytes cumulative stack size, 360 bytes cmem[0]
+"""
+SASS = """\
+//--------------------- .text._Z4fastPf         --------------------------
+	.section	.text._Z4fastPf,"ax",@progbits
+.text._Z4fastPf:
+        /*0000*/                   IMAD.MOV.U32 R1, RZ, RZ, c[0x0][0x28] ;
+        /*0010*/              @!P0 LDG.E.EF.128 R4, [R2.64] ;
+        /*0020*/               @P1 LDG.E.64 R6, [R2.64] ;
+        /*0030*/                   LDG.E.U16.CONSTANT R8, [R2.64+0x2] ;
+        /*0040*/                   LDGSTS.E.BYPASS.128 [R9], [R2.64] ;
+.L_x_1:
+        /*0050*/              @!PT HMMA.16816.F32.BF16 R4, R8, R10, R4 ;
+        /*0060*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0070*/                   LDS.128 R4, [R9] ;
+        /*0080*/              @!P2 STG.E desc[UR4][R2.64], R8 ;
+        /*0090*/                   EXIT ;
+.text._Z4slowPf:
+        /*0000*/              @!UP0 UIADD3 UR4, UR4, 0x1, URZ ;
+        /*0010*/                   STG.E.U8 [R2.64], R8 ;
+"""
+SPILLING_CUDA = """
+extern "C" __global__ void spilling(const float* in, float* out, int index) {
+  float values[128];
+  for (int i = 0; i < 128; ++i) values[i] = in[i * 32 + threadIdx.x];
+  out[threadIdx.x] = values[index];
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def audits() -> list[audit.KernelAudit]:
+    return audit.run()
+
+
+def test_ptxas_report() -> None:
+    assert audit.parse_ptxas(PTXAS) == {
+        "_Z4fastPf": audit.Resources(33, 0, 0, 0, 1024),
+        "_Z4slowPf": audit.Resources(24, 64, 12, 20, 0),
+    }
+
+
+def test_machine_code() -> None:
+    found = audit.parse_sass(SASS)
+    assert list(found) == ["_Z4fastPf", "_Z4slowPf"]
+    fast = found["_Z4fastPf"]
+    assert fast["HMMA.16816.F32.BF16"] == 2
+    assert audit.tensor_core(fast) == {"HMMA.16816.F32.BF16": 2}
+    assert audit.widths(fast, ("LDG", "LDGSTS")) == {16: 1, 64: 1, 128: 2}
+    assert audit.widths(fast, ("STG",)) == {32: 1}
+    assert audit.contains(fast, "LDG.128")
+    assert audit.contains(fast, "HMMA.BF16")
+    assert not audit.contains(fast, "STG.128")
+    assert not audit.contains(fast, "IMMA")
+    slow = found["_Z4slowPf"]
+    assert audit.widths(slow, ("STG",)) == {8: 1}
+    assert slow["UIADD3"] == 1
+    assert audit.tensor_core(slow) == {}
+    names = Counter(["HGMMA.64x128x16.F32", "IMMA.16832.S8.S8", "IGMMA.64x8x32", "DMMA.884", "IMAD", "FFMA"])
+    assert list(audit.tensor_core(names)) == ["DMMA.884", "HGMMA.64x128x16.F32", "IGMMA.64x8x32", "IMMA.16832.S8.S8"]
+
+
+def test_share_of_wide_accesses() -> None:
+    assert audit.wide_share({128: 4, 32: 2}) == "4 x 128 + 2 x 32: 89 %"
+    assert audit.wide_share({}) == "none"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "registers", "shared", "threads", "share", "limit"),
+    [
+        ("sm_80", 32, 0, 256, 1.0, "warps"),
+        ("sm_80", 64, 0, 256, 0.5, "registers"),
+        ("sm_80", 65, 0, 256, 0.375, "registers"),
+        ("sm_80", 255, 0, 256, 0.125, "registers"),
+        ("sm_80", 32, 0, 32, 0.5, "blocks"),
+        ("sm_80", 32, 81 * 1024, 256, 0.25, "shared memory"),
+        ("sm_80", 32, 82 * 1024, 256, 0.125, "shared memory"),
+        ("sm_90a", 32, 113 * 1024, 256, 0.25, "shared memory"),
+        ("sm_90a", 168, 200 * 1024, 384, 0.1875, "registers"),
+    ],
+)
+def test_occupancy(architecture: str, registers: int, shared: int, threads: int, share: float, limit: str) -> None:
+    assert audit.occupancy(architecture, registers, shared, threads) == (share, limit)
+
+
+def test_no_triton_kernel_has_a_problem(audits: list[audit.KernelAudit]) -> None:
+    assert triton_kernels.triton is not None, f"Triton is missing: {triton_kernels.INSTALL_HINT}"
+    ours = [a for a in audits if a.language == "triton"]
+    assert len(ours) == len(triton_kernels.variants()) * len(audit.ARCHITECTURES)
+    assert not [(a.kernel, a.architecture, a.problems) for a in ours if a.problems]
+
+
+def test_no_cuda_kernel_has_a_problem(audits: list[audit.KernelAudit]) -> None:
+    if audit.find_tool("nvcc") is None:
+        pytest.skip("needs nvcc (PATH or CUDA_HOME) to compile csrc/*.cu")
+    ours = [a for a in audits if a.language == "cuda"]
+    assert {a.architecture for a in ours} == set(audit.ARCHITECTURES)
+    assert not [(a.kernel, a.architecture, a.problems) for a in ours if a.problems]
+
+
+@pytest.mark.parametrize("architecture", audit.ARCHITECTURES)
+def test_forced_spills_and_a_missing_instruction_are_problems(architecture: str) -> None:
+    assert triton_kernels.triton is not None, f"Triton is missing: {triton_kernels.INSTALL_HINT}"
+    variant = triton_kernels.variants()[0]._replace(instructions=("LDG.128", "HMMA"))
+    found = audit.audit_triton(variant, architecture, maxnreg=24)
+    assert found.spill_stores > 0
+    assert found.spill_loads > 0
+    assert any("spills" in problem for problem in found.problems)
+    assert any("stack frame" in problem for problem in found.problems)
+    assert "has no HMMA, which it declares to use" in found.problems
+
+
+def test_a_local_array_in_cuda_is_a_problem_and_so_is_an_undeclared_kernel(tmp_path: Path) -> None:
+    if audit.find_tool("nvcc") is None:
+        pytest.skip("needs nvcc (PATH or CUDA_HOME)")
+    source = tmp_path / "spilling.cu"
+    source.write_text(SPILLING_CUDA, encoding="utf-8")
+    (found,) = audit.audit_cuda(source, "sm_80")
+    assert found.stack >= 512
+    assert any("stack frame" in problem for problem in found.problems)
+    assert any("not declared" in problem for problem in found.problems)
+
+
+def application() -> typer.Typer:
+    app = typer.Typer()
+    app.command()(audit.audit)
+    return app
+
+
+def test_command_writes_json_and_fails_on_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, audits: list[audit.KernelAudit]
+) -> None:
+    clean = [a for a in audits if not a.problems]
+    target = tmp_path / "audit.json"
+    monkeypatch.setattr(audit, "run", lambda *_: clean)
+    done = CliRunner().invoke(application(), ["--json", str(target)])
+    assert done.exit_code == 0, done.output
+    rows = json.loads(target.read_text(encoding="utf-8"))["kernels"]
+    assert len(rows) == len(clean)
+    assert {"kernel", "architecture", "registers", "spill_stores", "stack", "occupancy", "bytes", "flops"} <= set(
+        rows[0]
+    )
+    clean[0].problems.append("made up")
+    try:
+        assert CliRunner().invoke(application(), []).exit_code == 1
+    finally:
+        clean[0].problems.clear()
+    assert CliRunner().invoke(application(), ["--arch", "sm_75"]).exit_code == 2
+
+
+def test_what_is_left_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit, "find_tool", lambda name: None)
+    monkeypatch.setattr(triton_kernels, "triton", None)
+    assert audit.run() == []
+    assert [sentence.split(" are left out")[0] for sentence in audit.left_out()] == ["Triton kernels", "CUDA kernels"]

@@ -1,0 +1,274 @@
+"""The native boundary without a GPU: header and argument types, exports, diagnosis, marshalling from torch and CuPy."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from emulated import build_emulated
+
+from s2d_kernels import _native, add_penalty_grad_, cupy_ops, ops, topk_svd
+
+ROOT = Path(__file__).parent.parent
+HEADER = (ROOT / "csrc" / "s2d.h").read_text(encoding="utf-8")
+CODE = re.sub(r"/\*.*?\*/", "", HEADER, flags=re.DOTALL)
+
+C_TYPES = {
+    "int": ctypes.c_int,
+    "int32_t": ctypes.c_int32,
+    "int64_t": ctypes.c_int64,
+    "size_t": ctypes.c_size_t,
+    "const char*": ctypes.c_char_p,
+    "void*": ctypes.c_void_p,
+    "const float*": ctypes.c_void_p,
+    "const int32_t*": ctypes.c_void_p,
+    "s2d_stream": ctypes.c_void_p,
+    "const s2d_penalty_layer*": ctypes.POINTER(_native.PenaltyLayer),
+}
+
+
+def test_every_function_of_the_header_has_its_argument_types() -> None:
+    prototypes = re.findall(r"^([\w ]+[ *])(s2d_\w+)\(([^)]*)\);", CODE, re.MULTILINE)
+    assert {name for _, name, _ in prototypes} == set(_native.SIGNATURES)
+    for result, name, arguments in prototypes:
+        names = [argument.strip() for argument in arguments.split(",") if argument.strip() not in ("", "void")]
+        types = [C_TYPES[re.sub(r"\s*\w+$", "", argument).strip()] for argument in names]
+        assert _native.SIGNATURES[name] == (C_TYPES[result.strip()], types), name
+
+
+def test_the_struct_matches_field_for_field() -> None:
+    body = re.search(r"typedef struct s2d_penalty_layer \{(.*?)\}", CODE, re.DOTALL).group(1)
+    fields = []
+    for declaration in filter(None, (part.strip() for part in body.split(";"))):
+        kind, names = re.match(r"((?:const )?\w+\*?)\s*(.*)", declaration, re.DOTALL).groups()
+        fields += [(name.strip(), C_TYPES[kind]) for name in names.split(",")]
+    assert fields == list(_native.PenaltyLayer._fields_)
+
+
+def test_constants() -> None:
+    assert int(re.search(r"#define S2D_ABI_VERSION (\d+)", CODE).group(1)) == _native.ABI_VERSION
+    assert int(re.search(r"#define S2D_MAX_RANK (\d+)", CODE).group(1)) == _native.MAX_RANK
+    for name, value in _native.DTYPES.items():
+        assert re.search(rf"S2D_{name.upper()} = {value}\b", CODE)
+
+
+def test_without_a_library_the_diagnosis_says_where_and_how(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    missing = tmp_path / "libs2d.so"
+    monkeypatch.setenv("S2D_LIBRARY", str(missing))
+    with pytest.raises(
+        _native.NativeLibraryError, match=rf"no native library at {re.escape(str(missing))}.*make native"
+    ):
+        _native.load()
+    with pytest.raises(ValueError, match="impl='cuda' cannot be used: there is no native library"):
+        torch.ops.s2d.add_penalty_grad_(
+            [torch.zeros(2, 2)], [torch.zeros(2, 1)], [torch.zeros(1, 2)], [torch.zeros(1)], "cuda"
+        )
+    assert ops.choose("add_penalty_grad_", None, torch.device("cuda")) != "cuda"
+    missing.write_bytes(b"not a library")
+    _native._load.cache_clear()
+    with pytest.raises(_native.NativeLibraryError, match="does not load"):
+        _native.load()
+
+
+def compiled(source: str, folder: Path) -> Path:
+    """A shared library of a few lines of C."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    assert compiler, "a C compiler is needed: apt install gcc"
+    path = folder / "libs2d.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-x", "c", "-o", path, "-"], input=source, text=True, check=True)
+    return path
+
+
+def test_another_abi_is_refused_with_both_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = "int s2d_abi_version(void) { return 999; }\n" + "".join(
+        f"int {name}(void) {{ return 0; }}\n" for name in _native.SIGNATURES if name != "s2d_abi_version"
+    )
+    monkeypatch.setenv("S2D_LIBRARY", str(compiled(source, tmp_path)))
+    with pytest.raises(_native.NativeLibraryError, match=rf"has ABI 999, this package needs ABI {_native.ABI_VERSION}"):
+        _native.load()
+
+
+def test_a_library_without_a_function_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("S2D_LIBRARY", str(compiled("int s2d_abi_version(void) { return 1; }", tmp_path)))
+    with pytest.raises(_native.NativeLibraryError, match="has no s2d_"):
+        _native.load()
+
+
+def fake_cupy(array: np.ndarray) -> Any:
+    """What cupy_ops reads of a cupy.ndarray."""
+    data = SimpleNamespace(ptr=array.ctypes.data)
+    return SimpleNamespace(shape=array.shape, strides=array.strides, dtype=array.dtype, data=data, array=array)
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[_native.PenaltyLayer], int]]:
+    calls: list[tuple[list[_native.PenaltyLayer], int]] = []
+    monkeypatch.setattr(_native, "add_penalty_grad", lambda layers, stream: calls.append((list(layers), stream)))
+    return calls
+
+
+def test_cupy_arrays_are_passed_as_they_lie_in_memory(recorded: list) -> None:
+    grad = np.zeros((6, 12), np.float32)[::2, 3:]
+    U, Vh, c = np.zeros((4, 3), np.float32).T, np.zeros((8, 9), np.float32)[::2], np.zeros(4, np.float32)
+    cupy_ops.add_penalty_grad_(*([fake_cupy(a)] for a in (grad, U, Vh, c)), stream=1234)
+    ((layer,), stream) = recorded[0]
+    assert stream == 1234
+    assert (layer.grad, layer.U, layer.Vh, layer.coefficients) == tuple(a.ctypes.data for a in (grad, U, Vh, c))
+    assert (layer.rows, layer.cols, layer.rank, layer.dtype) == (3, 9, 4, 0)
+    assert (layer.grad_stride, layer.u_row_stride, layer.u_col_stride, layer.vh_stride) == (24, 1, 3, 18)
+    cupy_ops.add_penalty_grad_([], [], [], [], stream=0)
+    assert len(recorded) == 1
+
+
+def test_cupy_mistakes_are_named(recorded: list) -> None:
+    def call(grad: object = None, U: object = None, Vh: object = None, c: object = None) -> None:
+        standard = [np.zeros(shape, np.float32) for shape in ((3, 5), (3, 2), (2, 5), (2,))]
+        arrays = [fake_cupy(s) if given is None else given for s, given in zip(standard, (grad, U, Vh, c), strict=True)]
+        cupy_ops.add_penalty_grad_(*([a] for a in arrays), stream=0)
+
+    call()
+    with pytest.raises(TypeError, match=r"grads\[0\] has dtype float64"):
+        call(grad=fake_cupy(np.zeros((3, 5))))
+    with pytest.raises(TypeError, match=r"U\[0\] must be a cupy.ndarray, got list"):
+        call(U=[1.0])
+    with pytest.raises(ValueError, match=r"U\[0\] has shape \(4, 2\), expected \(3, 2\)"):
+        call(U=fake_cupy(np.zeros((4, 2), np.float32)))
+    with pytest.raises(ValueError, match=r"grads\[0\] has strides .* must be contiguous"):
+        call(grad=fake_cupy(np.zeros((5, 3), np.float32).T))
+    with pytest.raises(ValueError, match="equally long"):
+        cupy_ops.add_penalty_grad_([], [], [], [1], stream=0)
+    assert len(recorded) == 1
+
+
+def test_env_shows_the_library(tmp_path: Path) -> None:
+    environment = os.environ | {"S2D_LIBRARY": str(tmp_path / "none.so"), "COLUMNS": "200"}
+    run = subprocess.run(
+        [sys.executable, "-m", "s2d_kernels", "env"], capture_output=True, text=True, check=True, env=environment
+    )
+    assert "none.so" in run.stdout
+    assert "ABI" in run.stdout
+
+
+# --- impl="cuda" executed: the CUDA sources, compiled for the CPU --------------------------------------------------
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    build_emulated()
+    monkeypatch.delenv("S2D_LIBRARY", raising=False)
+    monkeypatch.setenv("S2D_NATIVE", "emulated")
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_torch_tensors_through_the_dispatcher(dtype: torch.dtype) -> None:
+    shapes = [(1, 1), (37, 199), (63, 64), (199, 37), (130, 256)]
+    ranks = [1, 3, 0, 2, 5]
+    weights = [torch.randn(s) for s in shapes]
+    factors = topk_svd(weights, k=[min(5, *s) for s in shapes])
+    storage = [torch.randn(m, n + 5).to(dtype) for m, n in shapes]
+    expected = [s.clone() for s in storage]
+    for impl, buffers in (("cuda", storage), ("reference", expected)):
+        views = [b[:, 3 : n + 3] for b, (_, n) in zip(buffers, shapes, strict=True)]
+        add_penalty_grad_(views, factors, strength=0.05, ranks=ranks, impl=impl)
+    for got, truth in zip(storage, expected, strict=True):
+        # one rounding of the sum to the gradient's dtype, and fp32 products of five terms
+        tolerance = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
+        torch.testing.assert_close(got.float(), truth.float(), rtol=tolerance, atol=tolerance)
+    # nothing outside the views was written, and rank 0 left its gradient alone
+    for got, truth, (_, n) in zip(storage, expected, shapes, strict=True):
+        assert torch.equal(got[:, :3], truth[:, :3])
+        assert torch.equal(got[:, n + 3 :], truth[:, n + 3 :])
+
+
+@pytest.mark.usefixtures("emulated")
+def test_operator_checks() -> None:
+    arguments = ([torch.randn(6, 5)], [torch.randn(6, 2)], [torch.randn(2, 5)], [torch.rand(2)], "cuda")
+    torch.library.opcheck(torch.ops.s2d.add_penalty_grad_.default, arguments)
+
+
+@pytest.mark.usefixtures("emulated")
+def test_what_the_kernel_does_not_take_is_refused_and_nothing_written() -> None:
+    def call(grads: list[torch.Tensor], rank: int = 2) -> None:
+        Us, Vhs = [torch.randn(g.shape[0], rank) for g in grads], [torch.randn(rank, g.shape[1]) for g in grads]
+        torch.ops.s2d.add_penalty_grad_(grads, Us, Vhs, [torch.ones(rank)] * len(grads), "cuda")
+
+    good = torch.zeros(6, 5)
+    with pytest.raises(TypeError, match=r"grads\[1\] has dtype torch.float64"):
+        call([good, torch.zeros(6, 5, dtype=torch.float64)])
+    with pytest.raises(ValueError, match=r"grads\[1\] has stride \(1, 6\)"):
+        call([good, torch.zeros(5, 6).T])
+    with pytest.raises(ValueError, match=r"grads\[1\] gets 65 components"):
+        call([good, torch.zeros(80, 70)], rank=65)
+    assert not good.any()
+
+
+def test_a_cpu_tensor_without_the_emulation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    build_emulated()
+    monkeypatch.delenv("S2D_NATIVE", raising=False)
+    monkeypatch.setenv("S2D_LIBRARY", str(ROOT / "build" / "emulated" / "libs2d_emulated.so"))
+    with pytest.raises(ValueError, match="impl='cuda' needs CUDA tensors, got one on cpu"):
+        torch.ops.s2d.add_penalty_grad_(
+            [torch.zeros(2, 2)], [torch.ones(2, 1)], [torch.ones(1, 2)], [torch.ones(1)], "cuda"
+        )
+
+
+@pytest.mark.usefixtures("emulated")
+def test_cupy_style_arrays_are_executed() -> None:
+    rng = np.random.default_rng(0)
+    grad = rng.standard_normal((37, 70)).astype(np.float32)[:, 3:66]
+    U, Vh = rng.standard_normal((3, 37)).astype(np.float32).T, rng.standard_normal((3, 63)).astype(np.float32)
+    c = rng.standard_normal(3).astype(np.float32)
+    expected = grad.astype(np.float64) + (U.astype(np.float64) * c) @ Vh.astype(np.float64)
+    cupy_ops.add_penalty_grad_(*([fake_cupy(a)] for a in (grad, U, Vh, c)), stream=0)
+    np.testing.assert_allclose(grad, expected, atol=2e-5)
+
+
+# --- the library that is shipped -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def native_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """csrc built by nvcc for every architecture. No GPU is needed; nvcc is."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc here: the CUDA library cannot be built (the emulated one is tested above)")
+    build = ROOT / "build" / "native"
+    subprocess.run(["cmake", "-S", ROOT, "-B", build], check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", build, "--parallel"], check=True, capture_output=True)
+    return build / "libs2d.so"
+
+
+def test_exports_only_the_c_abi_and_needs_neither_torch_nor_python(native_library: Path) -> None:
+    def names(*arguments: str) -> list[str]:
+        command = ["nm", "-D", *arguments, native_library]
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return [line.split()[-1] for line in out.splitlines()]
+
+    assert sorted(names("--defined-only")) == sorted(_native.SIGNATURES)
+    foreign = re.compile(r"_?Py[A-Z_]|_ZN?K?(3c10|5torch|2at)|cuda[A-Z]")
+    assert not [name for name in names("--undefined-only") if foreign.match(name)]
+
+
+def test_holds_the_architectures_that_readme_promises(native_library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("S2D_LIBRARY", str(native_library))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    promised = re.search(r"Architectures: `([^`]+)`", readme).group(1)
+    assert _native.architectures() == promised
+    import triton
+
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    command = [cuobjdump, "--list-elf", native_library]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = set(re.findall(r"\.(sm_\w+)\.cubin", listed))
+    # cuobjdump shows the family-specific sm_100f as sm_100
+    assert found == {name.replace("100f", "100") for name in promised.split() if name.startswith("sm_")}

@@ -1,0 +1,133 @@
+"""ctypes loader of the native library (csrc/s2d.h): argument types, checks at load, a diagnosis when it is not there.
+
+Nothing is loaded at import. `S2D_NATIVE=emulated` selects the library that runs the CUDA sources on the CPU (tests),
+`S2D_LIBRARY=/path/to/libs2d.so` any file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Sequence
+from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_size_t, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ABI_VERSION = 1
+DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+MAX_RANK = 64
+ROOT = Path(__file__).parent
+BUILD_HINT = "build it with `make native`, or `pip install -e .` where nvcc is found"
+
+
+class PenaltyLayer(ctypes.Structure):
+    """`s2d_penalty_layer` of csrc/s2d.h, field for field."""
+
+    _fields_ = (
+        ("grad", c_void_p),
+        ("U", c_void_p),
+        ("Vh", c_void_p),
+        ("coefficients", c_void_p),
+        ("device_rank", c_void_p),
+        ("rows", c_int64),
+        ("cols", c_int64),
+        ("grad_stride", c_int64),
+        ("u_row_stride", c_int64),
+        ("u_col_stride", c_int64),
+        ("vh_stride", c_int64),
+        ("rank", c_int32),
+        ("dtype", c_int32),
+    )
+
+
+# name -> (result type, argument types); a test compares it with the header
+SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "s2d_abi_version": (c_int, []),
+    "s2d_architectures": (c_char_p, []),
+    "s2d_status_string": (c_char_p, [c_int]),
+    "s2d_add_penalty_grad": (c_int, [POINTER(PenaltyLayer), c_int32, c_void_p, c_size_t, c_void_p]),
+}
+
+
+class NativeLibraryError(ValueError):
+    """The native library is missing, of another version, or refused a call."""
+
+
+def emulated() -> bool:
+    """Whether the CPU emulation of the CUDA sources is selected, whose kernels take CPU tensors."""
+    return os.environ.get("S2D_NATIVE", "") == "emulated"
+
+
+def library_path() -> Path:
+    """Where the library is looked for."""
+    if os.environ.get("S2D_LIBRARY"):
+        return Path(os.environ["S2D_LIBRARY"])
+    if emulated():
+        return ROOT.parent / "build" / "emulated" / "libs2d_emulated.so"
+    installed = ROOT / "lib" / "libs2d.so"
+    built = ROOT.parent / "build" / "native" / "libs2d.so"
+    return built if built.is_file() and not installed.is_file() else installed
+
+
+def load() -> ctypes.CDLL:
+    """The library, loaded once per path.
+
+    Raises:
+        NativeLibraryError: with the path looked for and how to build it, or both ABI numbers when they differ.
+    """
+    return _load(library_path())
+
+
+@cache
+def _load(path: Path) -> ctypes.CDLL:
+    if not path.is_file():
+        raise NativeLibraryError(f"there is no native library at {path}: {BUILD_HINT}")
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeLibraryError(f"the native library {path} does not load: {error}") from error
+    for name, (result, arguments) in SIGNATURES.items():
+        try:
+            function = getattr(library, name)
+        except AttributeError as error:
+            raise NativeLibraryError(f"the native library {path} has no {name}: {BUILD_HINT} again") from error
+        function.restype, function.argtypes = result, arguments
+    found = library.s2d_abi_version()
+    if found != ABI_VERSION:
+        raise NativeLibraryError(
+            f"the native library {path} has ABI {found}, this package needs ABI {ABI_VERSION}: {BUILD_HINT} again"
+        )
+    return library
+
+
+def problem() -> str | None:
+    """Why the library cannot be used, or None."""
+    try:
+        load()
+    except NativeLibraryError as error:
+        return str(error)
+    return None
+
+
+def architectures() -> str:
+    """The GPU architectures compiled into the library, as one string."""
+    return load().s2d_architectures().decode()
+
+
+def _call(name: str, *arguments: Any) -> None:
+    library = load()
+    function: Callable[..., int] = getattr(library, name)
+    status = function(*arguments)
+    if status:
+        message = library.s2d_status_string(status).decode()
+        if emulated():
+            library.s2d_emulation_error.restype = c_char_p
+            message += f" ({library.s2d_emulation_error().decode()})"
+        raise NativeLibraryError(f"{name}: {message}; the library holds code for {architectures()}")
+
+
+def add_penalty_grad(layers: Sequence[PenaltyLayer], stream: int) -> None:
+    """Enqueue grad += U diag(coefficients) Vh for all layers on `stream` (an address; 0 is the default stream)."""
+    if layers:
+        _call("s2d_add_penalty_grad", (PenaltyLayer * len(layers))(*layers), len(layers), None, 0, stream)

@@ -1,0 +1,429 @@
+"""impl="triton": the kernels in Triton, for CUDA tensors, or for CPU tensors under TRITON_INTERPRET=1 (tests).
+
+Triton is optional: without it this module imports, and impl="triton" says what to install.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from s2d_kernels import ops
+
+# By name, so that type checking does not depend on whether the optional package is there.
+try:
+    triton: Any = importlib.import_module("triton")
+    tl: Any = importlib.import_module("triton.language")
+except ImportError:
+    triton = tl = None
+
+INSTALL_HINT = "pip install 'triton>=3.6'"
+
+BLOCK_COLS, WARPS = 128, 8
+# Components whose loads are issued together; the last round of an odd rank loads half of them.
+UNROLL = 2
+# Bytes of the widest load; a gradient all of whose rows start at a multiple of it takes the aligned path.
+VECTOR_BYTES = 16
+# Widest loads that a thread has in flight of the gradient: more cost the registers of a second block's threads.
+VECTORS = 2
+# More than the launches of one training step over all dtypes, streams and devices of a process.
+TABLES_KEPT = 64
+
+
+class Layer(NamedTuple):
+    """One row of the device table, all int64; the kernels read the fields by their position.
+
+    grad `[rows, cols]` += left `[rows, rank]` diag(coefficients `[rank]`) right `[rank, cols]`; strides in elements.
+    """
+
+    first_tile: int
+    grad: int
+    left: int
+    right: int
+    coefficients: int
+    rows: int
+    cols: int
+    grad_row: int
+    grad_col: int
+    left_row: int
+    left_rank: int
+    right_rank: int
+    right_col: int
+    coefficient_stride: int
+    rank: int
+    aligned: int
+
+
+FIELDS = len(Layer._fields)
+
+
+def _jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """`triton.jit`; without Triton the function stays what it is, and nobody calls it."""
+    return triton.jit(**options) if triton is not None else lambda function: function
+
+
+@_jit()
+def _widen(x: tl.tensor, SUM: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.tensor:
+    """`x` in the dtype of the sum."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        # Triton's interpreter gets the subnormal numbers wrong.
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(SUM)
+
+
+@_jit()
+def _round(x: tl.tensor, GRAD: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.tensor:
+    """`x` rounded to the nearest number of the gradient's dtype, ties to even."""
+    if INTERPRETED and GRAD == tl.bfloat16:
+        # Triton's interpreter truncates here; the compiled conversion rounds.
+        bits = x.to(tl.uint32, bitcast=True)
+        nearest = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
+        return nearest.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(GRAD)
+
+
+@_jit()
+def _update_tile(
+    row: tl.tensor,
+    tile: tl.tensor,
+    GRAD: tl.constexpr,
+    SUM: tl.constexpr,
+    UNROLL: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+) -> None:
+    """One tile of the layer whose table row is given.
+
+    The fields are loaded here, in each of the two branches of the caller, because an alignment hint belongs to the
+    value it is given for: hints on values loaded before the branch would promise the same to both.
+    """
+    local = (tile - tl.load(row)).to(tl.int32)
+    grad = tl.load(row + 1).to(tl.pointer_type(GRAD))
+    left = tl.load(row + 2).to(tl.pointer_type(SUM))
+    right = tl.load(row + 3).to(tl.pointer_type(SUM))
+    coefficients = tl.load(row + 4).to(tl.pointer_type(SUM))
+    rows = tl.load(row + 5)
+    cols = tl.load(row + 6)
+    grad_row = tl.load(row + 7)
+    left_row = tl.load(row + 9)
+    left_rank = tl.load(row + 10)
+    right_rank = tl.load(row + 11)
+    coefficient_stride = tl.load(row + 13)
+    rank = tl.load(row + 14).to(tl.int32)
+
+    across = tl.cdiv(cols, BLOCK_COLS).to(tl.int32)
+    # int64 here and in all offsets: a gradient may have more than 2^31 elements.
+    first_row = (local // across).to(tl.int64) * BLOCK_ROWS
+    first_col = (local % across).to(tl.int64) * BLOCK_COLS
+    cols_left = tl.minimum(cols - first_col, BLOCK_COLS).to(tl.int32)
+    rows_left = tl.minimum(rows - first_row, BLOCK_ROWS).to(tl.int32)
+    if ALIGNED:
+        grad_col = 1
+        right_col = 1
+        grad = tl.multiple_of(grad, 16)
+        right = tl.multiple_of(right, 16)
+        grad_row = tl.multiple_of(grad_row, VECTOR)
+        right_rank = tl.multiple_of(right_rank, VECTOR)
+        cols_left = tl.multiple_of(cols_left, VECTOR)
+    else:
+        grad_col = tl.load(row + 8)
+        right_col = tl.load(row + 12)
+    grad += first_row * grad_row + first_col * grad_col
+    left += first_row * left_row
+    right += first_col * right_col
+    j = tl.arange(0, BLOCK_COLS)
+    in_cols = j < cols_left
+    # Fewer rows at a time on the general path: it has an address for each element, which must not cost the other path
+    # its occupancy.
+    STEP: tl.constexpr = BLOCK_ROWS if ALIGNED else BLOCK_ROWS // 4
+    for first in range(0, BLOCK_ROWS, STEP):
+        i = first + tl.arange(0, STEP)
+        in_rows = i < rows_left
+        inside = in_rows[:, None] & in_cols[None, :]
+        # First, so that the long way to the gradient overlaps the components'. Evicted first: each element is read
+        # once, the table and the factors are read by every tile.
+        place = grad + (i[:, None] * grad_row + j[None, :] * grad_col)
+        value = tl.load(place, mask=inside, other=0.0, eviction_policy="evict_first")
+        wide = _widen(value, SUM, INTERPRETED)
+        # Zero, made of the tile: the sum of a plain zero gets a layout of its own, and shared memory to convert it.
+        total = tl.minimum(tl.abs(wide), 0.0)
+        # Not a range: in Triton 3.6's interpreter one with a bound that was loaded fails with NumPy 2.4.
+        component = 0
+        while component < rank:
+            for step in tl.static_range(UNROLL):
+                r = component + step
+                c = tl.load(coefficients + r * coefficient_stride, mask=r < rank, other=0.0)
+                u = tl.load(left + r * left_rank + i * left_row, mask=in_rows & (r < rank), other=0.0)
+                v = tl.load(right + r * right_rank + j * right_col, mask=in_cols & (r < rank), other=0.0)
+                total += (u * c)[:, None] * v[None, :]
+            component += UNROLL
+        tl.store(place, _round(wide + total, GRAD, INTERPRETED), mask=inside)
+
+
+# Not specialized: one layer or a multiple of 16 would be a compilation of its own.
+@_jit(do_not_specialize=["layers"])
+def _add_low_rank(
+    table: tl.tensor,
+    layers: tl.tensor,
+    GRAD: tl.constexpr,
+    SUM: tl.constexpr,
+    UNROLL: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    FIELDS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+) -> None:
+    """All layers of one dtype: program p updates tile p - first_tile of the last layer with first_tile <= p."""
+    tile = tl.program_id(0).to(tl.int64)
+    layer = tl.full((), 0, tl.int32)
+    count = layers
+    # The layer lies in [layer, layer + count).
+    while count > 1:
+        half = count // 2
+        later = tl.load(table + (layer + half) * FIELDS) <= tile
+        layer = tl.where(later, layer + half, layer)
+        count = tl.where(later, count - half, half)
+    row = table + layer * FIELDS
+    if tl.load(row + 15) != 0:
+        _update_tile(row, tile, GRAD, SUM, UNROLL, BLOCK_ROWS, BLOCK_COLS, VECTOR, INTERPRETED, True)
+    else:
+        _update_tile(row, tile, GRAD, SUM, UNROLL, BLOCK_ROWS, BLOCK_COLS, VECTOR, INTERPRETED, False)
+
+
+class _Tables:
+    """Device tables by device, stream and content: one is copied when a pointer, shape or stride is a new one.
+
+    Keyed by stream since only there the copy is known to come before the launch. The staging memory is pinned and given
+    back at once: torch's host allocator reuses it only when the copy is done, so no copy waits and none reads a
+    later table.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._recent: OrderedDict[tuple[int, int, bytes], Tensor] = OrderedDict()
+        # Those that a CUDA graph reads whenever it is replayed; never given back.
+        self._captured: list[Tensor] = []
+        self.copies = 0
+
+    def get(self, rows: np.ndarray[Any, np.dtype[np.int64]], device: torch.device) -> Tensor:
+        """The int64 `rows` `[layers, FIELDS]` on `device`, ready for the current stream.
+
+        Raises:
+            ValueError: the stream is being captured and this table was not used before.
+        """
+        if device.type != "cuda":
+            return torch.from_numpy(rows)
+        key = (device.index, torch.cuda.current_stream(device).cuda_stream, rows.tobytes())
+        with self._lock:
+            if torch.cuda.is_current_stream_capturing():
+                for (index, _, content), table in self._recent.items():
+                    if (index, content) == (key[0], key[2]):
+                        self._captured.append(table)
+                        return table
+                raise ValueError(
+                    "impl='triton' cannot copy a new table of pointers while a CUDA graph is captured: call it once "
+                    "with the same gradients, factors and coefficients before, and keep them in place"
+                )
+            if key not in self._recent:
+                self._recent[key] = torch.from_numpy(rows).pin_memory().to(device, non_blocking=True)
+                self.copies += 1
+                if len(self._recent) > TABLES_KEPT:
+                    self._recent.popitem(last=False)
+            self._recent.move_to_end(key)
+            return self._recent[key]
+
+
+_TABLES = _Tables()
+
+
+def interpreted() -> bool:
+    """Whether the kernels were made for Triton's interpreter, which happens once, at import."""
+    return triton is not None and not isinstance(_add_low_rank, triton.JITFunction)
+
+
+def _problem() -> str | None:
+    return f"Triton is not installed: {INSTALL_HINT}" if triton is None else None
+
+
+ops.declare_problem("triton", _problem)
+
+
+def _check_device(device: torch.device) -> None:
+    if interpreted() and device.type != "cpu":
+        raise ValueError(f"TRITON_INTERPRET=1 runs the kernels on CPU tensors, got one on {device}: unset it")
+    if not interpreted() and device.type != "cuda":
+        raise ValueError(
+            f"impl='triton' needs CUDA tensors, got one on {device}: move it, leave impl=None, or set "
+            "TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter (slow, for tests)"
+        )
+
+
+def _check_layer(index: int, grad: Tensor, U: Tensor, Vh: Tensor, coefficients: Tensor) -> None:
+    """The kernel reads raw pointers: what does not fit must not get that far."""
+    k = len(coefficients)
+    if U.shape != (grad.shape[0], k) or Vh.shape != (k, grad.shape[1]):
+        raise ValueError(
+            f"grads[{index}] {tuple(grad.shape)}, U {tuple(U.shape)}, Vh {tuple(Vh.shape)} and "
+            f"coefficients {tuple(coefficients.shape)} do not fit"
+        )
+    for name, tensor in (("U", U), ("Vh", Vh), ("coefficients", coefficients)):
+        if tensor.device != grad.device:
+            raise ValueError(f"{name}[{index}] is on {tensor.device}, but grads[{index}] on {grad.device}")
+
+
+def _layer(first_tile: int, grad: Tensor, U: Tensor, Vh: Tensor, coefficients: Tensor) -> Layer:
+    """The table row of a layer; the operands already have the dtype of the sum."""
+    if grad.shape[1] == 1 or (grad.shape[0] > 1 and grad.stride(0) < grad.stride(1)):
+        # The transposed equation, so that neighbouring threads have neighbouring addresses.
+        grad, U, Vh = grad.T, Vh.T, U.T
+    rows, cols, rank = *grad.shape, len(coefficients)
+    # A stride that is never taken may have any value: 0 hides no alignment.
+    grad_row = grad.stride(0) if rows > 1 else 0
+    right_rank = Vh.stride(0) if rank > 1 else 0
+    pointers = grad.data_ptr(), Vh.data_ptr()
+    elements = VECTOR_BYTES // grad.element_size()
+    aligned = (
+        grad.stride(1) == Vh.stride(1) == 1
+        and not any(pointer % VECTOR_BYTES for pointer in pointers)
+        and not any(count % elements for count in (cols, grad_row, right_rank))
+    )
+    return Layer(
+        first_tile=first_tile,
+        grad=pointers[0],
+        left=U.data_ptr(),
+        right=pointers[1],
+        coefficients=coefficients.data_ptr(),
+        rows=rows,
+        cols=cols,
+        grad_row=grad_row,
+        grad_col=grad.stride(1),
+        left_row=U.stride(0),
+        left_rank=U.stride(1),
+        right_rank=right_rank,
+        right_col=Vh.stride(1),
+        coefficient_stride=coefficients.stride(0),
+        rank=rank,
+        aligned=int(aligned),
+    )
+
+
+def _tiles(layer: Layer, dtype: torch.dtype) -> int:
+    return -(-layer.rows // _block_rows(dtype)) * -(-layer.cols // BLOCK_COLS)
+
+
+def _block_rows(dtype: torch.dtype) -> int:
+    return VECTORS * 32 * WARPS * VECTOR_BYTES // dtype.itemsize // BLOCK_COLS
+
+
+def _constants(dtype: torch.dtype) -> dict[str, Any]:
+    """The compile-time arguments for gradients of `dtype`: one binary each, whatever the shapes and ranks."""
+    return {
+        "GRAD": getattr(tl, str(dtype).removeprefix("torch.")),
+        "SUM": tl.float64 if dtype == torch.float64 else tl.float32,
+        "UNROLL": UNROLL,
+        "BLOCK_ROWS": _block_rows(dtype),
+        "BLOCK_COLS": BLOCK_COLS,
+        "VECTOR": VECTOR_BYTES // dtype.itemsize,
+        "FIELDS": FIELDS,
+        "INTERPRETED": interpreted(),
+    }
+
+
+@ops.implements("add_penalty_grad_", "triton")
+def _add_triton(
+    grads: Sequence[Tensor], Us: Sequence[Tensor], Vhs: Sequence[Tensor], coefficients: Sequence[Tensor]
+) -> None:
+    """One launch a dtype.
+
+    Gradients may be strided either way; each is a view of memory of its own (two that begin at the same address are
+    updated one after the other, partly overlapping ones are not supported).
+    """
+    device = grads[0].device
+    _check_device(device)
+    for index, layer in enumerate(zip(grads, Us, Vhs, coefficients, strict=True)):
+        _check_layer(index, *layer)
+    earlier: Counter[int] = Counter()
+    launches: dict[tuple[torch.dtype, int], list[Layer]] = {}
+    # Operands that had to be converted must live until the launch is enqueued.
+    kept = []
+    for grad, *factors in zip(grads, Us, Vhs, coefficients, strict=True):
+        if not grad.numel() or not len(factors[2]):
+            continue
+        dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        operands = [tensor.to(dtype) for tensor in factors]
+        kept.append(operands)
+        address = grad.data_ptr()
+        layers = launches.setdefault((grad.dtype, earlier[address]), [])
+        earlier[address] += 1
+        first_tile = layers[-1].first_tile + _tiles(layers[-1], grad.dtype) if layers else 0
+        layers.append(_layer(first_tile, grad, *operands))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        for (dtype, _), layers in launches.items():
+            table = _TABLES.get(np.array(layers, dtype=np.int64), device)
+            tiles = layers[-1].first_tile + _tiles(layers[-1], dtype)
+            _add_low_rank[(tiles,)](table, len(layers), **_constants(dtype), num_warps=WARPS, num_stages=1)
+
+
+class Variant(NamedTuple):
+    """One compilation of a kernel, as `python -m bench audit` makes it, and what is expected of it.
+
+    Attributes:
+        signature, attributes: as `triton.compiler.ASTSource` takes them.
+        instructions: that must be in the machine code; "LDG.128" stands for an LDG with the modifier 128.
+        shape: the benchmark's, with the `bytes` it must move at least and its `flops`.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    attributes: dict[tuple[int, ...], list[list[Any]]]
+    warps: int
+    stages: int
+    instructions: tuple[str, ...]
+    shape: str
+    bytes: int
+    flops: int
+
+
+def variants() -> list[Variant]:
+    """What `python -m bench audit` compiles."""
+    m = n = 4096
+    k = 3
+    found = []
+    for dtype, converts in (
+        (torch.float32, ()),
+        (torch.bfloat16, ("F2FP.BF16",)),
+        (torch.float16, ("F2FP",)),
+        (torch.float64, ("DFMA",)),
+    ):
+        constants = _constants(dtype)
+        factor_bytes = max(4, dtype.itemsize) * k * (m + n + 1)
+        found.append(
+            Variant(
+                name=f"add_low_rank<{constants['GRAD']}>",
+                kernel=_add_low_rank,
+                signature={"table": "*i64", "layers": "i32", **dict.fromkeys(constants, "constexpr")},
+                constants=constants,
+                attributes={(0,): [["tt.divisibility", 16]]},
+                warps=WARPS,
+                stages=1,
+                instructions=("LDG.128", "STG.128", *converts),
+                shape=f"[{m}, {n}], k={k}",
+                bytes=2 * dtype.itemsize * m * n + factor_bytes,
+                flops=(2 * k + 1) * m * n + k * m,
+            )
+        )
+    return found
