@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,4 +86,5 @@ def test_package_installs_without_its_extras(tmp_path: Path) -> None:
     ).stdout
     assert "s2d_kernels/reference.py" in names
     assert "licenses/LICENSE" in names
+    assert ("s2d_kernels/lib/libs2d.so" in names) == (shutil.which("nvcc") is not None)
     assert not re.search(r"^(python_tests|bench|docs)/", names, re.MULTILINE)
