@@ -8,6 +8,9 @@ PYTEST_ARGS ?=
 # where the demo writes demo.png and demo.md; OUT=docs renews README's
 OUT ?= out
 
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+
 .PHONY: demo test lint format bench tables clean native emulated asan gpu-build gpu-test gpu-sanitize gpu-bench
 .DELETE_ON_ERROR:
 

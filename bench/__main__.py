@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from bench import audit, cases, peers, runs, tables, timing
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
-console = Console()
+# 80 columns, a pipe's default, would fold every cell
+console = Console(width=None if sys.stdout.isatty() else 200)
 HERE = Path(__file__).resolve().parent
 
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -430,7 +431,7 @@ def audit(
     json: Annotated[Path | None, typer.Option("--json", help="Write the audits to this file.")] = None,
 ) -> None:
     """Registers, spills, shared memory, occupancy, instructions of every kernel, without a GPU; fails on a problem."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 200)
     unknown = sorted(set(arch or ()) - set(ARCHITECTURES))
     if unknown:
         raise typer.BadParameter(f"{unknown} not among {list(ARCHITECTURES)}", param_hint="--arch")

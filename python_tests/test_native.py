@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from emulated import build_emulated
+from emulated import build_emulated, cmake
 
 from s2d_kernels import _native, add_penalty_grad_, cupy_ops, ops, topk_svd
 
@@ -263,8 +263,8 @@ def native_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc here: the CUDA library cannot be built (the emulated one is tested above)")
     build = ROOT / "build" / "native"
-    subprocess.run(["cmake", "-S", ROOT, "-B", build], check=True, capture_output=True)
-    subprocess.run(["cmake", "--build", build, "--parallel"], check=True, capture_output=True)
+    subprocess.run([cmake(), "-S", ROOT, "-B", build], check=True, capture_output=True)
+    subprocess.run([cmake(), "--build", build, "--parallel"], check=True, capture_output=True)
     return build / "libs2d.so"
 
 
