@@ -103,11 +103,12 @@ def topk_svd(
     Args:
         weights: list of `[m, n]` fp32, bf16, fp16 or fp64 tensors on one device; strided views are fine.
         k: number of triplets, one int or one per matrix, each in 1..min(m, n).
-        warm: per matrix the previous result (or its basis) or None. Seven-eighths of the work of a cold start is
-            saved; a fresh random column is always added, so that a newly grown direction is found.
+        warm: per matrix the previous result (or its basis) or None. A warm start makes half the passes of a cold one
+            with half the columns (k = 3); a fresh random column is always added, so that a newly grown direction is
+            found.
         seed: seed of the random columns. Give another one to each refresh.
         keys: per matrix a name; with `seed` it determines the random columns. Default: the shape. Results never
-            depend on a matrix's position in the list or on its neighbours.
+            depend on a matrix's position in the list; on a CPU, not on its neighbours either.
         reads: passes over each matrix; default 8 cold and 4 warm.
         impl: "reference" (full SVD), "torch", or None to choose.
 
