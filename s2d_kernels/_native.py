@@ -66,8 +66,9 @@ def library_path() -> Path:
     if emulated():
         return ROOT.parent / "build" / "emulated" / "libs2d_emulated.so"
     installed = ROOT / "lib" / "libs2d.so"
-    built = ROOT.parent / "build" / "native" / "libs2d.so"
-    return built if built.is_file() and not installed.is_file() else installed
+    built = ROOT.parent / "build" / "native" / "libs2d.so"  # of `make native` in a source tree
+    found = [path for path in (installed, built) if path.is_file()]
+    return max(found, key=lambda path: path.stat().st_mtime, default=installed)
 
 
 def load() -> ctypes.CDLL:
