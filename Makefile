@@ -71,13 +71,17 @@ asan:
 	cmake -S . -B $(BUILD)/asan -DS2D_EMULATED=ON -DS2D_ASAN=ON
 	cmake --build $(BUILD)/asan --parallel
 
-# --- on a machine with a GPU: PYTHON=python3 with torch, triton, pytest; installs nothing -------------------------
+# --- on a machine with a GPU: PYTHON=python3 with torch, triton, pytest, typer, rich; installs nothing ------------
+# OPS="svd penalty" limits tests and benchmarks to these operations, K is pytest's -k expression. Logs, JUnit reports
+# and rows go to OUT; a table of the run comes last.
 
 GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON))
-# pytest's -k expression: K=penalty
 K ?=
 OPS ?=
-GPU_PYTEST = PYTHONPATH=. $(GPU_PYTHON) -m pytest --device cuda $(if $(K),-k '$(K)')
+BENCHMARKS := svd linear
+CHOSEN := $(or $(K),$(subst $() , or ,$(strip $(OPS))))
+GPU_PYTEST = PYTHONPATH=. $(GPU_PYTHON) -m pytest --device cuda $(if $(CHOSEN),-k '$(CHOSEN)')
+SUMMARY = PYTHONPATH=. $(GPU_PYTHON) -m bench summary
 
 gpu-build:
 	@mkdir -p $(OUT)
@@ -86,15 +90,20 @@ gpu-build:
 	  cmake --build $(BUILD)/native --parallel 2>&1 | tee $(OUT)/gpu-build.log
 
 gpu-test: gpu-build
-	$(GPU_PYTEST) python_tests $(PYTEST_ARGS) 2>&1 | tee $(OUT)/gpu-test.log
+	@$(GPU_PYTEST) --junitxml=$(OUT)/gpu-test.xml python_tests $(PYTEST_ARGS) 2>&1 | tee $(OUT)/gpu-test.log; \
+	  failed=$$?; $(SUMMARY) $(OUT)/gpu-test.xml; exit $$failed
 
-# A subset is marked `sanitize`: small inputs through every kernel.
+# The tests marked `sanitize`: small inputs through every kernel.
+TOOLS ?= memcheck racecheck initcheck synccheck
 gpu-sanitize: gpu-build
-	@for tool in memcheck racecheck initcheck synccheck; do \
+	@failed=0; for tool in $(TOOLS); do \
 	  echo "== $$tool"; \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 99 \
-	    env PYTHONPATH=. $(GPU_PYTHON) -m pytest -q -m sanitize --device cuda python_tests $(if $(K),-k '$(K)') || exit 1; \
-	done 2>&1 | tee $(OUT)/gpu-sanitize.log
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 99 env $(GPU_PYTEST) -q \
+	    -m sanitize --junitxml=$(OUT)/gpu-$$tool.xml python_tests 2>&1 | tee $(OUT)/gpu-$$tool.log || failed=1; \
+	done; $(SUMMARY) $(foreach tool,$(TOOLS),$(OUT)/gpu-$(tool).xml); exit $$failed
 
 gpu-bench: gpu-build
-	PYTHONPATH=. $(GPU_PYTHON) -m bench svd --device cuda --json $(OUT)/svd-gpu.jsonl 2>&1 | tee $(OUT)/gpu-bench.log
+	@failed=0; for op in $(or $(filter $(BENCHMARKS),$(OPS)),$(BENCHMARKS)); do \
+	  PYTHONPATH=. $(GPU_PYTHON) -m bench $$op --device cuda --json $(OUT)/$$op-gpu.jsonl 2>&1 \
+	    | tee $(OUT)/gpu-bench-$$op.log || failed=1; \
+	done; exit $$failed

@@ -1,4 +1,4 @@
-"""`python -m bench {svd, linear, table}`."""
+"""`python -m bench {svd, linear, table, audit, summary}`."""
 
 from __future__ import annotations
 
@@ -135,6 +135,17 @@ def table(
 
 
 app.command()(audit.audit)
+
+
+@app.command()
+def summary(reports: Annotated[list[Path], typer.Argument(help="JUnit XML files that pytest wrote.")]) -> None:
+    """Passed, failed and skipped tests by file; fails where a report is missing."""
+    console.print(tables.test_table([path for path in reports if path.is_file()]))
+    missing = [str(path) for path in reports if not path.is_file()]
+    if missing:
+        console.print(f"[red]no report: {', '.join(missing)}")
+        raise typer.Exit(1)
+
 
 if __name__ == "__main__":
     app()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from xml.etree import ElementTree
 
 from rich.table import Table
 
@@ -113,3 +115,23 @@ def rendered(readme: str, results: Path, folder: Path = Path()) -> str:
         return match[1] + markdown(latest(read_rows(path))) + match[4]
 
     return _MARKED.sub(table, readme)
+
+
+def test_table(reports: Iterable[Path]) -> Table:
+    """Outcomes by report and test file, of pytest's JUnit XML files."""
+    table = Table(title="tests")
+    for heading in ("report", "file", "passed", "failed", "skipped", "seconds"):
+        table.add_column(heading, justify="left" if heading in ("report", "file") else "right")
+    for path in reports:
+        outcomes: dict[str, Counter[str]] = {}
+        seconds: Counter[str] = Counter()
+        for case in ElementTree.parse(path).iter("testcase"):
+            file = case.get("classname", "").rsplit(".", 1)[-1]
+            kinds = {child.tag for child in case}
+            outcome = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
+            outcomes.setdefault(file, Counter())[outcome] += 1
+            seconds[file] += float(case.get("time", 0))  # type: ignore[assignment]
+        for file, counts in sorted(outcomes.items()):
+            numbers = (str(counts[outcome]) for outcome in ("passed", "failed", "skipped"))
+            table.add_row(path.stem, file, *numbers, f"{seconds[file]:.1f}", style="red" if counts["failed"] else "")
+    return table
