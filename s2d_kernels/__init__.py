@@ -1,6 +1,7 @@
 """Selective Spectral Decay: kernels for transformers that survive 4-bit quantization (arXiv 2602.14432)."""
 
-from s2d_kernels import cuda_ops as _cuda_ops, triton_kernels as _triton_kernels  # enter their implementations
+# these enter their implementations
+from s2d_kernels import cuda_ops as _cuda_ops, torch_svd as _torch_svd, triton_kernels as _triton_kernels
 from s2d_kernels.fake_quant import FakeQuantLinear, quantize_
 from s2d_kernels.penalty import add_penalty_grad_
 from s2d_kernels.quant_ops import fake_quant_linear

@@ -9,20 +9,20 @@ that the iteration lives on the smaller side d = min(m, n).
     eigh(Y Y^T) = R diag(theta^2) R^T           all blocks together, in fp64 ("right Rayleigh-Ritz")
     v_i = r_i^T K,   u_i = r_i^T Y / theta_i,   residual_i = || r_i^T Z / theta_i - theta_i v_i ||
 
-The residual costs no read of its own: Z of every block is at hand.
+K, Y and Z are all blocks of Q_j, Y_j and Z_j. The residual costs no read of its own: Z of every block is at hand.
+`block_krylov` is this text; the implementations provide its `Primitives` (`torch_svd.py` and the kernels' modules).
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from s2d_kernels import ops, reference
+from s2d_kernels import ops
 
 CONVERGED = 0
 NOT_CONVERGED = 1
@@ -34,10 +34,40 @@ COLD_READS = 8
 WARM_READS = 4
 # The error of G = sum s^n u v^T stays below five times the criterion (spec, section 3), so this asks for 1e-3.
 TOLERANCE = 2e-4
-# Matrices processed together on a CPU: a share of its last-level cache.
-CACHE_BYTES = 16 << 20
 # Probability that `missed` is not a bound, over the draw of the random column.
 FAILURE_PROBABILITY = 1e-3
+
+
+class Primitives(Protocol):
+    """What `block_krylov` is made of: for one or many matrices A `[D, d]`, D >= d, with a start of b rows each.
+
+    Which reads a matrix takes part in is the primitives' knowledge: matrices of one batch may differ in shape, in b
+    and in their number of reads. A matrix with reads * b >= d is *dense*: Q_0 is the identity and one read is exact.
+    """
+
+    reads: int  # the most of any matrix
+
+    def begin(self) -> None:
+        """Scale of each A (a power of two that brings the largest |element| below 1), finiteness, Q_0."""
+
+    def product(self, step: int) -> None:
+        """Y_step = Q_step A^T and Z_step = Y_step A from one read of A."""
+
+    def orthonormalize(self, step: int) -> None:
+        """Q_(step + 1) from Z_step against all Q so far; dependent directions become zero rows."""
+
+    def finish(self) -> list[Tensor]:
+        """Rayleigh-Ritz, residuals, the bound on what was missed, status: U, S, Vh, residual, missed, status."""
+
+
+def block_krylov(primitives: Primitives) -> list[Tensor]:
+    """The algorithm at the head of this file."""
+    primitives.begin()
+    for step in range(primitives.reads):
+        primitives.product(step)
+        if step + 1 < primitives.reads:
+            primitives.orthonormalize(step)
+    return primitives.finish()
 
 
 class SVDBasis(NamedTuple):
@@ -163,7 +193,7 @@ def _start_block(index: int, weight: Tensor, k: int, before: TopkSVD | SVDBasis 
     """First block `[b, d]`: the previous leading vectors on the smaller side, then Gaussian rows (at least one)."""
     m, n = weight.shape
     d = min(m, n)
-    dtype = _working_dtype(weight)
+    dtype = working_dtype(weight)
     width = min(d, cold_width(k) if before is None else warm_width(k))
     digest = hashlib.blake2b(f"{seed}|{name}|{m}x{n}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -184,209 +214,6 @@ def _start_block(index: int, weight: Tensor, k: int, before: TopkSVD | SVDBasis 
     return block
 
 
-def _working_dtype(weight: Tensor) -> torch.dtype:
+def working_dtype(weight: Tensor) -> torch.dtype:
+    """Of products and results: fp64 for fp64 matrices, else fp32."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
-@ops.implements("topk_svd", "reference")
-def _topk_svd_reference(weights: list[Tensor], starts: list[Tensor], ks: list[int], reads: list[int]) -> list[Tensor]:
-    """Full SVD of each matrix; `starts` only sets how many triplets are returned."""
-    flat: list[Tensor] = []
-    for weight, start, k in zip(weights, starts, ks, strict=True):
-        A = weight.to(_working_dtype(weight))
-        b = start.shape[0]
-        finite = A.isfinite().all()
-        A = torch.where(finite, A, torch.zeros_like(A))
-        U, S, Vh = torch.linalg.svd(A, full_matrices=False)
-        missed = S[k] if k < len(S) else torch.zeros_like(S[0])
-        U, S, Vh = reference.SVDTriplets(U[:, :b], S[:b], Vh[:b])
-        residual = torch.linalg.vector_norm(A.mT @ U - Vh.mT * S, dim=0)
-        status = torch.where(finite, CONVERGED, NON_FINITE).to(torch.int32)
-        # contiguous() alone would return a view of the full factors where the slice happens to be contiguous
-        flat += [(U * finite).contiguous(), S.clone(), (Vh * finite).contiguous(), residual, missed.clone(), status]
-    return flat
-
-
-@ops.implements("topk_svd", "torch")
-def _topk_svd_torch(weights: list[Tensor], starts: list[Tensor], ks: list[int], reads: list[int]) -> list[Tensor]:
-    buckets: dict[tuple[object, ...], list[int]] = {}
-    for index, weight in enumerate(weights):
-        kind: tuple[object, ...] = (tuple(weight.shape), weight.dtype, starts[index].shape[0], ks[index], reads[index])
-        if weight.device.type == "cpu" and (weight.shape[0] % 16 or weight.shape[1] % 16 or starts[index].shape[0] % 4):
-            # MKL's bits depend on the alignment of each slice of a batch, and these slices would not be aligned.
-            kind = (index,)
-        buckets.setdefault(kind, []).append(index)
-    flat: list[Tensor] = [torch.empty(0)] * (6 * len(weights))
-    for members in (wave for bucket in buckets.values() for wave in _waves(bucket, weights)):
-        first = members[0]
-        wide = weights[first].shape[0] < weights[first].shape[1]
-        largest = torch.stack([_largest_element(weights[i]) for i in members])
-        matrices = torch.stack([weights[i] for i in members])
-        matrices = matrices.to(starts[first].dtype)
-        start = torch.stack([starts[i] for i in members])
-        results = _block_krylov(matrices.mT if wide else matrices, largest, start, ks[first], reads[first])
-        for position, index in enumerate(members):
-            left, S, right, residual, missed, status = (r[position] for r in results)
-            U, Vh = (right.mT, left) if wide else (left.mT, right)
-            outputs = (U, S, Vh, residual, missed, status)
-            # Copies: operator outputs must not share the bucket's storage.
-            flat[6 * index : 6 * index + 6] = [t.clone(memory_format=torch.contiguous_format) for t in outputs]
-    return flat
-
-
-def _waves(bucket: list[int], weights: list[Tensor]) -> list[list[int]]:
-    """Cut a bucket of equal matrices so that a wave stays in a CPU's cache through all its reads."""
-    if weights[bucket[0]].device.type != "cpu":
-        return [bucket]
-    count = -(-len(bucket) * weights[bucket[0]].numel() * 4 // CACHE_BYTES)
-    count = min(count, max(1, len(bucket) // 2))  # a lone matrix leaves threads idle
-    return [bucket[len(bucket) * i // count : len(bucket) * (i + 1) // count] for i in range(count)]
-
-
-def _bmm(A: Tensor, B: Tensor) -> Tensor:
-    """torch.bmm whose bits do not depend on the size of the batch.
-
-    MKL gives each matrix of a batch to one thread, but splits a single one among all, sums included: so a single one
-    goes twice.
-    """
-    if A.shape[0] == 1 and A.device.type == "cpu":
-        return torch.bmm(A.expand(2, -1, -1), B.expand(2, -1, -1))[:1]
-    return torch.bmm(A, B)
-
-
-def _eigh(H: Tensor) -> tuple[Tensor, Tensor]:
-    """torch.linalg.eigh of each matrix. On a CPU one by one: LAPACK's bits depend on how a slice is aligned."""
-    if H.device.type != "cpu" or H.shape[0] == 1:
-        return torch.linalg.eigh(H)
-    values, vectors = zip(*(torch.linalg.eigh(h) for h in H), strict=True)
-    return torch.stack(values), torch.stack(vectors)
-
-
-def _largest_element(weight: Tensor) -> Tensor:
-    """max |W|, 0-dim; NaN if W holds one."""
-    low, high = torch.aminmax(weight)  # passes NaN on, and makes no copy
-    return torch.maximum(high, -low)
-
-
-def _block_krylov(matrices: Tensor, largest: Tensor, start: Tensor, k: int, reads: int) -> tuple[Tensor, ...]:
-    """Triplets of the matrices A `[B, D, d]`, D >= d, with `largest [B]` elements, from `start [B, b, d]`.
-
-    Returns left vectors as rows `[B, b, D]`, S `[B, b]`, right vectors as rows `[B, b, d]`, residual `[B, b]`,
-    missed `[B]`, status `[B]`.
-    """
-    _, b, d = start.shape
-    dtype = start.dtype
-    largest = largest.to(dtype)
-    finite = largest.isfinite()
-    # the exponents of which both 2^e and 2^-e are normal numbers
-    bound = 1022 if dtype == torch.float64 else 126
-    exponent = torch.frexp(torch.where(finite, largest, 1.0)).exponent.clamp(-bound, bound)
-    scale = torch.ldexp(torch.ones_like(largest), -exponent)  # power of two: A * scale is exact, |A * scale| < 1
-
-    dense = reads * b >= d  # the Krylov space would be everything: one read with Q = identity is exact
-    gaussian = start[:, -1]
-    if dense:
-        Q = torch.eye(d, dtype=dtype, device=start.device).expand(matrices.shape[0], d, d)
-        reads = 1
-    else:
-        Q = _orthonormalize(start, None)
-    blocks_K, blocks_Y, blocks_Z = [], [], []
-    for step in range(reads):
-        Y, Z = _fused_product(matrices, Q, scale, finite)
-        blocks_K.append(Q)
-        blocks_Y.append(Y)
-        blocks_Z.append(Z)
-        if step + 1 < reads:
-            Q = _orthonormalize(Z, torch.cat(blocks_K, 1))
-    K, Y, Z = torch.cat(blocks_K, 1), torch.cat(blocks_Y, 1), torch.cat(blocks_Z, 1)
-
-    Y64 = Y.double()
-    eigenvalues, R = _eigh(_bmm(Y64, Y64.mT))
-    theta = eigenvalues.clamp(min=0).sqrt().flip(1)  # [B, all], descending
-    R = R.flip(2)
-    rows = R[:, :, :b].mT.to(dtype)
-    S = theta[:, :b]
-    # A Ritz value below the rounding of the products, or of their fp64 Gram matrix, is noise: it counts as zero.
-    noise = max(4 * torch.finfo(dtype).eps, math.sqrt(Y.shape[1] * torch.finfo(torch.float64).eps))
-    floor = theta[:, :1] * noise
-    inverse = torch.where(S > floor, 1.0 / S, 0.0).to(dtype).unsqueeze(2)
-    S = torch.where(S > floor, S, 0.0).to(dtype)
-    right = _bmm(rows, K)
-    left = _bmm(rows, Y) * inverse
-    residual = torch.linalg.vector_norm(_bmm(rows, Z) * inverse - S.unsqueeze(2) * right, dim=2)
-    right = right * (S > 0).unsqueeze(2)
-
-    if dense:
-        missed = theta[:, k] if k < theta.shape[1] else torch.zeros_like(theta[:, 0])
-    else:
-        missed = _missed_bound(gaussian, K, Z, theta, R, k, reads)
-    criterion = ((S * residual)[:, :k]).amax(1)
-    converged = criterion <= TOLERANCE * S[:, 0].square()
-
-    S, residual, missed = (
-        torch.ldexp(t, e)
-        for t, e in zip(
-            (S, residual, missed.to(dtype)), (exponent.unsqueeze(1), exponent.unsqueeze(1), exponent), strict=True
-        )
-    )
-    overflow = ~S[:, 0].isfinite()
-    bad = ~finite | overflow
-    status = torch.where(converged, CONVERGED, NOT_CONVERGED)
-    status = torch.where(overflow, OVERFLOW, status)
-    status = torch.where(finite, status, NON_FINITE).to(torch.int32)
-    zero = bad.view(-1, 1, 1)
-    return (
-        left.masked_fill(zero, 0),
-        S.masked_fill(zero[:, 0], 0),
-        right.masked_fill(zero, 0),
-        residual.masked_fill(zero[:, 0], 0),
-        missed.masked_fill(bad, 0),
-        status,
-    )
-
-
-def _fused_product(A: Tensor, Q: Tensor, scale: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
-    """Y = Q (sA)^T `[B, b, D]` and Z = Y (sA) `[B, b, d]`; zeros for a matrix that is not finite."""
-    scale, keep = scale.view(-1, 1, 1), finite.view(-1, 1, 1)
-    Y = _bmm(Q * scale, A.mT)
-    Z = _bmm(Y * scale, A)
-    return torch.where(keep, Y, 0.0), torch.where(keep, Z, 0.0)
-
-
-def _orthonormalize(block: Tensor, against: Tensor | None) -> Tensor:
-    """Orthonormal rows spanning `block [B, b, d]` after projecting out the orthonormal rows `against [B, p, d]`.
-
-    Projection and Gram-eigen orthonormalization (SVQB, fp64 Gram matrix), twice. Dependent directions come out as
-    zero rows instead of noise blown up to length one.
-    """
-    eps = torch.finfo(block.dtype).eps
-    drop = 1e-10 if block.dtype == torch.float32 else 1e-13
-    for _ in range(2):
-        before = torch.linalg.vector_norm(block, dim=2, keepdim=True)
-        if against is not None:
-            block = block - _bmm(_bmm(block, against.mT), against)
-        length = torch.linalg.vector_norm(block, dim=2, keepdim=True)
-        block = torch.where(length > 8 * eps * before, block / length, 0.0)
-        wide = block.double()
-        eigenvalues, E = _eigh(_bmm(wide, wide.mT))
-        inverse = torch.where(eigenvalues > drop * block.shape[1], eigenvalues.clamp(min=drop).rsqrt(), 0.0)
-        block = _bmm((E * inverse.unsqueeze(1)).mT.to(block.dtype), block)
-    return block
-
-
-def _missed_bound(gaussian: Tensor, K: Tensor, Z: Tensor, theta: Tensor, R: Tensor, k: int, reads: int) -> Tensor:
-    """Bound `[B]` on a singular value beyond the k found, from the random row that went through q = `reads` products.
-
-    s_missed <= (||(A^T A)^q w|| / (d sqrt(pi/2)))^(1/(2q)) with A deflated by the found vectors: the component of a
-    Gaussian w along the missed vector is below d sqrt(pi/2) only with probability d. The Krylov space holds
-    (A^T A)^(q-1) w, whose Ritz coordinates are theta^(2(q-1)) times those of w; dropping the first k deflates it,
-    and Z = (A^T A) K takes the last step. No product of its own, and no cancellation.
-    """
-    coordinates = _bmm(_bmm(gaussian.unsqueeze(1), K.mT).double(), R)  # [B, 1, all]
-    # relative to the first Ritz value that stays, lest a power of a small one underflow
-    top = torch.where(theta[:, k : k + 1] > 0, theta[:, k : k + 1], 1.0)
-    coordinates = coordinates * (theta / top).square().pow(reads - 1).unsqueeze(1)
-    coordinates[:, :, :k] = 0
-    last = _bmm(_bmm(coordinates, R.mT), Z.double()).squeeze(1) / top.square()
-    ratio = torch.linalg.vector_norm(last, dim=1) / (FAILURE_PROBABILITY * math.sqrt(math.pi / 2))
-    return ratio.pow(1 / (2 * reads)) * top.squeeze(1)

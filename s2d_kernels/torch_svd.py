@@ -1,0 +1,232 @@
+"""`topk_svd` in plain torch: impl="torch", equal matrices in one batch, and impl="reference", the full SVD."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from s2d_kernels import ops, reference
+from s2d_kernels.svd import (
+    CONVERGED,
+    FAILURE_PROBABILITY,
+    NON_FINITE,
+    NOT_CONVERGED,
+    OVERFLOW,
+    TOLERANCE,
+    block_krylov,
+    working_dtype,
+)
+
+# Matrices processed together on a CPU: a share of its last-level cache.
+CACHE_BYTES = 16 << 20
+
+
+@ops.implements("topk_svd", "reference")
+def _topk_svd_reference(weights: list[Tensor], starts: list[Tensor], ks: list[int], reads: list[int]) -> list[Tensor]:
+    """Full SVD of each matrix; `starts` only sets how many triplets are returned."""
+    flat: list[Tensor] = []
+    for weight, start, k in zip(weights, starts, ks, strict=True):
+        A = weight.to(working_dtype(weight))
+        b = start.shape[0]
+        finite = A.isfinite().all()
+        A = torch.where(finite, A, torch.zeros_like(A))
+        U, S, Vh = torch.linalg.svd(A, full_matrices=False)
+        missed = S[k] if k < len(S) else torch.zeros_like(S[0])
+        U, S, Vh = reference.SVDTriplets(U[:, :b], S[:b], Vh[:b])
+        residual = torch.linalg.vector_norm(A.mT @ U - Vh.mT * S, dim=0)
+        status = torch.where(finite, CONVERGED, NON_FINITE).to(torch.int32)
+        # contiguous() alone would return a view of the full factors where the slice happens to be contiguous
+        flat += [(U * finite).contiguous(), S.clone(), (Vh * finite).contiguous(), residual, missed.clone(), status]
+    return flat
+
+
+@ops.implements("topk_svd", "torch")
+def _topk_svd_torch(weights: list[Tensor], starts: list[Tensor], ks: list[int], reads: list[int]) -> list[Tensor]:
+    buckets: dict[tuple[object, ...], list[int]] = {}
+    for index, weight in enumerate(weights):
+        kind: tuple[object, ...] = (tuple(weight.shape), weight.dtype, starts[index].shape[0], ks[index], reads[index])
+        if weight.device.type == "cpu" and (weight.shape[0] % 16 or weight.shape[1] % 16 or starts[index].shape[0] % 4):
+            # MKL's bits depend on the alignment of each slice of a batch, and these slices would not be aligned.
+            kind = (index,)
+        buckets.setdefault(kind, []).append(index)
+    flat: list[Tensor] = [torch.empty(0)] * (6 * len(weights))
+    for members in (wave for equal in buckets.values() for wave in _waves(equal, weights)):
+        first = members[0]
+        wide = weights[first].shape[0] < weights[first].shape[1]
+        largest = torch.stack([_largest_element(weights[i]) for i in members])
+        matrices = torch.stack([weights[i] for i in members])
+        matrices = matrices.to(starts[first].dtype)
+        start = torch.stack([starts[i] for i in members])
+        bucket = _Bucket(matrices.mT if wide else matrices, largest, start, ks[first], reads[first])
+        results = block_krylov(bucket)
+        for position, index in enumerate(members):
+            left, S, right, residual, missed, status = (r[position] for r in results)
+            U, Vh = (right.mT, left) if wide else (left.mT, right)
+            outputs = (U, S, Vh, residual, missed, status)
+            # Copies: operator outputs must not share the bucket's storage.
+            flat[6 * index : 6 * index + 6] = [t.clone(memory_format=torch.contiguous_format) for t in outputs]
+    return flat
+
+
+def _waves(bucket: list[int], weights: list[Tensor]) -> list[list[int]]:
+    """Cut a bucket of equal matrices so that a wave stays in a CPU's cache through all its reads."""
+    if weights[bucket[0]].device.type != "cpu":
+        return [bucket]
+    count = -(-len(bucket) * weights[bucket[0]].numel() * 4 // CACHE_BYTES)
+    count = min(count, max(1, len(bucket) // 2))  # a lone matrix leaves threads idle
+    return [bucket[len(bucket) * i // count : len(bucket) * (i + 1) // count] for i in range(count)]
+
+
+def _bmm(A: Tensor, B: Tensor) -> Tensor:
+    """torch.bmm whose bits do not depend on the size of the batch.
+
+    MKL gives each matrix of a batch to one thread, but splits a single one among all, sums included: so a single one
+    goes twice.
+    """
+    if A.shape[0] == 1 and A.device.type == "cpu":
+        return torch.bmm(A.expand(2, -1, -1), B.expand(2, -1, -1))[:1]
+    return torch.bmm(A, B)
+
+
+def _eigh(H: Tensor) -> tuple[Tensor, Tensor]:
+    """torch.linalg.eigh of each matrix. On a CPU one by one: LAPACK's bits depend on how a slice is aligned."""
+    if H.device.type != "cpu" or H.shape[0] == 1:
+        return torch.linalg.eigh(H)
+    values, vectors = zip(*(torch.linalg.eigh(h) for h in H), strict=True)
+    return torch.stack(values), torch.stack(vectors)
+
+
+def _largest_element(weight: Tensor) -> Tensor:
+    """max |W|, 0-dim; NaN if W holds one."""
+    low, high = torch.aminmax(weight)  # passes NaN on, and makes no copy
+    return torch.maximum(high, -low)
+
+
+class _Bucket:
+    """`Primitives` of equal matrices A `[B, D, d]`, D >= d, with `largest [B]` elements, from `start [B, b, d]`.
+
+    `finish` returns left vectors as rows `[B, b, D]`, S `[B, b]`, right vectors as rows `[B, b, d]`, residual
+    `[B, b]`, missed `[B]`, status `[B]`.
+    """
+
+    def __init__(self, matrices: Tensor, largest: Tensor, start: Tensor, k: int, reads: int) -> None:
+        self.A, self.start, self.k = matrices, start, k
+        self.dense = reads * start.shape[1] >= start.shape[2]
+        self.reads = 1 if self.dense else reads
+        self.largest = largest.to(start.dtype)
+        self.K: list[Tensor] = []
+        self.Y: list[Tensor] = []
+        self.Z: list[Tensor] = []
+
+    def begin(self) -> None:
+        dtype, d = self.start.dtype, self.start.shape[2]
+        self.finite = self.largest.isfinite()
+        # the exponents of which both 2^e and 2^-e are normal numbers
+        bound = 1022 if dtype == torch.float64 else 126
+        self.exponent = torch.frexp(torch.where(self.finite, self.largest, 1.0)).exponent.clamp(-bound, bound)
+        # a power of two: A * scale is exact, |A * scale| < 1
+        self.scale = torch.ldexp(torch.ones_like(self.largest), -self.exponent)
+        if self.dense:
+            self.K.append(torch.eye(d, dtype=dtype, device=self.start.device).expand(self.A.shape[0], d, d))
+        else:
+            self.K.append(_orthonormalize(self.start, None))
+
+    def product(self, step: int) -> None:
+        Y, Z = _fused_product(self.A, self.K[step], self.scale, self.finite)
+        self.Y.append(Y)
+        self.Z.append(Z)
+
+    def orthonormalize(self, step: int) -> None:
+        self.K.append(_orthonormalize(self.Z[step], torch.cat(self.K, 1)))
+
+    def finish(self) -> list[Tensor]:
+        b, k, dtype = self.start.shape[1], self.k, self.start.dtype
+        K, Y, Z = torch.cat(self.K, 1), torch.cat(self.Y, 1), torch.cat(self.Z, 1)
+        Y64 = Y.double()
+        eigenvalues, R = _eigh(_bmm(Y64, Y64.mT))
+        theta = eigenvalues.clamp(min=0).sqrt().flip(1)  # [B, all], descending
+        R = R.flip(2)
+        rows = R[:, :, :b].mT.to(dtype)
+        S = theta[:, :b]
+        # A Ritz value below the rounding of the products, or of their fp64 Gram matrix, is noise: it counts as zero.
+        noise = max(4 * torch.finfo(dtype).eps, math.sqrt(Y.shape[1] * torch.finfo(torch.float64).eps))
+        floor = theta[:, :1] * noise
+        inverse = torch.where(S > floor, 1.0 / S, 0.0).to(dtype).unsqueeze(2)
+        S = torch.where(S > floor, S, 0.0).to(dtype)
+        right = _bmm(rows, K)
+        left = _bmm(rows, Y) * inverse
+        residual = torch.linalg.vector_norm(_bmm(rows, Z) * inverse - S.unsqueeze(2) * right, dim=2)
+        right = right * (S > 0).unsqueeze(2)
+
+        if self.dense:
+            missed = theta[:, k] if k < theta.shape[1] else torch.zeros_like(theta[:, 0])
+        else:
+            missed = _missed_bound(self.start[:, -1], K, Z, theta, R, k, self.reads)
+        criterion = ((S * residual)[:, :k]).amax(1)
+        converged = criterion <= TOLERANCE * S[:, 0].square()
+
+        S, residual = (torch.ldexp(t, self.exponent.unsqueeze(1)) for t in (S, residual))
+        missed = torch.ldexp(missed.to(dtype), self.exponent)
+        overflow = ~S[:, 0].isfinite()
+        bad = ~self.finite | overflow
+        status = torch.where(converged, CONVERGED, NOT_CONVERGED)
+        status = torch.where(overflow, OVERFLOW, status)
+        status = torch.where(self.finite, status, NON_FINITE).to(torch.int32)
+        zero = bad.view(-1, 1, 1)
+        return [
+            left.masked_fill(zero, 0),
+            S.masked_fill(zero[:, 0], 0),
+            right.masked_fill(zero, 0),
+            residual.masked_fill(zero[:, 0], 0),
+            missed.masked_fill(bad, 0),
+            status,
+        ]
+
+
+def _fused_product(A: Tensor, Q: Tensor, scale: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
+    """Y = Q (sA)^T `[B, b, D]` and Z = Y (sA) `[B, b, d]`; zeros for a matrix that is not finite."""
+    scale, keep = scale.view(-1, 1, 1), finite.view(-1, 1, 1)
+    Y = _bmm(Q * scale, A.mT)
+    Z = _bmm(Y * scale, A)
+    return torch.where(keep, Y, 0.0), torch.where(keep, Z, 0.0)
+
+
+def _orthonormalize(block: Tensor, against: Tensor | None) -> Tensor:
+    """Orthonormal rows spanning `block [B, b, d]` after projecting out the orthonormal rows `against [B, p, d]`.
+
+    Projection and Gram-eigen orthonormalization (SVQB, fp64 Gram matrix), twice. Dependent directions come out as
+    zero rows instead of noise blown up to length one.
+    """
+    eps = torch.finfo(block.dtype).eps
+    drop = 1e-10 if block.dtype == torch.float32 else 1e-13
+    for _ in range(2):
+        before = torch.linalg.vector_norm(block, dim=2, keepdim=True)
+        if against is not None:
+            block = block - _bmm(_bmm(block, against.mT), against)
+        length = torch.linalg.vector_norm(block, dim=2, keepdim=True)
+        block = torch.where(length > 8 * eps * before, block / length, 0.0)
+        wide = block.double()
+        eigenvalues, E = _eigh(_bmm(wide, wide.mT))
+        inverse = torch.where(eigenvalues > drop * block.shape[1], eigenvalues.clamp(min=drop).rsqrt(), 0.0)
+        block = _bmm((E * inverse.unsqueeze(1)).mT.to(block.dtype), block)
+    return block
+
+
+def _missed_bound(gaussian: Tensor, K: Tensor, Z: Tensor, theta: Tensor, R: Tensor, k: int, reads: int) -> Tensor:
+    """Bound `[B]` on a singular value beyond the k found, from the random row that went through q = `reads` products.
+
+    s_missed <= (||(A^T A)^q w|| / (d sqrt(pi/2)))^(1/(2q)) with A deflated by the found vectors: the component of a
+    Gaussian w along the missed vector is below d sqrt(pi/2) only with probability d. The Krylov space holds
+    (A^T A)^(q-1) w, whose Ritz coordinates are theta^(2(q-1)) times those of w; dropping the first k deflates it,
+    and Z = (A^T A) K takes the last step. No product of its own, and no cancellation.
+    """
+    coordinates = _bmm(_bmm(gaussian.unsqueeze(1), K.mT).double(), R)  # [B, 1, all]
+    # relative to the first Ritz value that stays, lest a power of a small one underflow
+    top = torch.where(theta[:, k : k + 1] > 0, theta[:, k : k + 1], 1.0)
+    coordinates = coordinates * (theta / top).square().pow(reads - 1).unsqueeze(1)
+    coordinates[:, :, :k] = 0
+    last = _bmm(_bmm(coordinates, R.mT), Z.double()).squeeze(1) / top.square()
+    ratio = torch.linalg.vector_norm(last, dim=1) / (FAILURE_PROBABILITY * math.sqrt(math.pi / 2))
+    return ratio.pow(1 / (2 * reads)) * top.squeeze(1)
