@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from s2d_kernels import ops, triton_kernels
+from s2d_kernels.triton_kernels import common, penalty
 
 ROOT = Path(__file__).parent.parent
 # Half a unit in the last place of the dtype: the one rounding that the contract allows.
@@ -141,11 +142,11 @@ def run_mixed_dtypes(device: torch.device) -> None:
     grads = [torch.zeros(9, 16, dtype=dtype, device=device) for dtype in ROUNDING]
     U, Vh, c = torch.ones(9, 1, device=device), torch.ones(1, 16, device=device), torch.full((1,), 2.0, device=device)
     count = len(grads) + 1
-    get, layers = triton_kernels._TABLES.get, []
-    triton_kernels._TABLES.get = lambda rows, where: (layers.append(len(rows)), get(rows, where))[1]
+    get, layers = common.TABLES.get, []
+    common.TABLES.get = lambda rows, where: (layers.append(len(rows)), get(rows, where))[1]
     add([*grads, *grads[:1]], [U] * count, [Vh] * count, [c] * count)
     add([grads[1][:4], grads[1][4:]], [U[:4], U[4:]], [Vh] * 2, [c * 0] * 2)
-    triton_kernels._TABLES.get = get
+    common.TABLES.get = get
     # The second sum of the first gradient waits for the first one; two parts of a gradient share a launch.
     assert layers == [1, 1, 1, 1, 1, 2]
     for index, grad in enumerate(grads):
@@ -175,7 +176,7 @@ def run_refusals(device: torch.device) -> None:
             add(grads, *bad)
         assert not any(grad.any() for grad in grads)
     with pytest.raises(ValueError, match=r"U\[1\] is on meta, but grads\[1\] on"):
-        triton_kernels._check_layer(1, grads[1], U.to("meta"), Vh, c)
+        penalty._check_layer(1, grads[1], U.to("meta"), Vh, c)
 
 
 RUNS: dict[str, Callable[[torch.device], None]] = {
@@ -232,19 +233,19 @@ def test_without_triton_the_package_imports_and_says_what_to_install() -> None:
 
 def test_table_rows_describe_the_layer() -> None:
     grad, U, Vh, c = torch.zeros(8, 16), torch.zeros(8, 2), torch.zeros(2, 16), torch.zeros(2)
-    row = triton_kernels._layer(7, grad, U, Vh, c)
+    row = penalty._layer(7, grad, U, Vh, c)
     assert (row.first_tile, row.rows, row.cols, row.rank, row.aligned) == (7, 8, 16, 2, 1)
     assert (row.grad, row.grad_row, row.grad_col) == (grad.data_ptr(), 16, 1)
     # A transposed gradient: the equation is transposed with it.
-    transposed = triton_kernels._layer(0, torch.zeros(16, 8).T, U, Vh, c)
+    transposed = penalty._layer(0, torch.zeros(16, 8).T, U, Vh, c)
     assert (transposed.rows, transposed.cols, transposed.grad_col) == (16, 8, 1)
     assert (transposed.left, transposed.right) == (Vh.data_ptr(), U.data_ptr())
     # Not aligned: an odd start, an odd stride, an odd number of columns.
     storage = torch.zeros(8, 20)
-    assert not triton_kernels._layer(0, storage[:, 1:17], U, Vh, c).aligned
-    assert triton_kernels._layer(0, storage[:, 4:20], U, Vh, c).aligned
-    assert not triton_kernels._layer(0, torch.zeros(8, 17)[:, :16], U, Vh, c).aligned
-    assert not triton_kernels._layer(0, torch.zeros(8, 15), U, Vh[:, :15], c).aligned
+    assert not penalty._layer(0, storage[:, 1:17], U, Vh, c).aligned
+    assert penalty._layer(0, storage[:, 4:20], U, Vh, c).aligned
+    assert not penalty._layer(0, torch.zeros(8, 17)[:, :16], U, Vh, c).aligned
+    assert not penalty._layer(0, torch.zeros(8, 15), U, Vh[:, :15], c).aligned
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 64])
@@ -253,8 +254,8 @@ def test_tables_on_the_device_are_copied_only_when_their_content_is_new(count: i
         pytest.skip("device tables need --device cuda")
     import numpy as np
 
-    tables = triton_kernels._Tables()
-    rows = np.arange(count * triton_kernels.FIELDS, dtype=np.int64).reshape(count, -1)
+    tables = common.Tables()
+    rows = np.arange(count * penalty.FIELDS, dtype=np.int64).reshape(count, -1)
     here = torch.device("cuda", torch.cuda.current_device())
     first = tables.get(rows, here)
     assert tables.get(rows.copy(), here) is first

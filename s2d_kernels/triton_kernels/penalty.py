@@ -1,14 +1,9 @@
-"""impl="triton": the kernels in Triton, for CUDA tensors, or for CPU tensors under TRITON_INTERPRET=1 (tests).
-
-Triton is optional: without it this module imports, and impl="triton" says what to install.
-"""
+"""`add_penalty_grad_` in Triton."""
 
 from __future__ import annotations
 
-import importlib
-import threading
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -17,25 +12,22 @@ import torch
 from torch import Tensor
 
 from s2d_kernels import ops
-
-# By name, so that type checking does not depend on whether the optional package is there.
-try:
-    triton: Any = importlib.import_module("triton")
-    tl: Any = importlib.import_module("triton.language")
-except ImportError:
-    triton = tl = None
-
-INSTALL_HINT = "pip install 'triton>=3.6'"
+from s2d_kernels.triton_kernels.common import (
+    TABLES,
+    VECTOR_BYTES,
+    Variant,
+    check_device,
+    interpreted,
+    jit,
+    tl,
+    widen,
+)
 
 BLOCK_COLS, WARPS = 128, 8
 # Components whose loads are issued together; the last round of an odd rank loads half of them.
 UNROLL = 2
-# Bytes of the widest load; a gradient all of whose rows start at a multiple of it takes the aligned path.
-VECTOR_BYTES = 16
 # Widest loads that a thread has in flight of the gradient: more cost the registers of a second block's threads.
 VECTORS = 2
-# More than the launches of one training step over all dtypes, streams and devices of a process.
-TABLES_KEPT = 64
 
 
 class Layer(NamedTuple):
@@ -65,21 +57,7 @@ class Layer(NamedTuple):
 FIELDS = len(Layer._fields)
 
 
-def _jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """`triton.jit`; without Triton the function stays what it is, and nobody calls it."""
-    return triton.jit(**options) if triton is not None else lambda function: function
-
-
-@_jit()
-def _widen(x: tl.tensor, SUM: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.tensor:
-    """`x` in the dtype of the sum."""
-    if INTERPRETED and x.dtype == tl.bfloat16:
-        # Triton's interpreter gets the subnormal numbers wrong.
-        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    return x.to(SUM)
-
-
-@_jit()
+@jit()
 def _round(x: tl.tensor, GRAD: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.tensor:
     """`x` rounded to the nearest number of the gradient's dtype, ties to even."""
     if INTERPRETED and GRAD == tl.bfloat16:
@@ -90,7 +68,7 @@ def _round(x: tl.tensor, GRAD: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.te
     return x.to(GRAD)
 
 
-@_jit()
+@jit()
 def _update_tile(
     row: tl.tensor,
     tile: tl.tensor,
@@ -155,7 +133,7 @@ def _update_tile(
         # once, the table and the factors are read by every tile.
         place = grad + (i[:, None] * grad_row + j[None, :] * grad_col)
         value = tl.load(place, mask=inside, other=0.0, eviction_policy="evict_first")
-        wide = _widen(value, SUM, INTERPRETED)
+        wide = widen(value, SUM, INTERPRETED)
         # Zero, made of the tile: the sum of a plain zero gets a layout of its own, and shared memory to convert it.
         total = tl.minimum(tl.abs(wide), 0.0)
         # Not a range: in Triton 3.6's interpreter one with a bound that was loaded fails with NumPy 2.4.
@@ -172,7 +150,7 @@ def _update_tile(
 
 
 # Not specialized: one layer or a multiple of 16 would be a compilation of its own.
-@_jit(do_not_specialize=["layers"])
+@jit(do_not_specialize=["layers"])
 def _add_low_rank(
     table: tl.tensor,
     layers: tl.tensor,
@@ -200,74 +178,6 @@ def _add_low_rank(
         _update_tile(row, tile, GRAD, SUM, UNROLL, BLOCK_ROWS, BLOCK_COLS, VECTOR, INTERPRETED, True)
     else:
         _update_tile(row, tile, GRAD, SUM, UNROLL, BLOCK_ROWS, BLOCK_COLS, VECTOR, INTERPRETED, False)
-
-
-class _Tables:
-    """Device tables by device, stream and content: one is copied when a pointer, shape or stride is a new one.
-
-    Keyed by stream since only there the copy is known to come before the launch. The staging memory is pinned and given
-    back at once: torch's host allocator reuses it only when the copy is done, so no copy waits and none reads a
-    later table.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._recent: OrderedDict[tuple[int, int, bytes], Tensor] = OrderedDict()
-        # Those that a CUDA graph reads whenever it is replayed; never given back.
-        self._captured: list[Tensor] = []
-        self.copies = 0
-
-    def get(self, rows: np.ndarray[Any, np.dtype[np.int64]], device: torch.device) -> Tensor:
-        """The int64 `rows` `[layers, FIELDS]` on `device`, ready for the current stream.
-
-        Raises:
-            ValueError: the stream is being captured and this table was not used before.
-        """
-        if device.type != "cuda":
-            return torch.from_numpy(rows)
-        key = (device.index, torch.cuda.current_stream(device).cuda_stream, rows.tobytes())
-        with self._lock:
-            if torch.cuda.is_current_stream_capturing():
-                for (index, _, content), table in self._recent.items():
-                    if (index, content) == (key[0], key[2]):
-                        self._captured.append(table)
-                        return table
-                raise ValueError(
-                    "impl='triton' cannot copy a new table of pointers while a CUDA graph is captured: call it once "
-                    "with the same gradients, factors and coefficients before, and keep them in place"
-                )
-            if key not in self._recent:
-                self._recent[key] = torch.from_numpy(rows).pin_memory().to(device, non_blocking=True)
-                self.copies += 1
-                if len(self._recent) > TABLES_KEPT:
-                    self._recent.popitem(last=False)
-            self._recent.move_to_end(key)
-            return self._recent[key]
-
-
-_TABLES = _Tables()
-
-
-def interpreted() -> bool:
-    """Whether the kernels were made for Triton's interpreter, which happens once, at import."""
-    return triton is not None and not isinstance(_add_low_rank, triton.JITFunction)
-
-
-def _problem() -> str | None:
-    return f"Triton is not installed: {INSTALL_HINT}" if triton is None else None
-
-
-ops.declare_problem("triton", _problem)
-
-
-def _check_device(device: torch.device) -> None:
-    if interpreted() and device.type != "cpu":
-        raise ValueError(f"TRITON_INTERPRET=1 runs the kernels on CPU tensors, got one on {device}: unset it")
-    if not interpreted() and device.type != "cuda":
-        raise ValueError(
-            f"impl='triton' needs CUDA tensors, got one on {device}: move it, leave impl=None, or set "
-            "TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter (slow, for tests)"
-        )
 
 
 def _check_layer(index: int, grad: Tensor, U: Tensor, Vh: Tensor, coefficients: Tensor) -> None:
@@ -351,7 +261,7 @@ def _add_triton(
     updated one after the other, partly overlapping ones are not supported).
     """
     device = grads[0].device
-    _check_device(device)
+    check_device(device)
     for index, layer in enumerate(zip(grads, Us, Vhs, coefficients, strict=True)):
         _check_layer(index, *layer)
     earlier: Counter[int] = Counter()
@@ -371,31 +281,9 @@ def _add_triton(
         layers.append(_layer(first_tile, grad, *operands))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for (dtype, _), layers in launches.items():
-            table = _TABLES.get(np.array(layers, dtype=np.int64), device)
+            table = TABLES.get(np.array(layers, dtype=np.int64), device)
             tiles = layers[-1].first_tile + _tiles(layers[-1], dtype)
             _add_low_rank[(tiles,)](table, len(layers), **_constants(dtype), num_warps=WARPS, num_stages=1)
-
-
-class Variant(NamedTuple):
-    """One compilation of a kernel, as `python -m bench audit` makes it, and what is expected of it.
-
-    Attributes:
-        signature, attributes: as `triton.compiler.ASTSource` takes them.
-        instructions: that must be in the machine code; "LDG.128" stands for an LDG with the modifier 128.
-        shape: the benchmark's, with the `bytes` it must move at least and its `flops`.
-    """
-
-    name: str
-    kernel: Any
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    attributes: dict[tuple[int, ...], list[list[Any]]]
-    warps: int
-    stages: int
-    instructions: tuple[str, ...]
-    shape: str
-    bytes: int
-    flops: int
 
 
 def variants() -> list[Variant]:

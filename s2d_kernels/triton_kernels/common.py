@@ -1,0 +1,134 @@
+"""What the Triton kernels share: the optional import, `jit`, device tables of layers, the audit's `Variant`."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from s2d_kernels import ops
+
+# By name, so that type checking does not depend on whether the optional package is there.
+try:
+    triton: Any = importlib.import_module("triton")
+    tl: Any = importlib.import_module("triton.language")
+except ImportError:
+    triton = tl = None
+
+INSTALL_HINT = "pip install 'triton>=3.6'"
+
+# Bytes of the widest load; what starts and strides at multiples of it takes the aligned path.
+VECTOR_BYTES = 16
+# More than the launches of one training step over all dtypes, streams and devices of a process.
+TABLES_KEPT = 64
+
+
+def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """`triton.jit`; without Triton the function stays what it is, and nobody calls it."""
+    return triton.jit(**options) if triton is not None else lambda function: function
+
+
+@jit()
+def widen(x: tl.tensor, SUM: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.tensor:
+    """`x` in the dtype of the sum."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        # Triton's interpreter gets the subnormal numbers wrong.
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(SUM)
+
+
+class Tables:
+    """Device tables by device, stream and content: one is copied when a pointer, shape or stride is a new one.
+
+    Keyed by stream since only there the copy is known to come before the launch. The staging memory is pinned and given
+    back at once: torch's host allocator reuses it only when the copy is done, so no copy waits and none reads a
+    later table.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._recent: OrderedDict[tuple[int, int, bytes], Tensor] = OrderedDict()
+        # Those that a CUDA graph reads whenever it is replayed; never given back.
+        self._captured: list[Tensor] = []
+        self.copies = 0
+
+    def get(self, rows: np.ndarray[Any, np.dtype[np.int64]], device: torch.device) -> Tensor:
+        """The int64 `rows` `[layers, FIELDS]` on `device`, ready for the current stream.
+
+        Raises:
+            ValueError: the stream is being captured and this table was not used before.
+        """
+        if device.type != "cuda":
+            return torch.from_numpy(rows)
+        key = (device.index, torch.cuda.current_stream(device).cuda_stream, rows.tobytes())
+        with self._lock:
+            if torch.cuda.is_current_stream_capturing():
+                for (index, _, content), table in self._recent.items():
+                    if (index, content) == (key[0], key[2]):
+                        self._captured.append(table)
+                        return table
+                raise ValueError(
+                    "impl='triton' cannot copy a new table of pointers while a CUDA graph is captured: call it once "
+                    "with the same tensors before, and keep them in place"
+                )
+            if key not in self._recent:
+                self._recent[key] = torch.from_numpy(rows).pin_memory().to(device, non_blocking=True)
+                self.copies += 1
+                if len(self._recent) > TABLES_KEPT:
+                    self._recent.popitem(last=False)
+            self._recent.move_to_end(key)
+            return self._recent[key]
+
+
+TABLES = Tables()
+
+
+def interpreted() -> bool:
+    """Whether the kernels were made for Triton's interpreter, which happens once, at import."""
+    return triton is not None and not isinstance(widen, triton.JITFunction)
+
+
+def _problem() -> str | None:
+    return f"Triton is not installed: {INSTALL_HINT}" if triton is None else None
+
+
+ops.declare_problem("triton", _problem)
+
+
+def check_device(device: torch.device) -> None:
+    """Raise a ValueError where the kernels cannot take tensors on `device`."""
+    if interpreted() and device.type != "cpu":
+        raise ValueError(f"TRITON_INTERPRET=1 runs the kernels on CPU tensors, got one on {device}: unset it")
+    if not interpreted() and device.type != "cuda":
+        raise ValueError(
+            f"impl='triton' needs CUDA tensors, got one on {device}: move it, leave impl=None, or set "
+            "TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter (slow, for tests)"
+        )
+
+
+class Variant(NamedTuple):
+    """One compilation of a kernel, as `python -m bench audit` makes it, and what is expected of it.
+
+    Attributes:
+        signature, attributes: as `triton.compiler.ASTSource` takes them.
+        instructions: that must be in the machine code; "LDG.128" stands for an LDG with the modifier 128.
+        shape: the benchmark's, with the `bytes` it must move at least and its `flops`.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    attributes: dict[tuple[int, ...], list[list[Any]]]
+    warps: int
+    stages: int
+    instructions: tuple[str, ...]
+    shape: str
+    bytes: int
+    flops: int
