@@ -59,16 +59,16 @@ $(READY): pyproject.toml constraints.txt Makefile
 
 BUILD ?= build
 native:
-	cmake -S . -B $(BUILD)/native
+	cmake -S . -B $(BUILD)/native -DS2D_WERROR=ON
 	cmake --build $(BUILD)/native --parallel
 
 # The CUDA sources for the CPU: what the tests run where there is no GPU.
 emulated:
-	cmake -S . -B $(BUILD)/emulated -DS2D_EMULATED=ON
+	cmake -S . -B $(BUILD)/emulated -DS2D_EMULATED=ON -DS2D_WERROR=ON
 	cmake --build $(BUILD)/emulated --parallel
 
 asan:
-	cmake -S . -B $(BUILD)/asan -DS2D_EMULATED=ON -DS2D_ASAN=ON
+	cmake -S . -B $(BUILD)/asan -DS2D_EMULATED=ON -DS2D_ASAN=ON -DS2D_WERROR=ON
 	cmake --build $(BUILD)/asan --parallel
 
 # --- on a machine with a GPU: PYTHON=python3 with torch, triton, pytest, typer, rich; installs nothing ------------

@@ -17,7 +17,7 @@ extern "C" {
 #pragma GCC visibility push(default)
 
 /* Raised with every change of a signature or struct below; the loader refuses another value. */
-#define S2D_ABI_VERSION 1
+#define S2D_ABI_VERSION 2
 
 /* The stream type without CUDA's headers: a cudaStream_t is a pointer to this. */
 typedef struct CUstream_st* s2d_stream;
@@ -28,7 +28,8 @@ typedef enum s2d_status {
                              0..S2D_MAX_RANK, rows of a gradient that share elements */
   S2D_BAD_WORKSPACE = 2,  /* workspace smaller than the query says, or not 256-byte aligned */
   S2D_NO_KERNEL = 3,      /* the library holds no code for this device */
-  S2D_LAUNCH_FAILED = 4   /* the driver refused the launch */
+  S2D_LAUNCH_FAILED = 4,  /* the emulation refused the launch, or found an error in it */
+  S2D_CUDA_ERROR = 100    /* 100 + the cudaError_t with which the runtime refused; it may stem from earlier work */
 } s2d_status;
 
 typedef enum s2d_dtype { S2D_FLOAT32 = 0, S2D_BFLOAT16 = 1, S2D_FLOAT16 = 2 } s2d_dtype;
@@ -42,6 +43,10 @@ const char* s2d_architectures(void);
 
 /* A sentence for a status; never null. */
 const char* s2d_status_string(int status);
+
+/* Whether the current device can run the kernels: S2D_OK, S2D_NO_KERNEL, or S2D_CUDA_ERROR + n. Loads all kernels onto
+ * it, so that no first call does while a graph is captured. */
+int s2d_check_device(void);
 
 /* One layer of s2d_add_penalty_grad: grad += U diag(coefficients) Vh over the first `rank` components. */
 typedef struct s2d_penalty_layer {
@@ -57,7 +62,8 @@ typedef struct s2d_penalty_layer {
 } s2d_penalty_layer;
 
 /* Adds the penalty gradient of all layers in as few launches as the parameter space allows (one up to ~300 layers).
- * `layers` is host memory, read before the call returns. Needs no workspace. Layers of rank 0 cost nothing. */
+ * `layers` is host memory, read before the call returns. Needs no workspace. Layers of rank 0 cost nothing. The layers
+ * of one call must not share elements of their gradients: blocks that run at once would lose each other's sums. */
 int s2d_add_penalty_grad(const s2d_penalty_layer* layers, int32_t count, void* workspace, size_t workspace_bytes,
                          s2d_stream stream);
 

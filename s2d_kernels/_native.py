@@ -14,10 +14,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 MAX_RANK = 64
 ROOT = Path(__file__).parent
+EMULATED = "emulated on the CPU"
 BUILD_HINT = "build it with `make native`, or `pip install -e .` where nvcc is found"
 
 
@@ -46,6 +47,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "s2d_abi_version": (c_int, []),
     "s2d_architectures": (c_char_p, []),
     "s2d_status_string": (c_char_p, [c_int]),
+    "s2d_check_device": (c_int, []),
     "s2d_add_penalty_grad": (c_int, [POINTER(PenaltyLayer), c_int32, c_void_p, c_size_t, c_void_p]),
 }
 
@@ -55,16 +57,23 @@ class NativeLibraryError(ValueError):
 
 
 def emulated() -> bool:
-    """Whether the CPU emulation of the CUDA sources is selected, whose kernels take CPU tensors."""
-    return os.environ.get("S2D_NATIVE", "") == "emulated"
+    """Whether the library is the CPU emulation of the CUDA sources, whose kernels take CPU tensors."""
+    return architectures() == EMULATED
 
 
 def library_path() -> Path:
-    """Where the library is looked for."""
+    """Where the library is looked for.
+
+    Raises:
+        NativeLibraryError: S2D_NATIVE has an unknown value.
+    """
     if os.environ.get("S2D_LIBRARY"):
         return Path(os.environ["S2D_LIBRARY"])
-    if emulated():
+    wanted = os.environ.get("S2D_NATIVE", "")
+    if wanted == "emulated":
         return ROOT.parent / "build" / "emulated" / "libs2d_emulated.so"
+    if wanted:
+        raise NativeLibraryError(f"S2D_NATIVE={wanted!r} is unknown: set it to 'emulated', or unset it")
     installed = ROOT / "lib" / "libs2d.so"
     built = ROOT.parent / "build" / "native" / "libs2d.so"  # of `make native` in a source tree
     found = [path for path in (installed, built) if path.is_file()]
@@ -83,7 +92,8 @@ def load() -> ctypes.CDLL:
 @cache
 def _load(path: Path) -> ctypes.CDLL:
     if not path.is_file():
-        raise NativeLibraryError(f"there is no native library at {path}: {BUILD_HINT}")
+        hint = "build it with `make emulated`" if "emulated" in path.name else BUILD_HINT
+        raise NativeLibraryError(f"there is no native library at {path}: {hint}")
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -109,6 +119,15 @@ def problem() -> str | None:
     except NativeLibraryError as error:
         return str(error)
     return None
+
+
+def device_problem() -> str | None:
+    """Why the kernels cannot run on the current CUDA device, or None; also loads them onto it."""
+    library = load()
+    status = library.s2d_check_device()
+    if not status:
+        return None
+    return f"{library.s2d_status_string(status).decode()}; the library holds code for {architectures()}"
 
 
 def architectures() -> str:

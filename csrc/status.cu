@@ -1,4 +1,4 @@
-#include "s2d.h"
+#include "common.cuh"
 
 int s2d_abi_version(void) { return S2D_ABI_VERSION; }
 
@@ -10,8 +10,7 @@ const char* s2d_status_string(int status) {
       return "ok";
     case S2D_BAD_ARGUMENT:
       return "bad argument: a negative size, a null or misaligned pointer, overlapping rows, an unknown dtype or a "
-             "rank "
-             "out of range";
+             "rank out of range";
     case S2D_BAD_WORKSPACE:
       return "the workspace is smaller than its query says, or not 256-byte aligned";
     case S2D_NO_KERNEL:
@@ -19,6 +18,11 @@ const char* s2d_status_string(int status) {
     case S2D_LAUNCH_FAILED:
       return "the kernel could not be launched";
     default:
+#ifndef S2D_EMULATED
+      if (status >= S2D_CUDA_ERROR) return cudaGetErrorString(static_cast<cudaError_t>(status - S2D_CUDA_ERROR));
+#endif
       return "unknown status";
   }
 }
+
+int s2d_check_device(void) { return s2d::load_penalty_grad(); }
