@@ -1,5 +1,9 @@
 #include "common.cuh"
 
+#ifndef S2D_ARCHITECTURES  // CMakeLists.txt's list
+#define S2D_ARCHITECTURES "unknown"
+#endif
+
 int s2d_abi_version(void) { return S2D_ABI_VERSION; }
 
 const char* s2d_architectures(void) { return S2D_ARCHITECTURES; }
