@@ -119,7 +119,8 @@ class Variant(NamedTuple):
 
     Attributes:
         signature, attributes: as `triton.compiler.ASTSource` takes them.
-        instructions: that must be in the machine code; "LDG.128" stands for an LDG with the modifier 128.
+        instructions: that must be in the machine code -> at least how often; "LDG.128.!EF" stands for an LDG with the
+            modifier 128 and without EF.
         shape: the benchmark's, with the `bytes` it must move at least and its `flops`.
     """
 
@@ -130,7 +131,7 @@ class Variant(NamedTuple):
     attributes: dict[tuple[int, ...], list[list[Any]]]
     warps: int
     stages: int
-    instructions: tuple[str, ...]
+    instructions: dict[str, int]
     shape: str
     bytes: int
     flops: int

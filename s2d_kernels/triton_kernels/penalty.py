@@ -289,14 +289,17 @@ def variants() -> list[Variant]:
     m = n = 4096
     k = 3
     found = []
-    for dtype, converts in (
-        (torch.float32, ()),
-        (torch.bfloat16, ("F2FP.BF16",)),
-        (torch.float16, ("F2FP",)),
-        (torch.float64, ("DFMA",)),
+    for dtype, arithmetic in (
+        (torch.float32, "FFMA"),
+        (torch.bfloat16, "F2FP.BF16"),
+        (torch.float16, "F2FP.!BF16"),
+        (torch.float64, "DFMA"),
     ):
         constants = _constants(dtype)
-        factor_bytes = max(4, dtype.itemsize) * k * (m + n + 1)
+        words, packed = VECTORS * VECTOR_BYTES // 4, arithmetic.startswith("F2FP")
+        elements = VECTORS * VECTOR_BYTES // dtype.itemsize
+        sum_bytes = max(4, dtype.itemsize)
+        factor_bytes = sum_bytes * k * (m + n + 1)
         found.append(
             Variant(
                 name=f"add_low_rank<{constants['GRAD']}>",
@@ -306,7 +309,14 @@ def variants() -> list[Variant]:
                 attributes={(0,): [["tt.divisibility", 16]]},
                 warps=WARPS,
                 stages=1,
-                instructions=("LDG.128", "STG.128", *converts),
+                # Of the aligned path, in a thread: the gradient (evicted first), the components' factors, one rounding
+                # a word or one multiply-add an element and component.
+                instructions={
+                    "LDG.128.EF": VECTORS,
+                    "LDG.128.!EF": UNROLL * sum_bytes // dtype.itemsize,
+                    "STG.128": VECTORS,
+                    arithmetic: words if packed else UNROLL * elements,
+                },
                 shape=f"[{m}, {n}], k={k}",
                 bytes=2 * dtype.itemsize * m * n + factor_bytes,
                 flops=(2 * k + 1) * m * n + k * m,
