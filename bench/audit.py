@@ -26,6 +26,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bench.declared import CUDA_KERNELS, Declared
 from s2d_kernels import triton_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,44 +48,6 @@ class Limits(NamedTuple):
 # each block 1 KiB of shared memory belongs to the system.
 LIMITS = {"sm_80": Limits(64, 32, 65536, 164 * 1024), "sm_90a": Limits(64, 32, 65536, 228 * 1024)}
 ARCHITECTURES = tuple(LIMITS)
-
-
-class Declared(NamedTuple):
-    """What is expected of a CUDA kernel, by its name in `CUDA_KERNELS`.
-
-    Attributes:
-        threads: of a block.
-        dynamic_shared: bytes that the launch asks for.
-        instructions: that must be in the machine code -> at least how often, as `occurrences` counts them.
-        shape: the benchmark's.
-        traffic: mangled name -> (bytes moved at least, flops) at that shape.
-    """
-
-    threads: int
-    dynamic_shared: int
-    instructions: dict[str, int]
-    shape: str
-    traffic: Callable[[str], tuple[int, int]]
-
-
-CUDA_KERNELS = {
-    "add_penalty_grad": Declared(
-        threads=256,
-        dynamic_shared=0,
-        # Of the aligned paths for fp32, bf16 and fp16, in a thread: 4 rows of the gradient; the factors of a word's
-        # columns, 1 access in fp32 and 2 in the 16-bit dtypes; 4 rows x 4 words packed. The general path rounds a
-        # single element of each of the 4 rows.
-        instructions={
-            "LDG.128.!CONSTANT": 3 * 4,
-            "LDG.128.CONSTANT": 1 + 2 + 2,
-            "STG.128": 3 * 4,
-            "F2FP.BF16": 4 * 4 + 4,
-            "F2FP.!BF16": 4 * 4 + 4,
-        },
-        shape="[4096, 4096] fp32, k=3",
-        traffic=lambda _: (2 * 4 * 4096**2 + 4 * 3 * (2 * 4096 + 1), 7 * 4096**2 + 3 * 4096),
-    ),
-}
 
 
 @dataclass
@@ -324,11 +287,11 @@ def audit_cuda(source: Path, architecture: str, flags: Sequence[str] = ()) -> li
     resources, opcodes = compile_cuda(source, architecture, flags)
     audits = []
     for mangled, used in sorted(resources.items()):
-        names = [name for name in CUDA_KERNELS if f"{len(name)}{name}" in mangled]
+        names = [name for name in CUDA_KERNELS if name in mangled]
         declared = CUDA_KERNELS[names[0]] if names else Declared(256, 0, {}, "", lambda _: (0, 0))
         audit = _audit(demangled(mangled), mangled, "cuda", architecture, used, opcodes[mangled], declared)
         if not names:
-            audit.problems.append("is not declared in CUDA_KERNELS of bench/audit.py")
+            audit.problems.append("is not declared in CUDA_KERNELS of bench/declared.py")
         audits.append(audit)
     return audits
 

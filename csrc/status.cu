@@ -17,6 +17,8 @@ const char* s2d_status_string(int status) {
              "rank out of range";
     case S2D_BAD_WORKSPACE:
       return "the workspace is smaller than its query says, or not 256-byte aligned";
+    case S2D_UNSUPPORTED:
+      return "these sizes are not supported on this device";
     case S2D_NO_KERNEL:
       return "the library holds no code for this device";
     case S2D_LAUNCH_FAILED:
@@ -29,4 +31,7 @@ const char* s2d_status_string(int status) {
   }
 }
 
-int s2d_check_device(void) { return s2d::load_penalty_grad(); }
+int s2d_check_device(void) {
+  const int status = s2d::load_penalty_grad();
+  return status ? status : s2d::load_topk_svd();
+}

@@ -34,7 +34,13 @@ C_TYPES = {
     "const float*": ctypes.c_void_p,
     "const int32_t*": ctypes.c_void_p,
     "s2d_stream": ctypes.c_void_p,
+    "float*": ctypes.c_void_p,
+    "int32_t*": ctypes.c_void_p,
+    "float": ctypes.c_float,
+    "double": ctypes.c_double,
+    "const void*": ctypes.c_void_p,
     "const s2d_penalty_layer*": ctypes.POINTER(_native.PenaltyLayer),
+    "const s2d_svd_layer*": ctypes.POINTER(_native.SvdLayer),
 }
 
 
@@ -47,13 +53,14 @@ def test_every_function_of_the_header_has_its_argument_types() -> None:
         assert _native.SIGNATURES[name] == (C_TYPES[result.strip()], types), name
 
 
-def test_the_struct_matches_field_for_field() -> None:
-    body = re.search(r"typedef struct s2d_penalty_layer \{(.*?)\}", CODE, re.DOTALL).group(1)
+@pytest.mark.parametrize(("name", "struct"), [("penalty", _native.PenaltyLayer), ("svd", _native.SvdLayer)])
+def test_the_structs_match_field_for_field(name: str, struct: type[ctypes.Structure]) -> None:
+    body = re.search(rf"typedef struct s2d_{name}_layer \{{(.*?)\}}", CODE, re.DOTALL).group(1)
     fields = []
     for declaration in filter(None, (part.strip() for part in body.split(";"))):
         kind, names = re.match(r"((?:const )?\w+\*?)\s*(.*)", declaration, re.DOTALL).groups()
         fields += [(name.strip(), C_TYPES[kind]) for name in names.split(",")]
-    assert fields == list(_native.PenaltyLayer._fields_)
+    assert fields == list(struct._fields_)
 
 
 def test_constants() -> None:
@@ -108,7 +115,7 @@ def test_another_abi_is_refused_with_both_numbers(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_library_without_a_function_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("S2D_LIBRARY", str(compiled("int s2d_abi_version(void) { return 2; }", tmp_path)))
+    monkeypatch.setenv("S2D_LIBRARY", str(compiled("int s2d_abi_version(void) { return 3; }", tmp_path)))
     with pytest.raises(_native.NativeLibraryError, match="has no s2d_"):
         _native.load()
 

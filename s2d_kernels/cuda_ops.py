@@ -12,14 +12,14 @@ from torch import Tensor
 from s2d_kernels import _native, ops
 from s2d_kernels.penalty import check_layers
 
-_DTYPES = {
+DTYPES = {
     torch.float32: _native.DTYPES["float32"],
     torch.bfloat16: _native.DTYPES["bfloat16"],
     torch.float16: _native.DTYPES["float16"],
 }
 
 
-def _stream(tensor: Tensor) -> tuple[AbstractContextManager[object], int]:
+def current_stream(tensor: Tensor) -> tuple[AbstractContextManager[object], int]:
     """Context in which to launch for `tensor`, and its stream; ValueError where the library cannot take it."""
     if _native.emulated():
         if tensor.device.type != "cpu":
@@ -37,7 +37,7 @@ def _penalty_layer(
     index: int, grad: Tensor, U: Tensor, Vh: Tensor, coefficients: Tensor, ranks: Tensor | None
 ) -> _native.PenaltyLayer:
     """One row of the pointer table; the tensors must outlive the enqueueing."""
-    if grad.dtype not in _DTYPES:
+    if grad.dtype not in DTYPES:
         raise TypeError(
             f"grads[{index}] has dtype {grad.dtype}: impl='cuda' takes fp32, bf16 and fp16, else impl='torch'"
         )
@@ -60,7 +60,7 @@ def _penalty_layer(
         u_col_stride=U.stride(1),
         vh_stride=Vh.stride(0),
         rank=coefficients.shape[0],
-        dtype=_DTYPES[grad.dtype],
+        dtype=DTYPES[grad.dtype],
     )
 
 
@@ -90,7 +90,7 @@ def _supports(
     grads: list[Tensor], _us: list[Tensor], _vhs: list[Tensor], coefficients: list[Tensor], _ranks: Tensor | None
 ) -> bool:
     return all(
-        g.dtype in _DTYPES and (g.stride(1) == 1 or g.shape[1] <= 1) and len(c) <= _native.MAX_RANK
+        g.dtype in DTYPES and (g.stride(1) == 1 or g.shape[1] <= 1) and len(c) <= _native.MAX_RANK
         for g, c in zip(grads, coefficients, strict=True)
     )
 
@@ -101,7 +101,7 @@ def _add_cuda(
 ) -> None:
     """One launch; a second one for a gradient that is given twice. Partly overlapping gradients are not supported."""
     check_layers(grads, Us, Vhs, coefficients, ranks)
-    context, stream = _stream(grads[0])
+    context, stream = current_stream(grads[0])
     # The converted copies live until the launch is enqueued; the allocator reuses their memory on the same stream only.
     kept = []
     launches: dict[int, list[_native.PenaltyLayer]] = {}

@@ -131,7 +131,7 @@ class _Bucket:
         if self.dense:
             self.K.append(torch.eye(d, dtype=dtype, device=self.start.device).expand(self.A.shape[0], d, d))
         else:
-            self.K.append(_orthonormalize(self.start, None))
+            self.K.append(self._orthonormalize(self.start, None, 0))
 
     def product(self, step: int) -> None:
         Y, Z = _fused_product(self.A, self.K[step], self.scale, self.finite)
@@ -139,7 +139,13 @@ class _Bucket:
         self.Z.append(Z)
 
     def orthonormalize(self, step: int) -> None:
-        self.K.append(_orthonormalize(self.Z[step], torch.cat(self.K, 1)))
+        self.K.append(self._orthonormalize(self.Z[step], torch.cat(self.K, 1), step + 1))
+
+    def _orthonormalize(self, block: Tensor, against: Tensor | None, step: int) -> Tensor:
+        b, d = block.shape[1:]
+        shifts = torch.arange(step * b + 1, (step + 1) * b + 1, device=block.device)
+        places = (torch.arange(d, device=block.device) - shifts.unsqueeze(1)) % d
+        return _orthonormalize(block, against, self.start[:, -1], places)
 
     def finish(self) -> list[Tensor]:
         b, k, dtype = self.start.shape[1], self.k, self.start.dtype
@@ -193,15 +199,17 @@ def _fused_product(A: Tensor, Q: Tensor, scale: Tensor, finite: Tensor) -> tuple
     return torch.where(keep, Y, 0.0), torch.where(keep, Z, 0.0)
 
 
-def _orthonormalize(block: Tensor, against: Tensor | None) -> Tensor:
+def _orthonormalize(block: Tensor, against: Tensor | None, gaussian: Tensor, places: Tensor) -> Tensor:
     """Orthonormal rows spanning `block [B, b, d]` after projecting out the orthonormal rows `against [B, p, d]`.
 
-    Projection and Gram-eigen orthonormalization (SVQB, fp64 Gram matrix), twice. Dependent directions come out as
-    zero rows instead of noise blown up to length one.
+    Projection and Gram-eigen orthonormalization (SVQB, fp64 Gram matrix), twice. After the first round fresh random
+    directions, `gaussian [B, d]` at `places [b, d]`, replace dependent ones: behind a singular value so large that
+    fp32 products show nothing else, they are what finds the others. Those that depend even then (the space is
+    exhausted) come out as zero rows instead of noise blown up to length one.
     """
     eps = torch.finfo(block.dtype).eps
     drop = 1e-10 if block.dtype == torch.float32 else 1e-13
-    for _ in range(2):
+    for attempt in range(2):
         before = torch.linalg.vector_norm(block, dim=2, keepdim=True)
         if against is not None:
             block = block - _bmm(_bmm(block, against.mT), against)
@@ -211,6 +219,10 @@ def _orthonormalize(block: Tensor, against: Tensor | None) -> Tensor:
         eigenvalues, E = _eigh(_bmm(wide, wide.mT))
         inverse = torch.where(eigenvalues > drop * block.shape[1], eigenvalues.clamp(min=drop).rsqrt(), 0.0)
         block = _bmm((E * inverse.unsqueeze(1)).mT.to(block.dtype), block)
+        dependent = inverse == 0
+        # on a GPU unconditionally: asking would wait for it
+        if attempt == 0 and (block.device.type != "cpu" or bool(dependent.any())):
+            block = torch.where(dependent.unsqueeze(2), gaussian[:, places], block)
     return block
 
 
