@@ -200,25 +200,24 @@ __global__ void __launch_bounds__(kThreads, 1) ritz(S2D_GRID_CONSTANT(Table) tab
   for (int i = threadIdx.x / kWarpSize; i < layer.width; i += kThreads / kWarpSize) {
     const double theta = layer.theta[i];
     const bool counts = theta > floor;
-    const float s = counts ? static_cast<float>(theta) : 0.0f;
-    const float inverse = counts ? static_cast<float>(1.0 / theta) : 0.0f;
+    const double s = counts ? theta : 0.0, inverse = counts ? 1.0 / theta : 0.0;
     const double* vector = layer.vectors + i * n;
     float square = 0.0f;
     for (int j = lane; j < d; j += kWarpSize) {
-      float right = 0.0f, z = 0.0f;
+      // in fp64, or the rounding of a factor would leave eps s_1 of the leading vectors in those behind them
+      double right = 0.0, z = 0.0;
       for (int c = 0; c < n; ++c) {
-        const float factor = static_cast<float>(vector[c]);
-        right = fmaf(factor, layer.K[c * pitch + j], right);
-        z = fmaf(factor, layer.Z[c * pitch + j], z);
+        right = fma(vector[c], static_cast<double>(layer.K[c * pitch + j]), right);
+        z = fma(vector[c], static_cast<double>(layer.Z[c * pitch + j]), z);
       }
-      const float difference = z * inverse - s * right;
+      const float difference = static_cast<float>(z * inverse - s * right);
       square = fmaf(difference, difference, square);
       const int64_t place = layer.wide ? static_cast<int64_t>(j) * layer.width + i : static_cast<int64_t>(i) * d + j;
-      (layer.wide ? layer.U : layer.Vh)[place] = counts ? right : 0.0f;
+      (layer.wide ? layer.U : layer.Vh)[place] = counts ? static_cast<float>(right) : 0.0f;
     }
     square = warp_sum(square);
     if (lane == 0) {
-      layer.S[i] = s;
+      layer.S[i] = static_cast<float>(s);
       residual[i] = sqrtf(square);
     }
   }
@@ -299,13 +298,13 @@ __global__ void __launch_bounds__(kThreads) rotate_left(S2D_GRID_CONSTANT(Table)
   const double floor = noise_floor(layer);
   for (int i = 0; i < layer.width; ++i) {
     const double theta = layer.theta[i];
-    float sum = 0.0f;
+    double sum = 0.0;
     if (theta > floor && !bad) {
       for (int c = 0; c < layer.rows; ++c)
-        sum = fmaf(static_cast<float>(layer.vectors[i * layer.rows + c]), layer.Y[c * pitch_D(layer) + row], sum);
-      sum *= static_cast<float>(1.0 / theta);
+        sum = fma(layer.vectors[i * layer.rows + c], static_cast<double>(layer.Y[c * pitch_D(layer) + row]), sum);
+      sum /= theta;
     }
-    (layer.wide ? layer.Vh : layer.U)[layer.wide ? i * layer.D + row : row * layer.width + i] = sum;
+    (layer.wide ? layer.Vh : layer.U)[layer.wide ? i * layer.D + row : row * layer.width + i] = static_cast<float>(sum);
   }
 }
 
