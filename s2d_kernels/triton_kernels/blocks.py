@@ -285,7 +285,7 @@ def _orthonormalize(
     while turn < 2:
         _coefficients(source, source_lead, q, lead, small, before, b, above, cols, CHUNK)
         _subtract(source, source_lead, q, lead, small, scratch, b, above, cols, CHUNK)
-        _gram(scratch, lead, gram, b, cols, CHUNK)
+        _gram(scratch, lead, gram, b, cols, CHUNK // 2)
         _normalize_gram(gram, before, scaled, b, N, TILE)
         place = eigenvectors(scaled, vectors, N, TILE)
         _whitening(scaled + place, vectors + place, gram, before, small, b, N, TILE)

@@ -34,7 +34,7 @@ def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     return triton.jit(**options) if triton is not None else lambda function: function
 
 
-def constant(value: int) -> Any:
+def constant(value: float) -> Any:
     """A global that kernels may use; without Triton the number itself."""
     return tl.constexpr(value) if tl is not None else value
 

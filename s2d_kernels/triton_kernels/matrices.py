@@ -136,7 +136,7 @@ def _panel_maximum(
     j = tl.arange(0, CHUNK)[None, :]
     rows_left = tl.minimum(rows - local * PANEL, PANEL).to(tl.int32)
     largest = tl.zeros((PANEL, CHUNK), tl.int32)
-    col = 0
+    col = tl.full((), 0, tl.int32)
     while col < cols:
         tile = panel + col.to(tl.int64) * col_stride + (i * row_stride + j * col_stride)
         elements = tl.load(tile, mask=(i < rows_left) & (j < cols - col), other=0.0)

@@ -21,13 +21,15 @@ from s2d_kernels.triton_kernels.common import TABLES, VECTOR_BYTES, Variant, che
 from s2d_kernels.triton_kernels.matrices import Matrix
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Rows of A of a program of `product`, and what it holds of a row, in bytes.
-PANEL, CHUNK_BYTES = 128, 128
+# Rows of A of a program of `product`, and how many elements of each it holds at a time. Half precision is widened, so
+# it takes the registers of fp32; bf16 goes to the tensor cores as it is.
+PANEL = 128
+PRODUCT_CHUNK = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 32}
 STAGES = 3  # of the software pipeline through the matrix
 # Elements that a program of `reduce` sums, columns that one of `rotate` makes.
 SUMMED, ROTATED = 1024, 128
 # Columns at a time, and the sides of a tile of a small matrix, of the programs that have a matrix each.
-CHUNK, TILE, WARPS = 128, 32, 4
+CHUNK, TILE, WARPS = 128, 32, 8
 GRAM_CHUNK = 64
 THIN = 16
 # Order of the largest eigenproblem: its time grows with the third power.
@@ -64,7 +66,7 @@ def _element(dtype: torch.dtype) -> dict[str, Any]:
         "ELEMENT": getattr(tl, str(dtype).removeprefix("torch.")),
         "VECTOR": VECTOR_BYTES // dtype.itemsize,
         "PANEL": PANEL,
-        "CHUNK": CHUNK_BYTES // dtype.itemsize,
+        "CHUNK": PRODUCT_CHUNK[dtype],
         "INTERPRETED": interpreted(),
     }
 
@@ -88,14 +90,14 @@ ORTHONORMALIZE = _Kernel(
     WARPS,
     lambda _: {"CHUNK": CHUNK, "TILE": TILE},
 )
-GRAM = _Kernel("gram", ritz.gram, ("table", "matrices", "work32", "work64"), WARPS, lambda _: {"CHUNK": GRAM_CHUNK})
+GRAM = _Kernel("gram", ritz.gram, ("table", "matrices", "work32", "work64"), 4, lambda _: {"CHUNK": GRAM_CHUNK})
 RITZ = _Kernel("ritz", ritz.ritz, ("table", "work32", "work64"), WARPS, lambda _: {"CHUNK": CHUNK, "TILE": TILE})
-ROTATE = _Kernel("rotate", ritz.rotate, ("table", "matrices", "work32", "work64"), WARPS, lambda _: {"XT": ROTATED})
+ROTATE = _Kernel("rotate", ritz.rotate, ("table", "matrices", "work32", "work64"), 4, lambda _: {"XT": ROTATED})
 CONCLUDE = _Kernel(
     "conclude",
     ritz.conclude,
     ("table", "work32", "work64", "statuses"),
-    WARPS,
+    4,
     lambda _: {"XT": ROTATED, "TILE": TILE},
 )
 
@@ -273,7 +275,8 @@ def _topk_svd_triton(weights: list[Tensor], starts: list[Tensor], ks: list[int],
     for index, (weight, start, count) in enumerate(zip(weights, starts, reads, strict=True)):
         if weight.dtype not in DTYPES:
             raise ValueError(
-                f"impl='triton' takes fp32, bf16 and fp16 matrices, weights[{index}] is {weight.dtype}: use impl='torch'"
+                f"impl='triton' takes fp32, bf16 and fp16 matrices, weights[{index}] is {weight.dtype}: "
+                "use impl='torch'"
             )
         if (order := _order(weight, start, count)) > LARGEST_ORDER:
             raise ValueError(
