@@ -283,7 +283,7 @@ def _orthonormalize(
     result = q + above * lead
     turn = tl.full((), 0, tl.int32)
     while turn < 2:
-        _coefficients(source, source_lead, q, lead, small, before, b, above, cols, CHUNK)
+        _coefficients(source, source_lead, q, lead, small, before, b, above, cols, CHUNK // 2)
         _subtract(source, source_lead, q, lead, small, scratch, b, above, cols, CHUNK)
         _gram(scratch, lead, gram, b, cols, CHUNK // 2)
         _normalize_gram(gram, before, scaled, b, N, TILE)
