@@ -148,8 +148,10 @@ def run_layouts(device: torch.device) -> None:
         aligned = torch.zeros(144, 80, device=device, dtype=dtype)
         aligned[:, :72] = base
         views = [base, base.T, base.T.contiguous(), storage[1:145, 3:147:2], storage[1:145, 3:147:2].T, aligned[:, :72]]
+        if dtype != torch.float32:
+            views = views[::3]
         paths = [svd._path(A if A.shape[0] >= A.shape[1] else A.T) for A in views]
-        assert paths == [0, 0, 1, 2, 2, 0]
+        assert paths == ([0, 0, 1, 2, 2, 0] if dtype == torch.float32 else [0, 2])
         given = problem(views, k=2, reads=2)
         given.starts[1:] = [given.starts[0]] * (len(views) - 1)
         results = solve(given)
@@ -159,7 +161,7 @@ def run_layouts(device: torch.device) -> None:
             left, right = (result.U, result.Vh) if view.shape[0] > view.shape[1] else (result.Vh.mT, result.U.mT)
             assert torch.equal(left, results[0].U)
             assert torch.equal(right, results[0].Vh)
-        check(Problem(*(values[:4:3] for values in given)), results[:4:3])
+        check(given, results)
 
 
 def run_non_finite(device: torch.device) -> None:
@@ -171,7 +173,7 @@ def run_non_finite(device: torch.device) -> None:
         bad.append(good[0].clone())
         bad[-1][140, 3] = value
     huge = torch.full((40, 36), 3e38, device=device)
-    given = problem([bad[0], good[0], bad[1], huge, good[1], bad[2]], k=3, reads=3)
+    given = problem([bad[0], good[0], bad[1], huge, good[1], bad[2]], k=3, reads=2)
     results = solve(given)
     for index, status in ((0, NON_FINITE), (2, NON_FINITE), (3, OVERFLOW), (5, NON_FINITE)):
         assert results[index].status == status
@@ -231,8 +233,9 @@ def run_primitives(device: torch.device) -> None:
 def run_eigenvectors(device: torch.device) -> None:
     """H = V diag V^T to fp64, orthogonal V; clustered, graded, and of an order that is no power of two."""
     generator = torch.Generator().manual_seed(0)
-    orders = (37, 16, 2, 1) if device.type == "cpu" else (512, 128, 64, 37, 2, 1)
-    for order in orders:
+    # The narrow tile: several to a matrix, as larger orders have it, at what an interpreter can be asked for.
+    cases = [(13, 8), (2, 32), (1, 32)] + [(512, 32), (128, 32), (37, 32)] * (device.type == "cuda")
+    for order, tile in cases:
         Q = torch.linalg.qr(torch.randn(order, order, generator=generator, dtype=torch.float64))[0]
         values = 10.0 ** -torch.linspace(0, 12, order, dtype=torch.float64)
         values[: order // 3] = 1.0
@@ -242,19 +245,15 @@ def run_eigenvectors(device: torch.device) -> None:
         H[0, :order, :order] = matrix
         H, V = H.to(device), V.to(device)
         place = torch.zeros(1, dtype=torch.int32, device=device)
-        _solve[(1,)](H, V, padded, place, TILE=svd.TILE, num_warps=svd.WARPS)
+        _solve[(1,)](H, V, padded, place, TILE=tile, num_warps=svd.WARPS)
         copy = place.item() // padded**2
         diagonal, vectors = H[copy].diagonal().cpu(), V[copy].cpu()
-        print(
-            order,
-            (diagonal[:order].sort().values - values.sort().values).abs().max(),
-            (vectors.mT @ vectors - torch.eye(padded)).abs().max(),
-            ((vectors * diagonal) @ vectors.mT)[:order, :order].sub(matrix).abs().max(),
-        )
+        error = (diagonal[:order].sort().values - values.sort().values).abs().max()
+        assert error < 2e-15 * padded, (order, error)
         eye = torch.eye(padded, dtype=torch.float64)
-        assert (vectors.mT @ vectors - eye).abs().max() < 1e-13
+        assert (vectors.mT @ vectors - eye).abs().max() < 2e-15 * padded
         rebuilt = (vectors * diagonal) @ vectors.mT
-        assert (rebuilt[:order, :order] - matrix).abs().max() < 1e-14 * padded**0.5
+        assert (rebuilt[:order, :order] - matrix).abs().max() < 2e-15 * padded
 
 
 def run_public(device: torch.device) -> None:

@@ -299,6 +299,18 @@ def _topk_svd_triton(weights: list[Tensor], starts: list[Tensor], ks: list[int],
     return flat
 
 
+# Wide loads of the matrix, and matrix instructions where their name is the same on every architecture.
+INSTRUCTIONS: dict[str, tuple[str, ...]] = {
+    "largest": ("LDG.128",),
+    "begin": ("DMMA", "HMMA"),
+    "product": ("LDGSTS.128", "STG.128"),
+    "reduce": ("LDG.128", "STG.128"),
+    "orthonormalize": ("DMMA", "HMMA"),
+    "gram": ("DMMA",),
+    "ritz": (),
+    "rotate": ("HMMA",),
+    "conclude": (),
+}
 _TYPES = {"table": "*i64", "matrices": "i32", "work32": "*fp32", "work64": "*fp64", "statuses": "*i32", "step": "i32"}
 
 
@@ -346,7 +358,7 @@ def variants() -> list[Variant]:
                 },
                 warps=kernel.warps,
                 stages=1,
-                instructions=(),
+                instructions=INSTRUCTIONS[kernel.name],
                 shape=f"[{m}, {n}], b={b}, {reads} reads",
                 bytes=moved,
                 flops=flops,
