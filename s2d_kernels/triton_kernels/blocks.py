@@ -48,6 +48,7 @@ def _coefficients(
     above: tl.tensor,
     cols: tl.tensor,
     CHUNK: tl.constexpr,
+    FIRST: tl.constexpr,
 ) -> None:
     """block Q^T `[b, above]` to `coefficients`, the squared lengths of the rows to `lengths`."""
     thin = tl.arange(0, THIN)
@@ -63,23 +64,24 @@ def _coefficients(
             length += tl.sum(rows * rows, 1)
             col += CHUNK
         tl.store(lengths + i, length, mask=i < b)
-        second = tl.full((), 0, tl.int32)
-        while second < above:
-            j = second + thin
-            total = tl.zeros((THIN, THIN), tl.float32)
-            col = tl.full((), 0, tl.int32)
-            while col < cols:
-                in_cols = x < cols - col
-                inside = (i[:, None] < b) & in_cols[None, :]
-                rows = tl.load(block + col + i[:, None] * block_lead + x[None, :], mask=inside, other=0.0)
-                inside = (j[None, :] < above) & in_cols[:, None]
-                against = tl.load(q + col + j[None, :] * lead + x[:, None], mask=inside, other=0.0)
-                total += tl.dot(rows, against, input_precision="tf32x3")
-                col += CHUNK
-            tl.store(
-                coefficients + i[:, None] * above + j[None, :], total, mask=(i[:, None] < b) & (j[None, :] < above)
-            )
-            second += THIN
+        if not FIRST:
+            second = tl.full((), 0, tl.int32)
+            while second < above:
+                j = second + thin
+                total = tl.zeros((THIN, THIN), tl.float32)
+                col = tl.full((), 0, tl.int32)
+                while col < cols:
+                    in_cols = x < cols - col
+                    inside = (i[:, None] < b) & in_cols[None, :]
+                    rows = tl.load(block + col + i[:, None] * block_lead + x[None, :], mask=inside, other=0.0)
+                    inside = (j[None, :] < above) & in_cols[:, None]
+                    against = tl.load(q + col + j[None, :] * lead + x[:, None], mask=inside, other=0.0)
+                    total += tl.dot(rows, against, input_precision="tf32x3")
+                    col += CHUNK
+                tl.store(
+                    coefficients + i[:, None] * above + j[None, :], total, mask=(i[:, None] < b) & (j[None, :] < above)
+                )
+                second += THIN
         first += THIN
     tl.debug_barrier()
 
@@ -96,6 +98,7 @@ def _subtract(
     above: tl.tensor,
     cols: tl.tensor,
     CHUNK: tl.constexpr,
+    FIRST: tl.constexpr,
 ) -> None:
     """result = block - coefficients Q."""
     thin = tl.arange(0, THIN)
@@ -109,16 +112,17 @@ def _subtract(
             inside = (i < b) & in_cols
             rows = tl.load(block + col + i * block_lead + x[None, :], mask=inside, other=0.0)
             total = tl.zeros((THIN, CHUNK), tl.float32)
-            second = tl.full((), 0, tl.int32)
-            while second < above:
-                j = second + thin
-                place = coefficients + i * above + j[None, :]
-                c = tl.load(place, mask=(i < b) & (j[None, :] < above), other=0.0)
-                against = tl.load(
-                    q + col + j[:, None] * lead + x[None, :], mask=(j[:, None] < above) & in_cols, other=0.0
-                )
-                total += tl.dot(c, against, input_precision="tf32x3")
-                second += THIN
+            if not FIRST:
+                second = tl.full((), 0, tl.int32)
+                while second < above:
+                    j = second + thin
+                    place = coefficients + i * above + j[None, :]
+                    c = tl.load(place, mask=(i < b) & (j[None, :] < above), other=0.0)
+                    against = tl.load(
+                        q + col + j[:, None] * lead + x[None, :], mask=(j[:, None] < above) & in_cols, other=0.0
+                    )
+                    total += tl.dot(c, against, input_precision="tf32x3")
+                    second += THIN
             tl.store(result + col + i * lead + x[None, :], rows - total, mask=inside)
             col += CHUNK
         first += THIN
@@ -260,11 +264,13 @@ def _orthonormalize(
     above: tl.tensor,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
+    FIRST: tl.constexpr,
 ) -> None:
     """Rows [above, above + b) of Q from the rows at `source`, orthonormal and orthogonal to those above them.
 
     Projection and Gram-eigen orthonormalization (SVQB, fp64 Gram matrix), twice. Rows are brought to length one within
-    the transformation, not by a pass of their own.
+    the transformation, not by a pass of their own. FIRST: there are none above, told as a constant because Triton 3.6
+    fails to compile a loop that the compiler finds to be empty.
     """
     b = tl.load(row + B).to(tl.int32)
     cols = tl.load(row + COLS).to(tl.int32)
@@ -283,8 +289,8 @@ def _orthonormalize(
     result = q + above * lead
     turn = tl.full((), 0, tl.int32)
     while turn < 2:
-        _coefficients(source, source_lead, q, lead, small, before, b, above, cols, CHUNK // 2)
-        _subtract(source, source_lead, q, lead, small, scratch, b, above, cols, CHUNK)
+        _coefficients(source, source_lead, q, lead, small, before, b, above, cols, CHUNK // 2, FIRST)
+        _subtract(source, source_lead, q, lead, small, scratch, b, above, cols, CHUNK, FIRST)
         _gram(scratch, lead, gram, b, cols, CHUNK // 2)
         _normalize_gram(gram, before, scaled, b, N, TILE)
         place = eigenvectors(scaled, vectors, N, TILE)
@@ -340,7 +346,15 @@ def begin(
             at += 1
     else:
         _orthonormalize(
-            row, work32, work64, work32 + tl.load(row + START), cols.to(tl.int64), tl.full((), 0, tl.int32), CHUNK, TILE
+            row,
+            work32,
+            work64,
+            work32 + tl.load(row + START),
+            tl.load(row + COLS),
+            tl.full((), 0, tl.int32),
+            CHUNK,
+            TILE,
+            True,
         )
 
 
@@ -359,4 +373,4 @@ def orthonormalize(
         lead = tl.load(row + COLS_LEAD)
         above = (step + 1) * tl.load(row + B).to(tl.int32)
         z = work32 + tl.load(row + Z) + step * tl.load(row + B) * lead
-        _orthonormalize(row, work32, work64, z, lead, above, CHUNK, TILE)
+        _orthonormalize(row, work32, work64, z, lead, above, CHUNK, TILE, False)

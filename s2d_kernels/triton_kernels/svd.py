@@ -28,8 +28,10 @@ PRODUCT_CHUNK = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 32}
 STAGES = 3  # of the software pipeline through the matrix
 # Elements that a program of `reduce` sums, columns that one of `rotate` makes.
 SUMMED, ROTATED = 1024, 128
-# Columns at a time, and the sides of a tile of a small matrix, of the programs that have a matrix each.
-CHUNK, TILE, WARPS = 128, 32, 8
+# Columns at a time, and the sides of a tile of a small matrix, of the programs that have a matrix each: more spill
+# registers on one architecture or the other.
+BLOCK_CHUNK, BLOCK_TILE, WARPS = 64, 16, 8
+RITZ_CHUNK, RITZ_TILE = 128, 32
 GRAM_CHUNK = 64
 THIN = 16
 # Order of the largest eigenproblem: its time grows with the third power.
@@ -72,7 +74,13 @@ def _element(dtype: torch.dtype) -> dict[str, Any]:
 
 
 LARGEST = _Kernel("largest", matrices.largest, ("table", "matrices", "work64"), 8, _element)
-BEGIN = _Kernel("begin", blocks.begin, ("table", "work32", "work64"), WARPS, lambda _: {"CHUNK": CHUNK, "TILE": TILE})
+BEGIN = _Kernel(
+    "begin",
+    blocks.begin,
+    ("table", "work32", "work64"),
+    WARPS,
+    lambda _: {"CHUNK": BLOCK_CHUNK, "TILE": BLOCK_TILE},
+)
 PRODUCT = _Kernel(
     "product",
     matrices.product,
@@ -88,17 +96,19 @@ ORTHONORMALIZE = _Kernel(
     blocks.orthonormalize,
     ("table", "work32", "work64", "step"),
     WARPS,
-    lambda _: {"CHUNK": CHUNK, "TILE": TILE},
+    lambda _: {"CHUNK": BLOCK_CHUNK, "TILE": BLOCK_TILE},
 )
 GRAM = _Kernel("gram", ritz.gram, ("table", "matrices", "work32", "work64"), 4, lambda _: {"CHUNK": GRAM_CHUNK})
-RITZ = _Kernel("ritz", ritz.ritz, ("table", "work32", "work64"), WARPS, lambda _: {"CHUNK": CHUNK, "TILE": TILE})
+RITZ = _Kernel(
+    "ritz", ritz.ritz, ("table", "work32", "work64"), WARPS, lambda _: {"CHUNK": RITZ_CHUNK, "TILE": RITZ_TILE}
+)
 ROTATE = _Kernel("rotate", ritz.rotate, ("table", "matrices", "work32", "work64"), 4, lambda _: {"XT": ROTATED})
 CONCLUDE = _Kernel(
     "conclude",
     ritz.conclude,
     ("table", "work32", "work64", "statuses"),
     4,
-    lambda _: {"XT": ROTATED, "TILE": TILE},
+    lambda _: {"XT": ROTATED, "TILE": RITZ_TILE},
 )
 
 
