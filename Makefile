@@ -59,16 +59,16 @@ $(READY): pyproject.toml constraints.txt Makefile
 
 BUILD ?= build
 native:
-	cmake -S . -B $(BUILD)/native
+	cmake -S . -B $(BUILD)/native -DS2D_WERROR=ON
 	cmake --build $(BUILD)/native --parallel
 
 # The CUDA sources for the CPU: what the tests run where there is no GPU.
 emulated:
-	cmake -S . -B $(BUILD)/emulated -DS2D_EMULATED=ON
+	cmake -S . -B $(BUILD)/emulated -DS2D_EMULATED=ON -DS2D_WERROR=ON
 	cmake --build $(BUILD)/emulated --parallel
 
 asan:
-	cmake -S . -B $(BUILD)/asan -DS2D_EMULATED=ON -DS2D_ASAN=ON
+	cmake -S . -B $(BUILD)/asan -DS2D_EMULATED=ON -DS2D_ASAN=ON -DS2D_WERROR=ON
 	cmake --build $(BUILD)/asan --parallel
 
 # --- on a machine with a GPU: PYTHON=python3 with torch, triton, pytest, typer, rich; installs nothing ------------
@@ -78,7 +78,13 @@ asan:
 GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON))
 K ?=
 OPS ?=
-BENCHMARKS := svd linear
+BENCHMARKS := svd linear penalty
+# Before anything runs: a misspelled operation must not cost a build and all the other benchmarks.
+ifneq ($(filter gpu-bench,$(MAKECMDGOALS)),)
+ifneq ($(filter-out $(BENCHMARKS),$(OPS)),)
+$(error OPS="$(OPS)": no benchmark is called $(filter-out $(BENCHMARKS),$(OPS)); there are $(BENCHMARKS))
+endif
+endif
 CHOSEN := $(or $(K),$(subst $() , or ,$(strip $(OPS))))
 GPU_PYTEST = PYTHONPATH=. $(GPU_PYTHON) -m pytest --device cuda $(if $(CHOSEN),-k '$(CHOSEN)')
 SUMMARY = PYTHONPATH=. $(GPU_PYTHON) -m bench summary
@@ -103,7 +109,7 @@ gpu-sanitize: gpu-build
 	done; $(SUMMARY) $(foreach tool,$(TOOLS),$(OUT)/gpu-$(tool).xml); exit $$failed
 
 gpu-bench: gpu-build
-	@failed=0; for op in $(or $(filter $(BENCHMARKS),$(OPS)),$(BENCHMARKS)); do \
+	@failed=0; for op in $(or $(strip $(OPS)),$(BENCHMARKS)); do \
 	  PYTHONPATH=. $(GPU_PYTHON) -m bench $$op --device cuda --json $(OUT)/$$op-gpu.jsonl 2>&1 \
 	    | tee $(OUT)/gpu-bench-$$op.log || failed=1; \
 	done; exit $$failed

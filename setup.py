@@ -1,9 +1,8 @@
 """Builds csrc with CMake when nvcc is found and S2D_SKIP_CUDA is unset; otherwise installs pure Python and says so.
-
-Never looks at the machine's GPU: the architectures are CMakeLists.txt's fixed list.
-"""
+The architectures are CMakeLists.txt's fixed list: this machine's GPU is never looked at."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,16 +28,20 @@ class BuildNative(build_py):
 
     def run(self) -> None:
         super().run()
+        target = (ROOT if self.editable_mode else Path(self.build_lib)) / "s2d_kernels" / "lib"
         if not NATIVE:
+            shutil.rmtree(target, ignore_errors=True)  # of an earlier build
             reason = "S2D_SKIP_CUDA is set" if os.environ.get("S2D_SKIP_CUDA") else "nvcc or cmake is not found"
             print(f"s2d_kernels: {reason}, installing without the CUDA library (pure Python)", file=sys.stderr)
             return
-        build = ROOT / "build" / "native"
-        subprocess.run(["cmake", "-S", ROOT, "-B", build, f"-DCMAKE_CUDA_COMPILER={nvcc()}"], check=True)
-        subprocess.run(["cmake", "--build", build, "--parallel", str(os.cpu_count() or 1)], check=True)
-        target = ROOT if self.editable_mode else Path(self.build_lib)
-        (target / "s2d_kernels" / "lib").mkdir(parents=True, exist_ok=True)
-        shutil.copy2(build / "libs2d.so", target / "s2d_kernels" / "lib" / "libs2d.so")
+        build = ROOT / "build" / "wheel"  # not `make native`'s, which may be for one architecture
+        # for a cmake that pip installed: build isolation's PYTHONPATH would mislead its Python
+        clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        options = [f"-DCMAKE_CUDA_COMPILER={nvcc()}", *shlex.split(os.environ.get("CMAKE_ARGS", ""))]
+        subprocess.run(["cmake", "-S", ROOT, "-B", build, *options], check=True, env=clean)
+        subprocess.run(["cmake", "--build", build, "--parallel"], check=True, env=clean)
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(build / "libs2d.so", target / "libs2d.so")
 
 
 class PlatformWheel(bdist_wheel):
@@ -49,10 +52,8 @@ class PlatformWheel(bdist_wheel):
 
 
 class NativeDistribution(Distribution):
-    """Tells setuptools that the wheel depends on the platform."""
-
     def has_ext_modules(self) -> bool:
-        return NATIVE
+        return NATIVE  # the wheel depends on the platform
 
 
 commands = {"build_py": BuildNative, **({"bdist_wheel": PlatformWheel} if NATIVE else {})}

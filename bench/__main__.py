@@ -1,9 +1,9 @@
-"""`python -m bench {svd, linear, table, audit, summary}`."""
+"""`python -m bench {svd, linear, penalty, table, audit, summary}`."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from bench import audit, cases, peers, runs, tables, timing
+from bench import audit, cases, peers, penalty_peers, runs, tables, timing
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 # 80 columns, a pipe's default, would fold every cell
@@ -61,6 +61,13 @@ def _finish(rows: list[timing.Row], json: Path | None) -> None:
         console.print(f"{len(rows)} rows appended to {json}")
 
 
+def _known(names: list[str], known: Iterable[str]) -> list[str]:
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise typer.BadParameter(f"{unknown} not among {list(known)}", param_hint="--case")
+    return names
+
+
 @app.command()
 def svd(
     device: Device = "cpu",
@@ -71,10 +78,7 @@ def svd(
     json: Json = None,
 ) -> None:
     """Top-k SVD of all matrices of a model: ours, cold and warm, and the peers at equal error."""
-    names = ["quick"] if quick else (case or ["siglip2-b", "minilm"])
-    unknown = [name for name in names if name not in cases.SVD_CASES]
-    if unknown:
-        raise typer.BadParameter(f"{unknown} not among {list(cases.SVD_CASES)}", param_hint="--case")
+    names = _known(["quick"] if quick else (case or ["siglip2-b", "minilm"]), cases.SVD_CASES)
     rows: list[timing.Row] = []
     with _run(device, repeats, threads) as context, _progress() as progress:
         task = progress.add_task("", total=len(names) * (4 + len(peers.OURS) + len(peers.SVD_PEERS)))
@@ -109,6 +113,31 @@ def linear(
         for shape in shapes:
             rows += runs.run_linear(shape, context, lambda t: progress.update(task, advance=1, description=t))
     _finish(rows, json)
+
+
+@app.command()
+def penalty(
+    device: Device = "cpu",
+    case: Annotated[
+        list[str] | None, typer.Option(help=f"Any of {', '.join(cases.PENALTY_CASES)}; repeatable.")
+    ] = None,
+    quick: Quick = False,
+    repeats: Repeats = 7,
+    threads: Threads = None,
+    json: Json = None,
+) -> None:
+    """The penalty gradient of all layers added once: ours with each impl, torch by layer, and the paper's dense G."""
+    default = ["siglip2-b", "llama3-8b"] if device.startswith("cuda") else ["siglip2-b"]
+    names = _known(["quick"] if quick else (case or default), cases.PENALTY_CASES)
+    chosen = [shapes for name in names for shapes in cases.PENALTY_CASES[name]]
+    rows: list[timing.Row] = []
+    with _run(device, repeats, threads) as context, _progress() as progress:
+        task = progress.add_task("", total=len(chosen))
+        for one in chosen:
+            rows += runs.run_penalty(one, context, lambda t: progress.update(task, advance=1, description=t))
+    _finish(rows, json)
+    for sentence in penalty_peers.left_out(context.device):
+        console.print(f"[yellow]{sentence}")
 
 
 @app.command()

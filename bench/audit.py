@@ -26,6 +26,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bench.declared import CUDA_KERNELS, Declared
 from s2d_kernels import triton_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,38 +50,12 @@ LIMITS = {"sm_80": Limits(64, 32, 65536, 164 * 1024), "sm_90a": Limits(64, 32, 6
 ARCHITECTURES = tuple(LIMITS)
 
 
-class Declared(NamedTuple):
-    """What is expected of a CUDA kernel, by its name in `CUDA_KERNELS`.
-
-    Attributes:
-        threads: of a block.
-        dynamic_shared: bytes that the launch asks for.
-        instructions: that must be in the machine code, as in `triton_kernels.Variant`.
-        shape: the benchmark's.
-        traffic: mangled name -> (bytes moved at least, flops) at that shape.
-    """
-
-    threads: int
-    dynamic_shared: int
-    instructions: tuple[str, ...]
-    shape: str
-    traffic: Callable[[str], tuple[int, int]]
-
-
-CUDA_KERNELS = {
-    "add_penalty_grad": Declared(
-        threads=256,
-        dynamic_shared=0,
-        instructions=("LDG.128", "STG.128", "F2FP.BF16"),
-        shape="[4096, 4096] fp32, k=3",
-        traffic=lambda _: (2 * 4 * 4096**2 + 4 * 3 * (2 * 4096 + 1), 7 * 4096**2 + 3 * 4096),
-    ),
-}
-
-
 @dataclass
 class KernelAudit:
-    """One kernel on one architecture; sizes in bytes, `loads` and `stores` as width in bits -> instructions."""
+    """One kernel on one architecture; sizes in bytes, `loads` and `stores` as width in bits -> instructions.
+
+    `declared` and `found`: least and actual occurrences of the declared instructions.
+    """
 
     kernel: str
     language: str
@@ -97,8 +72,8 @@ class KernelAudit:
     tensor_core: dict[str, int]
     loads: dict[int, int]
     stores: dict[int, int]
-    declared: tuple[str, ...]
-    missing: tuple[str, ...]
+    declared: dict[str, int]
+    found: dict[str, int]
     shape: str
     bytes: int
     flops: int
@@ -109,7 +84,9 @@ class KernelAudit:
             self.problems.append(f"spills {self.spill_stores} bytes out, {self.spill_loads} in")
         if self.stack:
             self.problems.append(f"has a stack frame of {self.stack} bytes")
-        self.problems += [f"has no {instruction}, which it declares to use" for instruction in self.missing]
+        for instruction, least in self.declared.items():
+            if (count := self.found[instruction]) < least:
+                self.problems.append(f"has {count or 'no'} {instruction}, but declares at least {least}")
 
 
 # --- the tools ----------------------------------------------------------------------------------------------------
@@ -156,23 +133,29 @@ class Resources(NamedTuple):
 Reports = tuple[dict[str, Resources], dict[str, Counter[str]]]
 
 _ENTRY = re.compile(r"Compiling entry function '([^']+)'")
-_PROPERTIES = re.compile(r"Function properties for (\S+)")
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
 def parse_ptxas(report: str) -> dict[str, Resources]:
-    """Mangled name -> resources. What functions that were not inlined spill counts for the entry before them."""
+    """Mangled name -> resources. What functions that were not inlined spill counts for the entry that calls them.
+
+    ptxas prints them after the registers of that entry, once for each entry that calls them.
+    """
     found: dict[str, Resources] = {}
-    entry, frame = "", (0, 0, 0)
+    entry = ""
     for line in report.splitlines():
         if match := _ENTRY.search(line):
-            entry, frame = match[1], (0, 0, 0)
-        elif match := _FRAME.search(line):
+            entry = match[1]
+            found[entry] = Resources(0, 0, 0, 0, 0)
+        elif entry and (match := _FRAME.search(line)):
             stack, stores, loads = map(int, match.groups())
-            frame = (frame[0] + stack, frame[1] + stores, frame[2] + loads)
+            r = found[entry]
+            found[entry] = r._replace(
+                stack=r.stack + stack, spill_stores=r.spill_stores + stores, spill_loads=r.spill_loads + loads
+            )
         elif entry and (match := re.search(r"Used (\d+) registers", line)):
             shared = re.search(r"(\d+) bytes smem", line)
-            found[entry] = Resources(int(match[1]), *frame, int(shared[1]) if shared else 0)
+            found[entry] = found[entry]._replace(registers=int(match[1]), static_shared=int(shared[1]) if shared else 0)
     return found
 
 
@@ -192,10 +175,20 @@ def parse_sass(listing: str) -> dict[str, Counter[str]]:
     return found
 
 
-def contains(opcodes: Iterable[str], wanted: str) -> bool:
-    """Whether one of the opcodes is `wanted`: the same instruction with at least its modifiers."""
+def occurrences(opcodes: Counter[str], wanted: str) -> int:
+    """How often `wanted` occurs: the same instruction with at least its modifiers, and without those after a "!".
+
+    "LDG.128.!CONSTANT" stands for "LDG.E.128", not for "LDG.E.128.CONSTANT".
+    """
     name, *modifiers = wanted.split(".")
-    return any(o.split(".")[0] == name and set(modifiers) <= set(o.split(".")[1:]) for o in opcodes)
+    needed = {m for m in modifiers if not m.startswith("!")}
+    refused = {m[1:] for m in modifiers if m.startswith("!")}
+    total = 0
+    for opcode, count in opcodes.items():
+        kind, *present = opcode.split(".")
+        if kind == name and needed <= set(present) and not refused & set(present):
+            total += count
+    return total
 
 
 def widths(opcodes: Counter[str], names: Sequence[str]) -> dict[int, int]:
@@ -294,11 +287,11 @@ def audit_cuda(source: Path, architecture: str, flags: Sequence[str] = ()) -> li
     resources, opcodes = compile_cuda(source, architecture, flags)
     audits = []
     for mangled, used in sorted(resources.items()):
-        names = [name for name in CUDA_KERNELS if f"{len(name)}{name}" in mangled]
-        declared = CUDA_KERNELS[names[0]] if names else Declared(256, 0, (), "", lambda _: (0, 0))
+        names = [name for name in CUDA_KERNELS if name in mangled]
+        declared = CUDA_KERNELS[names[0]] if names else Declared(256, 0, {}, "", lambda _: (0, 0))
         audit = _audit(demangled(mangled), mangled, "cuda", architecture, used, opcodes[mangled], declared)
         if not names:
-            audit.problems.append("is not declared in CUDA_KERNELS of bench/audit.py")
+            audit.problems.append("is not declared in CUDA_KERNELS of bench/declared.py")
         audits.append(audit)
     return audits
 
@@ -341,7 +334,7 @@ def _audit(
         loads=widths(opcodes, ("LDG", "LDGSTS", "LD")),
         stores=widths(opcodes, ("STG", "ST")),
         declared=declared.instructions,
-        missing=tuple(wanted for wanted in declared.instructions if not contains(opcodes, wanted)),
+        found={wanted: occurrences(opcodes, wanted) for wanted in declared.instructions},
         shape=declared.shape,
         bytes=moved,
         flops=flops,

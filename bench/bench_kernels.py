@@ -6,16 +6,27 @@ implementation that misses the gate fails its benchmark.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import pytest
 import torch
 
-from bench.cases import ERROR_LIMIT, LINEAR_CASES, SVD_CASES, LinearCase, SVDCase, quantile
+from bench.cases import (
+    ERROR_LIMIT,
+    LINEAR_CASES,
+    PENALTY_CASES,
+    SVD_CASES,
+    LinearCase,
+    PenaltyCase,
+    PenaltyTensors,
+    SVDCase,
+    quantile,
+)
 from bench.linear_peers import LINEAR_ERROR_LIMIT, LINEAR_PEERS, LinearPeer
 from bench.peers import OURS, SVD_PEERS, SVDPeer
-from bench.runs import judge_linear, prepare_svd
+from bench.penalty_peers import PENALTY_PEERS, PenaltyPeer, error_limit, ours
+from bench.runs import judge_linear, judge_penalty, prepare_svd
 from bench.timing import equal_threads
 
 CPU = torch.device("cpu")
@@ -54,3 +65,23 @@ def test_fake_quant_linear(benchmark: Any, case: LinearCase, variant: str, peer:
     benchmark.extra_info.update(setting=peer.setting, error_p90=quantile(errors))
     benchmark.pedantic(run, rounds=7)
     assert quantile(errors) <= LINEAR_ERROR_LIMIT
+
+
+@lru_cache(maxsize=1)  # a case's gradients and their copy are 0.7 GB
+def _penalty_tensors(case: PenaltyCase) -> PenaltyTensors:
+    return case.tensors(CPU)
+
+
+@pytest.mark.parametrize("peer", [*ours(CPU), *PENALTY_PEERS], ids=lambda p: f"{p.name}-{p.variant}")
+@pytest.mark.parametrize("case", PENALTY_CASES["siglip2-b"], ids=lambda c: f"{c.name}-{c.dtype}")
+def test_add_penalty_grad(benchmark: Any, peer: PenaltyPeer, case: PenaltyCase) -> None:
+    run, errors = judge_penalty(peer, _penalty_tensors(case))
+    benchmark.group = f"add_penalty_grad_, {case.name}, {case.dtype}"
+    benchmark.extra_info.update(
+        setting=peer.describe(case),
+        error_max=max(errors),
+        moved_bytes=peer.moved(case),
+        extra_bytes=peer.extra(case),
+    )
+    benchmark.pedantic(run, rounds=7)
+    assert quantile(errors, 1.0) <= error_limit(case.dtype)

@@ -1,4 +1,4 @@
-"""Named cases: the matrices of real models for `topk_svd`, the layer shapes of real models for the linear layer.
+"""Named cases: the matrices of real models for `topk_svd`, their layer shapes for the linear layer and the penalty.
 
 Everything is made from fixed seeds, so that a case is the same on every machine with the same torch.
 """
@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from s2d_kernels.reference import SVDTriplets
-from s2d_kernels.svd import TopkSVD, topk_svd
+from s2d_kernels.svd import SVDBasis, TopkSVD, topk_svd, warm_width
 
 RANK = 3
 POWER = 2
@@ -283,3 +284,84 @@ _LINEAR_SHAPES = (
 _DTYPES = (torch.float32, torch.bfloat16)
 LINEAR_CASES = [replace(shape, dtype=dtype) for shape in _LINEAR_SHAPES for dtype in _DTYPES]
 QUICK_LINEAR_CASES = [LinearCase("quick", 37, 96, 80, dtype) for dtype in _DTYPES]
+
+
+class PenaltyTensors(NamedTuple):
+    """Per layer the gradient, what it was at first, its factors and the coefficient of each component, fp32."""
+
+    start: list[Tensor]
+    grads: list[Tensor]
+    factors: list[TopkSVD]
+    coefficients: list[Tensor]
+
+    def restore(self) -> None:
+        """Give the gradients their first values."""
+        for grad, start in zip(self.grads, self.start, strict=True):
+            grad.copy_(start)
+
+
+@dataclass(frozen=True)
+class PenaltyCase:
+    """All layers of a model, every one selected: gradients of these shapes get updates of rank `RANK`."""
+
+    name: str
+    source: str
+    shapes: tuple[tuple[int, int], ...]
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def parameters(self) -> int:
+        return sum(m * n for m, n in self.shapes)
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest layer."""
+        return max(m * n for m, n in self.shapes)
+
+    @property
+    def grad_bytes(self) -> int:
+        return self.parameters * self.dtype.itemsize
+
+    @property
+    def bytes(self) -> int:
+        """One read and one write of every gradient, one read of the fp32 factors and coefficients."""
+        return 2 * self.grad_bytes + torch.float32.itemsize * RANK * sum(m + n + 1 for m, n in self.shapes)
+
+    def tensors(self, device: torch.device) -> PenaltyTensors:
+        """Gradients N(0, 1) and updates of the same Frobenius norm, so that neither hides in the other's rounding.
+
+        The factors lie in memory as a warm `topk_svd` leaves them: `U` is the first columns of a wider basis.
+        """
+        generator = torch.Generator().manual_seed(0)
+        weights = torch.arange(RANK, 0, -1, dtype=torch.float32)
+        start, factors, coefficients = [], [], []
+        for m, n in self.shapes:
+            start.append(torch.randn(m, n, generator=generator).to(device, self.dtype))
+            b = min(warm_width(RANK), m, n)
+            U, V = (haar(d, b, generator) for d in (m, n))
+            S, zero = torch.ones(b), torch.zeros(())
+            parts = (U.contiguous(), S, V.mT.contiguous(), torch.zeros(b))
+            basis = SVDBasis(*(part.to(device) for part in parts))
+            k = (basis.U[:, :RANK], basis.S[:RANK], basis.Vh[:RANK], basis.residual[:RANK])
+            factors.append(TopkSVD(*k, zero.to(device), zero.to(device, torch.int32), basis))
+            coefficients.append((weights * (m * n) ** 0.5 / weights.norm()).to(device))
+        return PenaltyTensors(start, [g.clone() for g in start], factors, coefficients)
+
+
+_SIGLIP2_SHAPES = tuple((m, n) for _, m, n in siglip2_shapes())
+# q, k, v, o, gate, up and down of a decoder layer.
+_LLAMA3_8B_LAYER = ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), *2 * ((14336, 4096),), (4096, 14336))
+_LLAMA3_8B_LAYERS = 3
+_QUICK_SHAPES = ((288, 192), (192, 288), (192, 192), (37, 63))
+PENALTY_CASES: dict[str, list[PenaltyCase]] = {
+    "siglip2-b": [PenaltyCase("siglip2-b", "SigLIP2-B vision", _SIGLIP2_SHAPES, dtype) for dtype in _DTYPES],
+    "llama3-8b": [
+        PenaltyCase(
+            "llama3-8b",
+            f"{_LLAMA3_8B_LAYERS} of the 32 layers of Llama-3-8B",
+            _LLAMA3_8B_LAYERS * _LLAMA3_8B_LAYER,
+            torch.bfloat16,
+        )
+    ],
+    "quick": [PenaltyCase("quick", "small matrices", _QUICK_SHAPES, dtype) for dtype in _DTYPES],
+}

@@ -8,10 +8,22 @@ from typing import Any
 
 import torch
 
-from bench import linear_peers
-from bench.cases import DRIFT, ERROR_LIMIT, RANK, WARM_CHAIN, LinearCase, SVDCase, product_errors, quantile
+from bench import linear_peers, penalty_peers
+from bench.cases import (
+    DRIFT,
+    ERROR_LIMIT,
+    RANK,
+    WARM_CHAIN,
+    LinearCase,
+    PenaltyCase,
+    PenaltyTensors,
+    SVDCase,
+    product_errors,
+    quantile,
+)
 from bench.linear_peers import LINEAR_ERROR_LIMIT, LINEAR_PEERS, LinearPeer
 from bench.peers import OURS, SVD_PEERS, Run, SVDPeer
+from bench.penalty_peers import PENALTY_PEERS, PenaltyPeer
 from bench.search import Trial, cheapest_setting
 from bench.timing import Row, fill_speedups, measure_in_turn, summary, timed
 
@@ -156,5 +168,65 @@ def run_linear(case: LinearCase, context: Context, step: Step = lambda _: None) 
                     problem=f"W4A4, {case.tokens} tokens, {case.in_features} -> {case.out_features}, bias",
                 )
             )
+    fill_speedups(rows)
+    return rows
+
+
+def judge_penalty(peer: PenaltyPeer, tensors: PenaltyTensors) -> tuple[penalty_peers.Run, list[float]]:
+    """The function to time and the errors of one update; the call that gives them is the warm-up.
+
+    The timed calls go on adding to the same gradients, which everybody shares.
+    """
+    tensors.restore()
+    function = peer.prepare(tensors)
+    function()
+    return function, penalty_peers.penalty_errors(tensors)
+
+
+def run_penalty(
+    case: PenaltyCase, context: Context, step: Step = lambda _: None, peers: Sequence[PenaltyPeer] | None = None
+) -> list[Row]:
+    """Rows of every usable implementation of ours and of the peers on one model and dtype."""
+    dtype = str(case.dtype).removeprefix("torch.")
+    step(f"{case.name}, {dtype}")
+    tensors = case.tensors(context.device)
+    if peers is None:
+        peers = [*penalty_peers.ours(context.device), *PENALTY_PEERS]
+    judged = [judge_penalty(peer, tensors) for peer in peers]
+    samples = measure_in_turn([f for f, _ in judged], [context.repeats] * len(judged), context.device)
+    limit = penalty_peers.error_limit(case.dtype)
+    rows = []
+    for peer, (_, errors), measured in zip(peers, judged, samples, strict=True):
+        median, least, most, count = summary(measured)
+        moved = peer.moved(case)
+        rows.append(
+            context.row(
+                op="add_penalty_grad_",
+                case=case.name,
+                variant=peer.variant,
+                dtype=dtype,
+                impl=peer.name,
+                setting=peer.describe(case),
+                seconds=median,
+                seconds_min=least,
+                seconds_max=most,
+                repeats=count,
+                error_p90=quantile(errors),
+                error_max=quantile(errors, 1.0),
+                error_limit=limit,
+                error_of=f"gradient after one update, relative to the update, Frobenius, {len(errors)} layers, fp64",
+                gate=quantile(errors, 1.0) <= limit,
+                reads=None,
+                bytes=case.bytes,
+                problem=f"{case.source}, {len(case.shapes)} matrices, {case.parameters / 1e6:.1f} M elements, all "
+                f"selected, k = {RANK}; gradients N(0, 1), updates of the same norm",
+                traffic={
+                    "moved_bytes": moved,
+                    "bytes_per_second": moved / median,
+                    "copy_fraction": moved / median / context.environment["copy_bytes_per_second"],
+                    "extra_bytes": peer.extra(case),
+                },
+            )
+        )
     fill_speedups(rows)
     return rows

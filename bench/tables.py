@@ -13,6 +13,11 @@ from rich.table import Table
 from bench.timing import Row, read_rows
 
 HEADINGS = ("case", "variant", "implementation", "setting", "time", "error p90", "ours is faster by")
+TRAFFIC_HEADINGS = (
+    *("case", "variant", "implementation", "setting", "time", "error max"),
+    *("GB/s", "of copy", "extra memory", "ours is faster by"),
+)
+_NUMBERS = ("time", "error p90", "error max", "GB/s", "of copy", "extra memory")
 _INCLUDED = re.compile(r"(<!-- include:([\w./-]+) -->\n)(.*?)(<!-- /include -->)", re.DOTALL)
 _MARKED = re.compile(r"(<!-- bench:([\w.-]+) -->\n)(.*?)(<!-- /bench:\2 -->)", re.DOTALL)
 
@@ -31,6 +36,21 @@ def speedups(row: Row) -> str:
                      for variant, ratio in row.speedup.items())  # fmt: skip
 
 
+def headings(row: Row) -> tuple[str, ...]:
+    return TRAFFIC_HEADINGS if row.traffic else HEADINGS
+
+
+def _traffic_cells(row: Row) -> tuple[str, ...]:
+    """What fills the columns from the error to the extra memory, the error with its limit."""
+    t = row.traffic
+    return (
+        f"{row.error_max:.1e} " + (f"<= {row.error_limit:.1e}" if row.gate else f"> {row.error_limit:.1e} FAILED"),
+        f"{t['bytes_per_second'] / 1e9:.3g}",
+        f"{t['copy_fraction']:.0%}",
+        f"{t['extra_bytes'] / 1e6:.3g} MB" if t["extra_bytes"] else "none",
+    )
+
+
 def cells(row: Row) -> tuple[str, ...]:
     dtype = "" if row.dtype == "float32" else f", {row.dtype}"
     return (
@@ -39,7 +59,7 @@ def cells(row: Row) -> tuple[str, ...]:
         row.impl,
         row.setting if row.gate or not row.note else f"{row.setting}; {row.note}",
         f"{milliseconds(row.seconds)} ms ({milliseconds(row.seconds_min)}-{milliseconds(row.seconds_max)})",
-        f"{row.error_p90:.1e}" + ("" if row.gate else " FAILED"),
+        *(_traffic_cells(row) if row.traffic else (f"{row.error_p90:.1e}" + ("" if row.gate else " FAILED"),)),
         speedups(row),
     )
 
@@ -49,18 +69,27 @@ def caption(row: Row) -> str:
     e = row.environment
     versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items() if version)
     threads = f"{row.threads} thread{'s' * (row.threads > 1)}"
-    return (
+    common = (
         f"{e['device_name']}, {threads}, {versions}, commit {e['commit']}, {e['date']}; measured copy "
         f"{e['copy_bytes_per_second'] / 1e9:.1f} GB/s, fp32 product {e['fp32_flops_per_second'] / 1e9:.0f} GFLOP/s. "
-        f"Time: median (min-max). Error: {row.error_of.split(', relative')[0]}, gate at {row.error_limit:g}. "
+        "Time: median (min-max). "
+    )
+    if row.traffic:
+        return (
+            f"{common}Error: {row.error_of}, and the gate's limit, eps of the gradient's dtype. GB/s: read and written "
+            "by this method, temporaries included and no cache assumed; of copy: over the measured copy, which on a "
+            "CPU also reads what it overwrites. Extra memory: beside gradients and fp32 factors."
+        )
+    return (
+        f"{common}Error: {row.error_of.split(', relative')[0]}, gate at {row.error_limit:g}. "
         "Settings with a choice: the cheapest that passes the gate."
     )
 
 
 def rich_table(rows: Sequence[Row]) -> Table:
     table = Table(title=rows[0].op, caption=caption(rows[0]))
-    for heading in HEADINGS:
-        table.add_column(heading, overflow="fold", justify="right" if heading in ("time", "error p90") else "left")
+    for heading in headings(rows[0]):
+        table.add_column(heading, overflow="fold", justify="right" if heading in _NUMBERS else "left")
     before = None
     for row in rows:
         if before is not None and before != (row.case, row.dtype):
@@ -82,7 +111,8 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
+    titles = headings(rows[0])
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row)) + " |" for row in rows]
     captions = dict.fromkeys(caption(row) for row in rows)
     return "\n".join([*lines, "", *(f"<sub>{text}</sub>" for text in captions), ""])

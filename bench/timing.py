@@ -29,17 +29,20 @@ class Row:
 
     Attributes:
         run: start of the process run (UTC); the rows of one run are comparable, others are not.
-        op, case, variant, dtype: what was computed; variant is "cold" or "warm", "forward" or "forward+backward".
+        op, case, variant, dtype: what was computed; variant is "cold" or "warm", "forward" or "forward+backward", or
+            the impl of ours; "" for a peer that is compared with each variant of ours.
         impl: "ours" or the peer's name.
         setting: what the peer was told, and for a searched setting that it was searched.
         seconds, seconds_min, seconds_max, repeats: median and extremes over the repeats.
         error_p90, error_max, error_limit, error_of: over the case's matrices or outputs, against the truth.
-        gate: error_p90 <= error_limit.
+        gate: error_p90 <= error_limit; where one wrong matrix must not pass, error_max.
         reads: passes over the weights, where that is a fixed number.
         bytes, floor_seconds: least bytes that must be moved, and that over the copy bandwidth measured in this run.
         speedup: seconds / seconds of ours, by the variant of ours; only entries whose both gates passed.
         problem: what the case is, drift included.
         note: what a reader must know about this row.
+        traffic: of operations that only move memory: `moved_bytes` by this implementation, `bytes_per_second` and its
+            `copy_fraction` of the copy bandwidth measured in this run, `extra_bytes` of memory held for it.
     """
 
     run: str
@@ -67,14 +70,15 @@ class Row:
     note: str = ""
     speedup: dict[str, float] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
+    traffic: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, line: str) -> Row:
-        """Read one line; a ValueError names what is missing or unknown."""
-        values = json.loads(line)
+        """Read one line; a ValueError names what is missing or unknown. Rows from before `traffic` have none."""
+        values = {"traffic": {}} | json.loads(line)
         wrong = {f.name for f in fields(cls)} ^ set(values)
         if wrong:
             raise ValueError(f"a result row has missing or unknown fields {sorted(wrong)}: {line[:200]}")
@@ -92,7 +96,7 @@ def fill_speedups(rows: Sequence[Row]) -> None:
             continue
         for ours in rows:
             same = all(getattr(ours, key) == getattr(row, key) for key in ("run", "op", "case", "dtype", "device"))
-            comparable = ours.variant == row.variant or (ours.variant, row.variant) == ("warm", "cold")
+            comparable = row.variant in (ours.variant, "") or (ours.variant, row.variant) == ("warm", "cold")
             if same and comparable and ours.impl == "ours" and ours.gate:
                 row.speedup[ours.variant] = row.seconds / ours.seconds
 

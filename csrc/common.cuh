@@ -269,6 +269,16 @@ struct LaunchShape {
   bool cooperative = false;  // the blocks wait for one another: all must be resident
 };
 
+#ifndef S2D_EMULATED
+inline int status_of(cudaError_t error) {
+  if (error == cudaSuccess) return S2D_OK;
+  // The status is the report: an error left behind would surface in the caller's next CUDA call.
+  cudaGetLastError();
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) return S2D_NO_KERNEL;
+  return S2D_CUDA_ERROR + static_cast<int>(error);
+}
+#endif
+
 // Enqueues kernel(arguments...) and returns an s2d_status. The one way to launch.
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), const LaunchShape& shape, s2d_stream stream, const Arguments&... arguments) {
@@ -303,12 +313,24 @@ int launch(void (*kernel)(Parameters...), const LaunchShape& shape, s2d_stream s
     config.numAttrs = shape.cooperative ? 1 : 0;
     error = cudaLaunchKernelEx(&config, kernel, arguments...);
   }
-  if (error == cudaSuccess) return S2D_OK;
-  // The status is the report: an error left behind would surface in the caller's next CUDA call.
-  cudaGetLastError();
-  return error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ? S2D_NO_KERNEL
-                                                                                             : S2D_LAUNCH_FAILED;
+  return status_of(error);
 #endif
 }
+
+// Loads a kernel onto the current device and returns an s2d_status.
+template <typename... Parameters>
+int load(void (*kernel)(Parameters...)) {
+#ifdef S2D_EMULATED
+  (void)kernel;
+  return S2D_OK;
+#else
+  cudaFuncAttributes attributes;
+  return status_of(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
+#endif
+}
+
+// Of each file, all its kernels; s2d_check_device calls them.
+int load_penalty_grad();
+int load_topk_svd();
 
 }  // namespace s2d

@@ -217,6 +217,9 @@ int launch_table(const Table& table, s2d_stream stream) {
 }
 
 }  // namespace
+
+int load_penalty_grad() { return load(add_penalty_grad); }
+
 }  // namespace s2d
 
 int s2d_add_penalty_grad(const s2d_penalty_layer* layers, int32_t count, void*, size_t, s2d_stream stream) {

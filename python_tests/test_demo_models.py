@@ -40,6 +40,7 @@ def _max_fc2_input(model, data):
     return peaks
 
 
+@pytest.mark.minilm
 def test_minilm_ranks_a_paraphrase_first(minilm):
     model, tokenizer = minilm
     sentences = [
@@ -59,6 +60,7 @@ def test_minilm_ranks_a_paraphrase_first(minilm):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+@pytest.mark.minilm
 def test_minilm_calls_its_36_encoder_linears(minilm):
     model, tokenizer = minilm
     called = set()
@@ -71,6 +73,7 @@ def test_minilm_calls_its_36_encoder_linears(minilm):
     assert len(called) == len(linears) == 36
 
 
+@pytest.mark.minilm
 def test_english_batches_repeat_and_extend(minilm):
     _, tokenizer = minilm
     first, again = (demo_models.english_batches(tokenizer, batches=2, batch_size=3, max_length=32) for _ in range(2))
@@ -84,6 +87,7 @@ def test_english_batches_repeat_and_extend(minilm):
     assert (rows == tokenizer.unk_token_id).float().mean() < 0.01
 
 
+@pytest.mark.minilm
 def test_english_batches_from_a_text_file(minilm, tmp_path):
     _, tokenizer = minilm
     prose = "The river rose after the long rain and the town moved its boats to the upper meadow. " * 4

@@ -441,18 +441,23 @@ def test_penalty_grad_keeps_a_nan_layer_to_itself(library: Emulated) -> None:
     cases[2].check()
 
 
-def test_penalty_grad_with_offsets_beyond_32_bits(library: Emulated) -> None:
-    # Two rows 2^31 + 8 elements apart in address space that is reserved but, except for the pages touched, not used.
-    stride = 2**31 + 8
-    memory = np.memmap("/dev/zero", dtype=np.float16, mode="c", shape=(stride + 64,))
-    grad = torch.from_numpy(memory)
-    case = Case(2, 40, 3, torch.float16)
-    view = grad.as_strided((2, 40), (stride, 1))
-    view.copy_(case.view(case.memory))
+@pytest.mark.parametrize("far", ["grad", "U", "Vh"])
+def test_penalty_grad_with_offsets_beyond_32_bits(library: Emulated, far: str) -> None:
+    """Rows so far apart that the last tiles begin beyond 2^31 elements; of the address space only those are touched."""
+    case = Case(70, 40, 3, torch.float32)
     layer = case.layer()
-    layer.grad, layer.grad_stride = grad.data_ptr(), stride
+    matrix = {"grad": case.view(case.memory), "U": case.U, "Vh": case.Vh}[far]
+    stride = 2**31 // (len(matrix) - 1) // 8 * 8 + 8
+    memory = np.memmap("/dev/zero", dtype=np.float32, mode="c", shape=(stride * (len(matrix) - 1) + 64,))
+    view = torch.from_numpy(memory).as_strided(matrix.shape, (stride, 1))
+    view.copy_(matrix)
+    setattr(layer, far, memory.ctypes.data)
+    setattr(layer, {"grad": "grad_stride", "U": "u_row_stride", "Vh": "vh_stride"}[far], stride)
+    if far == "U":
+        layer.u_col_stride = 1
     assert library.library.s2d_add_penalty_grad(ctypes.byref(layer), 1, None, ctypes.c_size_t(0), None) == OK
-    case.view(case.memory).copy_(view)
+    if far == "grad":
+        matrix.copy_(view)
     case.check()
 
 

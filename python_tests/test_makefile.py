@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.__main__ import app
+
 ROOT = Path(__file__).parent.parent
 
 REPORT = """<testsuites><testsuite>
@@ -53,7 +55,7 @@ def make(tmp_path: Path):
         environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "CALLS": str(calls), "COLUMNS": "150"}
         command = ["make", target, "PYTHON=gpu-python", f"OUT={tmp_path}/out", f"BUILD={tmp_path}/build", *settings]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        return done, calls.read_text().splitlines()
+        return done, calls.read_text().splitlines() if calls.exists() else []
 
     assert shutil.which("make"), "make is needed"
     return run
@@ -97,3 +99,26 @@ def test_benchmarks_write_rows_and_logs_by_operation(make, tmp_path: Path) -> No
         f"python -m bench linear --device cuda --json {tmp_path}/out/linear-gpu.jsonl"
     ]
     assert (tmp_path / "out" / "gpu-bench-linear.log").read_text() == "rows\n"
+
+
+def test_without_operations_every_benchmark_runs(make) -> None:
+    done, calls = make("gpu-bench")
+    assert done.returncode == 0, done.stderr
+    ran = [call.split()[3] for call in calls if call.startswith("python -m bench")]
+    assert ran == ["svd", "linear", "penalty"]
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands}
+    assert set(ran) <= commands
+
+
+@pytest.mark.parametrize("operations", ["unknown", "svd unknown"])
+def test_an_unknown_benchmark_is_an_error_that_names_the_known_ones(make, operations: str) -> None:
+    done, calls = make("gpu-bench", f"OPS={operations}")
+    assert done.returncode != 0
+    assert "no benchmark is called unknown; there are svd linear penalty" in done.stderr
+    assert calls == []
+
+
+def test_the_tests_of_an_operation_without_a_benchmark_can_be_chosen(make) -> None:
+    done, calls = make("gpu-test", "OPS=selection")
+    assert done.returncode == 0, done.stderr
+    assert "--device cuda -k selection" in calls[-2]

@@ -98,20 +98,27 @@ def test_bad_input_is_refused_and_nothing_written() -> None:
         add_penalty_grad_([torch.zeros(1, 4).expand(6, 4)], factors[:1])
     with pytest.raises(TypeError, match=r"grads\[0\] must be a torch.Tensor, got NoneType"):
         add_penalty_grad_([None], factors[:1])
+    with pytest.raises(TypeError, match=r"coefficients\[0\] must be a torch.Tensor, got list"):
+        add_penalty_grad_(grads[:1], factors[:1], coefficients=[[1.0, 2.0]])
+    with pytest.raises(ValueError, match=r"factors\[0\].U is on meta, expected cpu"):
+        add_penalty_grad_(grads[:1], [factors[0]._replace(U=factors[0].U.to("meta"))])
+    with pytest.raises(ValueError, match=r"coefficients\[0\] is on meta, expected cpu"):
+        add_penalty_grad_(grads[:1], factors[:1], coefficients=[torch.ones(2, device="meta")])
+    assert not grads[0].any()
     add_penalty_grad_([], [])
 
 
 def test_operator_checks() -> None:
     args = ([torch.randn(6, 5), torch.randn(3, 2)], [torch.randn(6, 2), torch.randn(3, 1)],
             [torch.randn(2, 5), torch.randn(1, 2)], [torch.rand(2), torch.rand(1)])  # fmt: skip
-    torch.library.opcheck(torch.ops.s2d.add_penalty_grad_.default, (*args, "torch"))
+    torch.library.opcheck(torch.ops.s2d.add_penalty_grad_.default, (*args, None, "torch"))
 
 
 def test_in_a_compiled_function() -> None:
     factor = topk_svd([torch.randn(6, 5)], k=2)[0]
 
     def step(grad: torch.Tensor) -> torch.Tensor:
-        torch.ops.s2d.add_penalty_grad_([grad], [factor.U], [factor.Vh], [factor.S], None)
+        torch.ops.s2d.add_penalty_grad_([grad], [factor.U], [factor.Vh], [factor.S], None, None)
         return grad * 2
 
     grad = torch.randn(6, 5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from emulated import build_emulated
 from helpers import decaying_spectrum, matrix_with_spectrum, product_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -265,3 +266,21 @@ def test_fp64_rank_deficient_has_zeros_not_noise() -> None:
     got = topk_svd([torch.outer(torch.randn(50).double(), torch.randn(40).double())], k=3)[0]
     assert not got.S[1:].any()
     assert not got.U[:, 1:].any()
+
+
+@pytest.mark.parametrize("impl", ["torch", "cuda"])
+def test_singular_values_behind_a_huge_outlier(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """(s_1/s_2)^2 = 1e8 is beyond fp32: without fresh random directions the product shows v_1 and nothing else."""
+    if impl == "cuda":
+        build_emulated()
+        monkeypatch.setenv("S2D_NATIVE", "emulated")
+    spectrum = torch.cat([torch.tensor([1e4], dtype=torch.float64), decaying_spectrum(89, rate=0.05)])
+    for seed in range(3):
+        weight = matrix_with_spectrum(110, 90, spectrum, seed=seed)
+        cold = topk_svd([weight], k=3, reads=5, seed=seed, impl=impl)[0]
+        warm = topk_svd([weight], k=3, warm=[cold], seed=seed + 1, impl=impl)[0]
+        truth = torch.linalg.svdvals(weight.double())[:3]
+        for got in (cold, warm):
+            torch.testing.assert_close(got.S.double(), truth, rtol=1e-3, atol=0)
+            residual = weight.double().T @ got.U.double() - got.Vh.double().T * got.S.double()
+            assert residual.norm(dim=0).max() / (truth[0] * 110 * torch.finfo(torch.float32).eps) < 30

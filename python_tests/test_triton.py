@@ -62,7 +62,7 @@ def inputs(
 
 
 def add(*arguments: object) -> None:
-    torch.ops.s2d.add_penalty_grad_(*arguments, "triton")
+    torch.ops.s2d.add_penalty_grad_(*arguments, None, "triton")
 
 
 def check(dtype: torch.dtype, device: torch.device, *, repeat: bool = True, **kwargs: object) -> None:
@@ -107,13 +107,26 @@ def run_one_layer(device: torch.device) -> None:
 
 def run_offsets_beyond_32_bits(device: torch.device) -> None:
     """Rows 2^31 elements apart; of the 4 GiB only what is read or written is ever touched."""
-    storage = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device)
+    rows, far = 140, 2**31 // 130  # the last tiles begin beyond 2^31
+    storage = torch.empty(rows * far + 64, dtype=torch.bfloat16, device=device)
     for cols in (3, 16):
-        grad = storage.as_strided((2, cols), (2**31, 1), 16)
+        grad = storage.as_strided((rows, cols), (far // 8 * 8, 1), 16)
         grad.fill_(1.0)
-        c, U = torch.ones(1, device=device), torch.tensor([[1.0], [3.0]], device=device)
+        c, U = torch.ones(1, device=device), torch.arange(rows, dtype=torch.float32, device=device)[:, None]
         add([grad], [U], [torch.ones(1, cols, device=device)], [c])
-        assert grad.tolist() == [[2.0] * cols, [4.0] * cols]
+        assert torch.equal(grad.float(), (1 + U).bfloat16().float().expand(rows, cols))
+    # Factors as far apart: rows of U, and rows of Vh.
+    storage = torch.empty(2**31 + 64, dtype=torch.float32, device=device)
+    U = storage.as_strided((2, 1), (2**31, 1))
+    U.copy_(torch.tensor([[2.0], [5.0]]))
+    grad = torch.zeros(2, 8, device=device)
+    add([grad], [U], [torch.ones(1, 8, device=device)], [torch.ones(1, device=device)])
+    assert grad[:, 0].tolist() == [2.0, 5.0]
+    Vh = storage.as_strided((2, 8), (2**31, 1), 16)
+    Vh.copy_(torch.tensor([[1.0], [10.0]]).expand(2, 8))
+    grad.zero_()
+    add([grad], [torch.ones(2, 2, device=device)], [Vh], [torch.ones(2, device=device)])
+    assert (grad == 11).all()
 
 
 def run_rounding(device: torch.device) -> None:
@@ -155,7 +168,7 @@ def run_mixed_dtypes(device: torch.device) -> None:
 
 def run_opcheck(device: torch.device) -> None:
     arguments = inputs(torch.float32, device)[:4]
-    torch.library.opcheck(torch.ops.s2d.add_penalty_grad_.default, (*arguments, "triton"))
+    torch.library.opcheck(torch.ops.s2d.add_penalty_grad_.default, (*arguments, None, "triton"))
 
 
 def run_through_the_public_function(device: torch.device) -> None:
@@ -172,11 +185,21 @@ def run_refusals(device: torch.device) -> None:
     grads = [torch.zeros(4, 6, device=device), torch.zeros(4, 6, device=device)]
     U, Vh, c = torch.ones(4, 2, device=device), torch.ones(2, 6, device=device), torch.ones(2, device=device)
     for bad in (([U, U[:3]], [Vh, Vh], [c, c]), ([U, U], [Vh, Vh[:, :5]], [c, c]), ([U, U], [Vh, Vh], [c, c[:1]])):
-        with pytest.raises(ValueError, match=r"grads\[1\] \(4, 6\).*do not fit"):
+        with pytest.raises(ValueError, match=r"\[1\] has shape .* does not fit grads\[1\] \(4, 6\)"):
             add(grads, *bad)
         assert not any(grad.any() for grad in grads)
-    with pytest.raises(ValueError, match=r"U\[1\] is on meta, but grads\[1\] on"):
-        penalty._check_layer(1, grads[1], U.to("meta"), Vh, c)
+    with pytest.raises(ValueError, match=r"equally long, got grads: 2, U: 1"):
+        add(grads, [U], [Vh, Vh], [c, c])
+    assert not any(grad.any() for grad in grads)
+
+
+def run_ranks_on_the_device(device: torch.device) -> None:
+    grads = [torch.zeros(4, 6, device=device) for _ in range(4)]
+    U, Vh = torch.ones(4, 3, device=device), torch.ones(3, 6, device=device)
+    c = torch.tensor([1.0, 10.0, 100.0], device=device)
+    ranks = torch.tensor([2, 0, 9, -1], dtype=torch.int32, device=device)
+    torch.ops.s2d.add_penalty_grad_(grads, [U] * 4, [Vh] * 4, [c] * 4, ranks, "triton")
+    assert [grad.unique().tolist() for grad in grads] == [[11.0], [0.0], [111.0], [0.0]]
 
 
 RUNS: dict[str, Callable[[torch.device], None]] = {
@@ -222,7 +245,7 @@ def test_without_triton_the_package_imports_and_says_what_to_install() -> None:
         "from s2d_kernels import ops, triton_kernels\n"
         "try:\n"
         "    one = [torch.ones(1, 1)]\n"
-        "    torch.ops.s2d.add_penalty_grad_(one, one, one, [torch.ones(1)], 'triton')\n"
+        "    torch.ops.s2d.add_penalty_grad_(one, one, one, [torch.ones(1)], None, 'triton')\n"
         "except ValueError as error:\n"
         "    print(error)\n"
     )

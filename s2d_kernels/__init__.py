@@ -1,7 +1,12 @@
 """Selective Spectral Decay: kernels for transformers that survive 4-bit quantization (arXiv 2602.14432)."""
 
 # these enter their implementations
-from s2d_kernels import cuda_ops as _cuda_ops, torch_svd as _torch_svd, triton_kernels as _triton_kernels
+from s2d_kernels import (
+    cuda_ops as _cuda_ops,
+    cuda_svd as _cuda_svd,
+    torch_svd as _torch_svd,
+    triton_kernels as _triton_kernels,
+)
 from s2d_kernels.fake_quant import FakeQuantLinear, quantize_
 from s2d_kernels.penalty import add_penalty_grad_
 from s2d_kernels.quant_ops import fake_quant_linear

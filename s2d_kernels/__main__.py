@@ -136,11 +136,11 @@ def env() -> None:
         table.add_row("GPU", "none")
     table.add_row("driver", _driver())
     problem = _native.problem()
-    table.add_row("native library", str(_native.library_path()))
     if problem is None:
+        table.add_row("native library", str(_native.library_path()))
         table.add_row("  holds", f"ABI {_native.ABI_VERSION}, {_native.architectures()}")
     else:
-        table.add_row("  cannot be used", f"{problem} (this package needs ABI {_native.ABI_VERSION})")
+        table.add_row("native library", f"{problem} (this package needs ABI {_native.ABI_VERSION})")
     table.add_section()
     for op in ops.names():
         devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

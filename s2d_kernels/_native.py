@@ -9,15 +9,16 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Sequence
-from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-ABI_VERSION = 1
+ABI_VERSION = 3
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 MAX_RANK = 64
 ROOT = Path(__file__).parent
+EMULATED = "emulated on the CPU"
 BUILD_HINT = "build it with `make native`, or `pip install -e .` where nvcc is found"
 
 
@@ -41,12 +42,44 @@ class PenaltyLayer(ctypes.Structure):
     )
 
 
+class SvdLayer(ctypes.Structure):
+    """`s2d_svd_layer` of csrc/s2d.h, field for field."""
+
+    _fields_ = (
+        ("weight", c_void_p),
+        ("start", c_void_p),
+        ("U", c_void_p),
+        ("S", c_void_p),
+        ("Vh", c_void_p),
+        ("residual", c_void_p),
+        ("missed", c_void_p),
+        ("status", c_void_p),
+        ("rows", c_int64),
+        ("cols", c_int64),
+        ("row_stride", c_int64),
+        ("col_stride", c_int64),
+        ("dtype", c_int32),
+        ("width", c_int32),
+        ("k", c_int32),
+        ("reads", c_int32),
+    )
+
+
+_SVD_TABLE = [POINTER(SvdLayer), c_int32]
+_WORKSPACE_AND_STREAM = [c_void_p, c_size_t, c_void_p]
 # name -> (result type, argument types); a test compares it with the header
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "s2d_abi_version": (c_int, []),
     "s2d_architectures": (c_char_p, []),
     "s2d_status_string": (c_char_p, [c_int]),
-    "s2d_add_penalty_grad": (c_int, [POINTER(PenaltyLayer), c_int32, c_void_p, c_size_t, c_void_p]),
+    "s2d_check_device": (c_int, []),
+    "s2d_add_penalty_grad": (c_int, [POINTER(PenaltyLayer), c_int32, *_WORKSPACE_AND_STREAM]),
+    "s2d_topk_svd_check": (c_int, _SVD_TABLE),
+    "s2d_topk_svd_workspace": (c_size_t, _SVD_TABLE),
+    "s2d_topk_svd_begin": (c_int, [*_SVD_TABLE, *_WORKSPACE_AND_STREAM]),
+    "s2d_topk_svd_product": (c_int, [*_SVD_TABLE, c_int32, *_WORKSPACE_AND_STREAM]),
+    "s2d_topk_svd_orthonormalize": (c_int, [*_SVD_TABLE, c_int32, *_WORKSPACE_AND_STREAM]),
+    "s2d_topk_svd_finish": (c_int, [*_SVD_TABLE, c_float, c_double, *_WORKSPACE_AND_STREAM]),
 }
 
 
@@ -55,16 +88,23 @@ class NativeLibraryError(ValueError):
 
 
 def emulated() -> bool:
-    """Whether the CPU emulation of the CUDA sources is selected, whose kernels take CPU tensors."""
-    return os.environ.get("S2D_NATIVE", "") == "emulated"
+    """Whether the library is the CPU emulation of the CUDA sources, whose kernels take CPU tensors."""
+    return architectures() == EMULATED
 
 
 def library_path() -> Path:
-    """Where the library is looked for."""
+    """Where the library is looked for.
+
+    Raises:
+        NativeLibraryError: S2D_NATIVE has an unknown value.
+    """
     if os.environ.get("S2D_LIBRARY"):
         return Path(os.environ["S2D_LIBRARY"])
-    if emulated():
+    wanted = os.environ.get("S2D_NATIVE", "")
+    if wanted == "emulated":
         return ROOT.parent / "build" / "emulated" / "libs2d_emulated.so"
+    if wanted:
+        raise NativeLibraryError(f"S2D_NATIVE={wanted!r} is unknown: set it to 'emulated', or unset it")
     installed = ROOT / "lib" / "libs2d.so"
     built = ROOT.parent / "build" / "native" / "libs2d.so"  # of `make native` in a source tree
     found = [path for path in (installed, built) if path.is_file()]
@@ -83,7 +123,8 @@ def load() -> ctypes.CDLL:
 @cache
 def _load(path: Path) -> ctypes.CDLL:
     if not path.is_file():
-        raise NativeLibraryError(f"there is no native library at {path}: {BUILD_HINT}")
+        hint = "build it with `make emulated`" if "emulated" in path.name else BUILD_HINT
+        raise NativeLibraryError(f"there is no native library at {path}: {hint}")
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -111,6 +152,15 @@ def problem() -> str | None:
     return None
 
 
+def device_problem() -> str | None:
+    """Why the kernels cannot run on the current CUDA device, or None; also loads them onto it."""
+    library = load()
+    status = library.s2d_check_device()
+    if not status:
+        return None
+    return f"{library.s2d_status_string(status).decode()}; the library holds code for {architectures()}"
+
+
 def architectures() -> str:
     """The GPU architectures compiled into the library, as one string."""
     return load().s2d_architectures().decode()
@@ -132,3 +182,24 @@ def add_penalty_grad(layers: Sequence[PenaltyLayer], stream: int) -> None:
     """Enqueue grad += U diag(coefficients) Vh for all layers on `stream` (an address; 0 is the default stream)."""
     if layers:
         _call("s2d_add_penalty_grad", (PenaltyLayer * len(layers))(*layers), len(layers), None, 0, stream)
+
+
+class SvdRun:
+    """The `s2d_topk_svd_*` calls of one run over the same table of matrices, on one stream."""
+
+    def __init__(self, layers: Sequence[SvdLayer], stream: int) -> None:
+        self.table = (SvdLayer * len(layers))(*layers)
+        self.stream = stream
+        self.workspace: tuple[int, int] = (0, 0)
+
+    def supported(self) -> bool:
+        """Whether the kernels take these matrices on the current device."""
+        return load().s2d_topk_svd_check(self.table, len(self.table)) == 0
+
+    def workspace_bytes(self) -> int:
+        """Bytes of the workspace, which must be aligned to 256; its address and size go to `workspace`."""
+        return int(load().s2d_topk_svd_workspace(self.table, len(self.table)))
+
+    def call(self, primitive: str, *arguments: float) -> None:
+        """Enqueue `s2d_topk_svd_<primitive>`."""
+        _call(f"s2d_topk_svd_{primitive}", self.table, len(self.table), *arguments, *self.workspace, self.stream)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from s2d_kernels import _native, ops
+from s2d_kernels.penalty import check_layers
 
-_DTYPES = {
+DTYPES = {
     torch.float32: _native.DTYPES["float32"],
     torch.bfloat16: _native.DTYPES["bfloat16"],
     torch.float16: _native.DTYPES["float16"],
 }
 
 
-def _stream(tensor: Tensor) -> tuple[AbstractContextManager[object], int]:
+def current_stream(tensor: Tensor) -> tuple[AbstractContextManager[object], int]:
     """Context in which to launch for `tensor`, and its stream; ValueError where the library cannot take it."""
     if _native.emulated():
         if tensor.device.type != "cpu":
@@ -30,9 +33,11 @@ def _stream(tensor: Tensor) -> tuple[AbstractContextManager[object], int]:
     return torch.cuda.device(tensor.device), torch.cuda.current_stream(tensor.device).cuda_stream
 
 
-def penalty_layer(index: int, grad: Tensor, U: Tensor, Vh: Tensor, coefficients: Tensor) -> _native.PenaltyLayer:
+def _penalty_layer(
+    index: int, grad: Tensor, U: Tensor, Vh: Tensor, coefficients: Tensor, ranks: Tensor | None
+) -> _native.PenaltyLayer:
     """One row of the pointer table; the tensors must outlive the enqueueing."""
-    if grad.dtype not in _DTYPES:
+    if grad.dtype not in DTYPES:
         raise TypeError(
             f"grads[{index}] has dtype {grad.dtype}: impl='cuda' takes fp32, bf16 and fp16, else impl='torch'"
         )
@@ -47,7 +52,7 @@ def penalty_layer(index: int, grad: Tensor, U: Tensor, Vh: Tensor, coefficients:
         U=U.data_ptr(),
         Vh=Vh.data_ptr(),
         coefficients=coefficients.data_ptr(),
-        device_rank=None,
+        device_rank=None if ranks is None else ranks.data_ptr() + 4 * index,
         rows=grad.shape[0],
         cols=grad.shape[1],
         grad_stride=grad.stride(0),
@@ -55,30 +60,62 @@ def penalty_layer(index: int, grad: Tensor, U: Tensor, Vh: Tensor, coefficients:
         u_col_stride=U.stride(1),
         vh_stride=Vh.stride(0),
         rank=coefficients.shape[0],
-        dtype=_DTYPES[grad.dtype],
+        dtype=DTYPES[grad.dtype],
     )
 
 
-ops.declare_problem("cuda", _native.problem)
+@cache
+def _device_problem(index: int, path: str) -> str | None:
+    with torch.cuda.device(index):
+        return _native.device_problem()
 
 
-def _supports(grads: list[Tensor], _us: list[Tensor], _vhs: list[Tensor], coefficients: list[Tensor]) -> bool:
+def _problem(device: torch.device) -> str | None:
+    """No library, one for other devices, or a GPU or driver it cannot run on."""
+    problem = _native.problem()
+    if problem is not None or device.type != "cuda":
+        return problem
+    if _native.emulated():
+        return f"the library at {_native.library_path()} is the emulation, which takes CPU tensors"
+    if not torch.cuda.is_available():
+        return "this torch sees no CUDA device"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _device_problem(index, str(_native.library_path()))
+
+
+ops.declare_problem("cuda", _problem)
+
+
+def _supports(
+    grads: list[Tensor], _us: list[Tensor], _vhs: list[Tensor], coefficients: list[Tensor], _ranks: Tensor | None
+) -> bool:
     return all(
-        g.dtype in _DTYPES and (g.stride(1) == 1 or g.shape[1] <= 1) and len(c) <= _native.MAX_RANK
+        g.dtype in DTYPES and (g.stride(1) == 1 or g.shape[1] <= 1) and len(c) <= _native.MAX_RANK
         for g, c in zip(grads, coefficients, strict=True)
     )
 
 
 @ops.implements("add_penalty_grad_", "cuda", _supports)
-def _add_cuda(grads: list[Tensor], Us: list[Tensor], Vhs: list[Tensor], coefficients: list[Tensor]) -> None:
-    context, stream = _stream(grads[0])
+def _add_cuda(
+    grads: list[Tensor], Us: list[Tensor], Vhs: list[Tensor], coefficients: list[Tensor], ranks: Tensor | None
+) -> None:
+    """One launch; a second one for a gradient that is given twice. Partly overlapping gradients are not supported."""
+    check_layers(grads, Us, Vhs, coefficients, ranks)
+    context, stream = current_stream(grads[0])
     # The converted copies live until the launch is enqueued; the allocator reuses their memory on the same stream only.
-    kept, layers = [], []
+    kept = []
+    launches: dict[int, list[_native.PenaltyLayer]] = {}
+    earlier: Counter[int] = Counter()
+    if ranks is not None:
+        ranks = ranks.contiguous()
     for index, (grad, U, Vh, c) in enumerate(zip(grads, Us, Vhs, coefficients, strict=True)):
         operands = U.float(), Vh.float(), c.float().contiguous()
         if operands[1].stride(1) != 1 and operands[1].shape[1] > 1:
             operands = operands[0], operands[1].contiguous(), operands[2]
         kept.append(operands)
-        layers.append(penalty_layer(index, grad, *operands))
+        layer = _penalty_layer(index, grad, *operands, ranks)
+        launches.setdefault(earlier[grad.data_ptr()], []).append(layer)
+        earlier[grad.data_ptr()] += 1
     with context:
-        _native.add_penalty_grad(layers, stream)
+        for layers in launches.values():
+            _native.add_penalty_grad(layers, stream)

@@ -4,10 +4,10 @@
     from s2d_kernels import cupy_ops
 
     U, S, Vh = cupy.linalg.svd(weight, full_matrices=False)
-    cupy_ops.add_penalty_grad_([grad], [U[:, :3]], [Vh[:3]], [5e-4 * S[:3] ** 2])
+    cupy_ops.add_penalty_grad_([grad], [U[:, :3]], [cupy.ascontiguousarray(Vh[:3])], [5e-4 * S[:3] ** 2])
 
-Arrays are taken as they lie in memory: nothing is copied, converted or synchronized. Any object with CuPy's attributes
-(`data.ptr`, `shape`, `strides`, `dtype`, `itemsize`) will do.
+Arrays are taken as they lie in memory: nothing is copied, converted or synchronized. CuPy's `svd` of a tall matrix
+returns `Vh` column by column, so it has to be made contiguous.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from typing import Any
 from s2d_kernels import _native
 
 
-def _current_stream() -> int:
+def _launch(layers: list[_native.PenaltyLayer], device: int) -> None:
     import cupy
 
-    return int(cupy.cuda.get_current_stream().ptr)
+    with cupy.cuda.Device(device):
+        _native.add_penalty_grad(layers, int(cupy.cuda.get_current_stream().ptr))
 
 
 def _check(name: str, array: Any, shape: tuple[int | None, ...], dtypes: Sequence[str]) -> None:
-    for attribute in ("shape", "strides", "dtype", "data"):
-        if not hasattr(array, attribute):
-            raise TypeError(f"{name} must be a cupy.ndarray, got {type(array).__name__}")
+    wanted = all(hasattr(array, attribute) for attribute in ("shape", "strides", "dtype", "data", "device"))
+    if not wanted or not hasattr(array.data, "ptr"):
+        raise TypeError(f"{name} must be a cupy.ndarray, got {type(array).__name__}")
     if str(array.dtype) not in dtypes:
         raise TypeError(f"{name} has dtype {array.dtype}, expected {' or '.join(dtypes)}")
     if len(array.shape) != len(shape) or any(w is not None and w != s for w, s in zip(shape, array.shape, strict=True)):
@@ -49,7 +50,8 @@ def add_penalty_grad_(
         U: `[m, k]` float32, any strides.
         Vh: `[k, n]` float32 with contiguous rows.
         coefficients: `[k]` float32, contiguous, k <= 64.
-        stream: address of a CUDA stream; default CuPy's current one.
+        stream: address of a CUDA stream of the arrays' device, which must then be the current one; default CuPy's
+            current stream of that device.
 
     Raises:
         TypeError, ValueError: naming the array and the value; nothing is written then.
@@ -68,6 +70,9 @@ def add_penalty_grad_(
             raise ValueError(f"coefficients[{i}] has {k} components, at most {_native.MAX_RANK} are supported")
         _check(f"U[{i}]", u, (m, k), ("float32",))
         _check(f"Vh[{i}]", vh, (k, n), ("float32",))
+        for name, array in ((f"grads[{i}]", grad), (f"U[{i}]", u), (f"Vh[{i}]", vh), (f"coefficients[{i}]", c)):
+            if array.device.id != grads[0].device.id:
+                raise ValueError(f"{name} is on device {array.device.id}, but grads[0] on {grads[0].device.id}")
         for name, array in ((f"grads[{i}]", grad), (f"Vh[{i}]", vh), (f"coefficients[{i}]", c)):
             if array.shape[-1] > 1 and array.strides[-1] != array.dtype.itemsize:
                 raise ValueError(f"{name} has strides {array.strides} (bytes): its last dimension must be contiguous")
@@ -88,5 +93,9 @@ def add_penalty_grad_(
                 dtype=_native.DTYPES[str(grad.dtype)],
             )
         )
-    if layers:
-        _native.add_penalty_grad(layers, _current_stream() if stream is None else stream)
+    if not layers:
+        return
+    if stream is not None:
+        _native.add_penalty_grad(layers, stream)
+    else:
+        _launch(layers, grads[0].device.id)

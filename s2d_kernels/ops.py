@@ -25,8 +25,8 @@ IMPLS = ("reference", "torch", "triton", "cuda")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _TABLE: dict[str, dict[str, Callable[..., Any]]] = {}
-# impl -> why it cannot be used on this machine, or None; impls without an entry always can
-_PROBLEM: dict[str, Callable[[], str | None]] = {}
+# impl -> why it cannot be used on a device of this machine, or None; impls without an entry always can
+_PROBLEM: dict[str, Callable[[torch.device], str | None]] = {}
 # (op, impl) -> whether it takes these arguments
 _SUPPORTS: dict[tuple[str, str], Callable[..., bool]] = {}
 # what impl=None tries, by device type; the first that is usable wins
@@ -63,14 +63,14 @@ def available(op: str) -> tuple[str, ...]:
     return tuple(impl for impl in IMPLS if impl in _TABLE[op])
 
 
-def declare_problem(impl: str, problem: Callable[[], str | None]) -> None:
-    """Let `problem` say, when asked, why `impl` cannot be used on this machine (None: it can)."""
+def declare_problem(impl: str, problem: Callable[[torch.device], str | None]) -> None:
+    """Let `problem` say, when asked, why `impl` cannot be used for tensors on a device (None: it can)."""
     _PROBLEM[impl] = problem
 
 
-def problem_of(impl: str) -> str | None:
-    """Why `impl` cannot be used on this machine, or None."""
-    return _PROBLEM[impl]() if impl in _PROBLEM else None
+def problem_of(impl: str, device: torch.device) -> str | None:
+    """Why `impl` cannot be used for tensors on `device`, or None."""
+    return _PROBLEM[impl](device) if impl in _PROBLEM else None
 
 
 def choose(op: str, impl: str | None, device: torch.device, arguments: Sequence[Any] | None = None) -> str:
@@ -80,7 +80,7 @@ def choose(op: str, impl: str | None, device: torch.device, arguments: Sequence[
     """
     if impl is None:
         for candidate in _PREFERENCE.get(device.type, ("torch",)):
-            if candidate not in _TABLE[op] or problem_of(candidate) is not None:
+            if candidate not in _TABLE[op] or problem_of(candidate, device) is not None:
                 continue
             supports = _SUPPORTS.get((op, candidate))
             if arguments is None or supports is None or supports(*arguments):
@@ -90,7 +90,7 @@ def choose(op: str, impl: str | None, device: torch.device, arguments: Sequence[
         raise ValueError(f"impl={impl!r} is none of {IMPLS} (or None to choose by device)")
     if impl not in _TABLE[op]:
         raise ValueError(f"{op} has no impl={impl!r} in this installation, only {available(op)} (device {device})")
-    problem = problem_of(impl)
+    problem = problem_of(impl, device)
     if problem is not None:
         raise ValueError(f"impl={impl!r} cannot be used: {problem}")
     return impl
@@ -116,14 +116,22 @@ def define(op: str, signature: str, fake: Callable[..., Any]) -> None:
     The first argument is a tensor or a list of tensors, whose device is asked for the implementation.
     """
     arguments, returns = signature.split(" -> ")
+    mutates = "(a!)" in arguments
     library.define(f"{op}({arguments}, str? impl=None) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
     count = arguments.count(",") + 1  # the dispatcher leaves out a trailing argument that has its default value
 
     def call(*given: Any) -> Any:
         impl = given[count] if len(given) > count else None
+        if not isinstance(given[0], Tensor) and not given[0]:
+            return [] if "Tensor[]" in returns else None
         device = given[0].device if isinstance(given[0], Tensor) else given[0][0].device
         with exact_arithmetic(device):
-            return resolve(op, impl, device, given[:count])(*given[:count])
+            chosen = choose(op, impl, device, given[:count])
+            result = _TABLE[op][chosen](*given[:count])
+        if mutates and chosen in ("triton", "cuda"):
+            # What a kernel writes behind autograd's back must still invalidate what autograd saved.
+            torch.autograd.graph.increment_version(given[0])
+        return result
 
     library.impl(op, call, "CompositeExplicitAutograd")
     torch.library.register_fake(f"s2d::{op}", lambda *given: fake(*given[:count]))
@@ -208,11 +216,11 @@ def _topk_svd_fake(weights: list[Tensor], starts: list[Tensor], _ks: list[int], 
 
 define("topk_svd", "Tensor[] weights, Tensor[] starts, SymInt[] ks, SymInt[] reads -> Tensor[]", _topk_svd_fake)
 
-# --- add_penalty_grad_: grads[i] += U[i] diag(coefficients[i]) Vh[i] ----------------------------------------------
+# --- add_penalty_grad_: grads[i] += U[i] diag(coefficients[i]) Vh[i] over the first ranks[i] (default all) components
 
 define(
     "add_penalty_grad_",
-    "Tensor(a!)[] grads, Tensor[] U, Tensor[] Vh, Tensor[] coefficients -> ()",
+    "Tensor(a!)[] grads, Tensor[] U, Tensor[] Vh, Tensor[] coefficients, Tensor? ranks -> ()",
     lambda *_: None,
 )
 

@@ -11,10 +11,17 @@ from s2d_kernels import ops
 from s2d_kernels.svd import TopkSVD
 
 
-def penalty_coefficients(factors: TopkSVD, *, strength: float, power: float) -> Tensor:
-    """strength * s^power of each component `[k]` (eq. 6's gradient); one that overflows counts as 0."""
-    coefficients = strength * factors.S.pow(power)
-    return torch.where(coefficients.isfinite(), coefficients, 0.0)
+def penalty_coefficients(S: Sequence[Tensor], *, strength: float, power: float) -> list[Tensor]:
+    """strength * s^power of each component (eq. 6's gradient) for each `S [k]`; one that overflows counts as 0."""
+
+    def of(s: Tensor) -> Tensor:
+        c = strength * s.pow(power)
+        return torch.where(c.isfinite(), c, 0.0)
+
+    if S and S[0].device.type == "cuda" and len({s.dtype for s in S}) == 1:
+        # One launch for all layers; not on a CPU, whose vectorized pow rounds by position.
+        return list(of(torch.cat(list(S))).split([len(s) for s in S]))
+    return [of(s) for s in S]
 
 
 @torch.no_grad()
@@ -51,15 +58,15 @@ def add_penalty_grad_(
     strength, power = ops.check_number("strength", strength), ops.check_number("power", power)
     grads = ops.check_tensor_list("grads", grads, ndim=2)
     ops.check_same_length(grads=grads, factors=factors)
+    device_ranks = None
     if isinstance(ranks, Tensor):
         if ranks.shape != (len(grads),) or ranks.is_floating_point():
             raise ValueError(f"ranks must be an integer tensor [{len(grads)}], got {ranks.dtype} {tuple(ranks.shape)}")
+        device_ranks = ranks
     elif ranks is not None:
         ops.check_same_length(grads=grads, ranks=ranks)
     if coefficients is not None:
         ops.check_same_length(grads=grads, coefficients=coefficients)
-
-    touched: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for index, (grad, factor) in enumerate(zip(grads, factors, strict=True)):
         if not isinstance(factor, TopkSVD):
             raise TypeError(f"factors[{index}] must be a TopkSVD, got {type(factor).__name__}")
@@ -74,23 +81,36 @@ def add_penalty_grad_(
                 f"grads[{index}] overlaps itself in memory (shape {tuple(grad.shape)}, stride {grad.stride()}): pass a "
                 "tensor with its own memory"
             )
-        c = (
-            penalty_coefficients(factor, strength=strength, power=power)
-            if coefficients is None
-            else coefficients[index]
-        )
-        if c.shape != (k,):
-            raise ValueError(f"coefficients[{index}] must have shape ({k},), got {tuple(c.shape)}")
-        rank = k
-        if isinstance(ranks, Tensor):
-            c = torch.where(torch.arange(k, device=c.device) < ranks[index], c, 0.0)
-        elif ranks is not None:
+        if coefficients is not None:
+            ops.check_tensor(f"coefficients[{index}]", coefficients[index], device=grad.device)
+            if coefficients[index].shape != (k,):
+                raise ValueError(
+                    f"coefficients[{index}] must have shape ({k},), got {tuple(coefficients[index].shape)}"
+                )
+        for name, tensor in (("U", factor.U), ("S", factor.S), ("Vh", factor.Vh)):
+            ops.check_tensor(f"factors[{index}].{name}", tensor, device=grad.device)
+    cs = (
+        penalty_coefficients([factor.S for factor in factors], strength=strength, power=power)
+        if coefficients is None
+        else coefficients
+    )
+    touched: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    places = []
+    for index, (grad, factor, c) in enumerate(zip(grads, factors, cs, strict=True)):
+        rank = k = factor.S.shape[0]
+        if ranks is not None and device_ranks is None:
             rank = ops.check_integer(f"ranks[{index}]", ranks[index], low=0, high=k)
         if rank and grad.numel():
             touched.append((grad, factor.U[:, :rank], factor.Vh[:rank], c[:rank]))
-    if touched:
-        gs, Us, Vhs, cs = (list(column) for column in zip(*touched, strict=True))
-        torch.ops.s2d.add_penalty_grad_(gs, Us, Vhs, cs, impl)
+            places.append(index)
+    if not touched:
+        return
+    gs, Us, Vhs, cs = (list(column) for column in zip(*touched, strict=True))
+    if device_ranks is not None:
+        device_ranks = device_ranks.to(gs[0].device, torch.int32)
+        if len(places) < len(grads):
+            device_ranks = torch.stack([device_ranks[place] for place in places])
+    torch.ops.s2d.add_penalty_grad_(gs, Us, Vhs, cs, device_ranks, impl)
 
 
 def _overlaps(matrix: Tensor) -> bool:
@@ -99,15 +119,54 @@ def _overlaps(matrix: Tensor) -> bool:
     return (inner > 1 and inner_stride == 0) or (outer > 1 and outer_stride < inner_stride * (inner - 1) + 1)
 
 
+def check_layers(
+    grads: Sequence[Tensor],
+    Us: Sequence[Tensor],
+    Vhs: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    ranks: Tensor | None,
+) -> None:
+    """For the implementations that read raw pointers: what does not fit must not get that far."""
+    ops.check_same_length(grads=grads, U=Us, Vh=Vhs, coefficients=coefficients)
+    device = grads[0].device
+    for index, (grad, U, Vh, c) in enumerate(zip(grads, Us, Vhs, coefficients, strict=True)):
+        ops.check_tensor(f"grads[{index}]", grad, ndim=2, device=device)
+        k = len(ops.check_tensor(f"coefficients[{index}]", c, ndim=1, device=device))
+        for name, tensor, shape in (("U", U, (grad.shape[0], k)), ("Vh", Vh, (k, grad.shape[1]))):
+            ops.check_tensor(f"{name}[{index}]", tensor, ndim=2, device=device)
+            if tensor.shape != shape:
+                raise ValueError(
+                    f"{name}[{index}] has shape {tuple(tensor.shape)}, which does not fit grads[{index}] "
+                    f"{tuple(grad.shape)} and coefficients[{index}] {tuple(c.shape)}"
+                )
+    if ranks is not None:
+        ops.check_tensor("ranks", ranks, ndim=1, dtypes=(torch.int32,), device=device)
+        ops.check_same_length(grads=grads, ranks=ranks)  # type: ignore[arg-type]
+
+
+def _masked(coefficients: list[Tensor], ranks: Tensor | None) -> list[Tensor]:
+    """Coefficients with zeros beyond each layer's rank."""
+    if ranks is None:
+        return coefficients
+    return [
+        torch.where(torch.arange(len(c), device=c.device) < rank, c, 0.0)
+        for c, rank in zip(coefficients, ranks, strict=True)
+    ]
+
+
 @ops.implements("add_penalty_grad_", "reference")
-def _add_reference(grads: list[Tensor], Us: list[Tensor], Vhs: list[Tensor], coefficients: list[Tensor]) -> None:
-    for grad, U, Vh, c in zip(grads, Us, Vhs, coefficients, strict=True):
+def _add_reference(
+    grads: list[Tensor], Us: list[Tensor], Vhs: list[Tensor], coefficients: list[Tensor], ranks: Tensor | None
+) -> None:
+    for grad, U, Vh, c in zip(grads, Us, Vhs, _masked(coefficients, ranks), strict=True):
         grad.copy_(grad.double() + (U.double() * c.double()) @ Vh.double())
 
 
 @ops.implements("add_penalty_grad_", "torch")
-def _add_torch(grads: list[Tensor], Us: list[Tensor], Vhs: list[Tensor], coefficients: list[Tensor]) -> None:
-    for grad, U, Vh, c in zip(grads, Us, Vhs, coefficients, strict=True):
+def _add_torch(
+    grads: list[Tensor], Us: list[Tensor], Vhs: list[Tensor], coefficients: list[Tensor], ranks: Tensor | None
+) -> None:
+    for grad, U, Vh, c in zip(grads, Us, Vhs, _masked(coefficients, ranks), strict=True):
         dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
         scaled, Vh = (U * c).to(dtype), Vh.to(dtype)
         if grad.dtype == dtype:

@@ -52,17 +52,18 @@ def _topk_svd_torch(weights: list[Tensor], starts: list[Tensor], ks: list[int], 
             kind = (index,)
         buckets.setdefault(kind, []).append(index)
     flat: list[Tensor] = [torch.empty(0)] * (6 * len(weights))
+    stacks: dict[torch.dtype, Tensor] = {}
     for members in (wave for equal in buckets.values() for wave in _waves(equal, weights)):
         first = members[0]
         wide = weights[first].shape[0] < weights[first].shape[1]
         largest = torch.stack([_largest_element(weights[i]) for i in members])
-        matrices = torch.stack([weights[i] for i in members])
-        matrices = matrices.to(starts[first].dtype)
+        matrices = _stacked([weights[i] for i in members], stacks).to(starts[first].dtype)
         start = torch.stack([starts[i] for i in members])
         bucket = _Bucket(matrices.mT if wide else matrices, largest, start, ks[first], reads[first])
         results = block_krylov(bucket)
-        for position, index in enumerate(members):
-            left, S, right, residual, missed, status = (r[position] for r in results)
+        for index, left, S, right, residual, missed, status in zip(
+            members, *(stacked.unbind() for stacked in results), strict=True
+        ):
             U, Vh = (right.mT, left) if wide else (left.mT, right)
             outputs = (U, S, Vh, residual, missed, status)
             # Copies: operator outputs must not share the bucket's storage.
@@ -79,6 +80,17 @@ def _waves(bucket: list[int], weights: list[Tensor]) -> list[list[int]]:
     return [bucket[len(bucket) * i // count : len(bucket) * (i + 1) // count] for i in range(count)]
 
 
+def _stacked(matrices: list[Tensor], scratch: dict[torch.dtype, Tensor]) -> Tensor:
+    """The matrices in one tensor; on a CPU in memory that the waves share: fresh pages cost more than a copy."""
+    first = matrices[0]
+    if first.device.type != "cpu":
+        return torch.stack(matrices)
+    needed = len(matrices) * first.numel()
+    if first.dtype not in scratch or scratch[first.dtype].numel() < needed:
+        scratch[first.dtype] = first.new_empty(needed)
+    return torch.stack(matrices, out=scratch[first.dtype][:needed].view(len(matrices), *first.shape))
+
+
 def _bmm(A: Tensor, B: Tensor) -> Tensor:
     """torch.bmm whose bits do not depend on the size of the batch.
 
@@ -91,8 +103,8 @@ def _bmm(A: Tensor, B: Tensor) -> Tensor:
 
 
 def _eigh(H: Tensor) -> tuple[Tensor, Tensor]:
-    """torch.linalg.eigh of each matrix. On a CPU one by one: LAPACK's bits depend on how a slice is aligned."""
-    if H.device.type != "cpu" or H.shape[0] == 1:
+    """torch.linalg.eigh of each matrix; odd ones one by one, since LAPACK's bits depend on how a slice is aligned."""
+    if H.device.type != "cpu" or H.shape[0] == 1 or H.shape[1] % 4 == 0:
         return torch.linalg.eigh(H)
     values, vectors = zip(*(torch.linalg.eigh(h) for h in H), strict=True)
     return torch.stack(values), torch.stack(vectors)
@@ -125,21 +137,32 @@ class _Bucket:
         self.finite = self.largest.isfinite()
         # the exponents of which both 2^e and 2^-e are normal numbers
         bound = 1022 if dtype == torch.float64 else 126
-        self.exponent = torch.frexp(torch.where(self.finite, self.largest, 1.0)).exponent.clamp(-bound, bound)
+        self.exponent = _exponent(torch.where(self.finite, self.largest, 1.0)).clamp(-bound, bound)
         # a power of two: A * scale is exact, |A * scale| < 1
         self.scale = torch.ldexp(torch.ones_like(self.largest), -self.exponent)
         if self.dense:
             self.K.append(torch.eye(d, dtype=dtype, device=self.start.device).expand(self.A.shape[0], d, d))
         else:
-            self.K.append(_orthonormalize(self.start, None))
+            self.K.append(self._orthonormalize(self.start, None, 0))
 
     def product(self, step: int) -> None:
-        Y, Z = _fused_product(self.A, self.K[step], self.scale, self.finite)
+        scale, keep = self.scale.view(-1, 1, 1), self.finite.view(-1, 1, 1)
+        Y = _bmm(self.K[step] * scale, self.A.mT)
+        Z = _bmm(Y * scale, self.A)
+        # on a GPU unconditionally: asking would wait for it
+        if self.A.device.type != "cpu" or not bool(self.finite.all()):
+            Y, Z = torch.where(keep, Y, 0.0), torch.where(keep, Z, 0.0)
         self.Y.append(Y)
         self.Z.append(Z)
 
     def orthonormalize(self, step: int) -> None:
-        self.K.append(_orthonormalize(self.Z[step], torch.cat(self.K, 1)))
+        self.K.append(self._orthonormalize(self.Z[step], torch.cat(self.K, 1), step + 1))
+
+    def _orthonormalize(self, block: Tensor, against: Tensor | None, step: int) -> Tensor:
+        b, d = block.shape[1:]
+        shifts = torch.arange(step * b + 1, (step + 1) * b + 1, device=block.device)
+        places = (torch.arange(d, device=block.device) - shifts.unsqueeze(1)) % d
+        return _orthonormalize(block, against, self.start[:, -1], places)
 
     def finish(self) -> list[Tensor]:
         b, k, dtype = self.start.shape[1], self.k, self.start.dtype
@@ -148,22 +171,25 @@ class _Bucket:
         eigenvalues, R = _eigh(_bmm(Y64, Y64.mT))
         theta = eigenvalues.clamp(min=0).sqrt().flip(1)  # [B, all], descending
         R = R.flip(2)
-        rows = R[:, :, :b].mT.to(dtype)
+        # In fp64, or the rounding of a row would leave eps s_1 of the leading vectors in those behind them.
+        rows = R[:, :, :b].mT
         S = theta[:, :b]
         # A Ritz value below the rounding of the products, or of their fp64 Gram matrix, is noise: it counts as zero.
         noise = max(4 * torch.finfo(dtype).eps, math.sqrt(Y.shape[1] * torch.finfo(torch.float64).eps))
         floor = theta[:, :1] * noise
-        inverse = torch.where(S > floor, 1.0 / S, 0.0).to(dtype).unsqueeze(2)
-        S = torch.where(S > floor, S, 0.0).to(dtype)
-        right = _bmm(rows, K)
-        left = _bmm(rows, Y) * inverse
-        residual = torch.linalg.vector_norm(_bmm(rows, Z) * inverse - S.unsqueeze(2) * right, dim=2)
-        right = right * (S > 0).unsqueeze(2)
+        inverse = torch.where(S > floor, 1.0 / S, 0.0).unsqueeze(2)
+        S = torch.where(S > floor, S, 0.0)
+        right = _bmm(rows, K.double())
+        left = (_bmm(rows, Y64) * inverse).to(dtype)
+        Z64 = Z.double()
+        residual = torch.linalg.vector_norm(_bmm(rows, Z64) * inverse - S.unsqueeze(2) * right, dim=2).to(dtype)
+        right = (right * (S > 0).unsqueeze(2)).to(dtype)
+        S = S.to(dtype)
 
         if self.dense:
             missed = theta[:, k] if k < theta.shape[1] else torch.zeros_like(theta[:, 0])
         else:
-            missed = _missed_bound(self.start[:, -1], K, Z, theta, R, k, self.reads)
+            missed = _missed_bound(self.start[:, -1], K, Z64, theta, R, k, self.reads)
         criterion = ((S * residual)[:, :k]).amax(1)
         converged = criterion <= TOLERANCE * S[:, 0].square()
 
@@ -185,33 +211,66 @@ class _Bucket:
         ]
 
 
-def _fused_product(A: Tensor, Q: Tensor, scale: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
-    """Y = Q (sA)^T `[B, b, D]` and Z = Y (sA) `[B, b, d]`; zeros for a matrix that is not finite."""
-    scale, keep = scale.view(-1, 1, 1), finite.view(-1, 1, 1)
-    Y = _bmm(Q * scale, A.mT)
-    Z = _bmm(Y * scale, A)
-    return torch.where(keep, Y, 0.0), torch.where(keep, Z, 0.0)
+def _exponent(x: Tensor) -> Tensor:
+    """e with 2^(e-1) <= x < 2^e for positive normal numbers, as int32; at most the least such e for the others.
+
+    From the bits: torch.frexp is a hundred times slower on a CPU.
+    """
+    if x.dtype == torch.float64:
+        return ((x.view(torch.int64) >> 52) - 1022).to(torch.int32)
+    return (x.view(torch.int32) >> 23) - 126
 
 
-def _orthonormalize(block: Tensor, against: Tensor | None) -> Tensor:
+def _orthonormalize(block: Tensor, against: Tensor | None, gaussian: Tensor, places: Tensor) -> Tensor:
     """Orthonormal rows spanning `block [B, b, d]` after projecting out the orthonormal rows `against [B, p, d]`.
 
-    Projection and Gram-eigen orthonormalization (SVQB, fp64 Gram matrix), twice. Dependent directions come out as
-    zero rows instead of noise blown up to length one.
+    Projection and Gram-eigen orthonormalization (SVQB, fp64 Gram matrix), twice. After the first round fresh random
+    directions, `gaussian [B, d]` at `places [b, d]`, replace dependent ones: behind a singular value so large that
+    fp32 products show nothing else, they are what finds the others. Those that depend even then (the space is
+    exhausted) come out as zero rows instead of noise blown up to length one.
     """
-    eps = torch.finfo(block.dtype).eps
+    block = _projected(block, against)
+    block, dependent = _svqb(block)
+    # on a GPU unconditionally: asking would wait for it
+    if block.device.type != "cpu" or bool(dependent.any()):
+        block = torch.where(dependent.unsqueeze(2), gaussian[:, places], block)
+    block = _projected(block, against)
+    return _svqb(block)[0] if block.device.type != "cpu" else _cholesky_qr(block)
+
+
+def _projected(block: Tensor, against: Tensor | None) -> Tensor:
+    """Rows of length one without their part in the span of `against`; zero where nothing but rounding is left."""
+    before = torch.linalg.vector_norm(block, dim=2, keepdim=True)
+    if against is not None:
+        block = block - _bmm(_bmm(block, against.mT), against)
+    length = torch.linalg.vector_norm(block, dim=2, keepdim=True)
+    inverse = torch.where(length > 8 * torch.finfo(block.dtype).eps * before, 1.0 / length, 0.0)
+    return block * inverse
+
+
+def _svqb(block: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal rows that span those of `block [B, b, d]`, zero where they depend; and which `[B, b]` these are."""
     drop = 1e-10 if block.dtype == torch.float32 else 1e-13
-    for _ in range(2):
-        before = torch.linalg.vector_norm(block, dim=2, keepdim=True)
-        if against is not None:
-            block = block - _bmm(_bmm(block, against.mT), against)
-        length = torch.linalg.vector_norm(block, dim=2, keepdim=True)
-        block = torch.where(length > 8 * eps * before, block / length, 0.0)
-        wide = block.double()
-        eigenvalues, E = _eigh(_bmm(wide, wide.mT))
-        inverse = torch.where(eigenvalues > drop * block.shape[1], eigenvalues.clamp(min=drop).rsqrt(), 0.0)
-        block = _bmm((E * inverse.unsqueeze(1)).mT.to(block.dtype), block)
-    return block
+    wide = block.double()
+    eigenvalues, E = _eigh(_bmm(wide, wide.mT))
+    inverse = torch.where(eigenvalues > drop * block.shape[1], eigenvalues.clamp(min=drop).rsqrt(), 0.0)
+    return _bmm((E * inverse.unsqueeze(1)).mT.to(block.dtype), block), inverse == 0
+
+
+def _cholesky_qr(block: Tensor) -> Tensor:
+    """As `_svqb`, a tenth of its cost, for rows that are nearly orthonormal or zero; others get `_svqb`."""
+    wide = block.double()
+    gram = _bmm(wide, wide.mT)
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    diagonal += (diagonal == 0).double()  # a view: a zero row stays one
+    factor, info = torch.linalg.cholesky_ex(gram)
+    identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device).expand_as(gram)
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+    result = _bmm(inverse.to(block.dtype), block)
+    poor = (info != 0) | (factor.diagonal(dim1=1, dim2=2).amin(1) < 0.1)
+    if bool(poor.any()):
+        result = torch.where(poor.view(-1, 1, 1), _svqb(block)[0], result)
+    return result
 
 
 def _missed_bound(gaussian: Tensor, K: Tensor, Z: Tensor, theta: Tensor, R: Tensor, k: int, reads: int) -> Tensor:
@@ -227,6 +286,6 @@ def _missed_bound(gaussian: Tensor, K: Tensor, Z: Tensor, theta: Tensor, R: Tens
     top = torch.where(theta[:, k : k + 1] > 0, theta[:, k : k + 1], 1.0)
     coordinates = coordinates * (theta / top).square().pow(reads - 1).unsqueeze(1)
     coordinates[:, :, :k] = 0
-    last = _bmm(_bmm(coordinates, R.mT), Z.double()).squeeze(1) / top.square()
+    last = _bmm(_bmm(coordinates, R.mT), Z).squeeze(1) / top.square()
     ratio = torch.linalg.vector_norm(last, dim=1) / (FAILURE_PROBABILITY * math.sqrt(math.pi / 2))
     return ratio.pow(1 / (2 * reads)) * top.squeeze(1)

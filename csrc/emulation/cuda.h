@@ -1,5 +1,9 @@
 // CUDA on one CPU core: enough of the language for csrc to be executed by the tests of a machine without a GPU.
 // Threads of a block are fibers that run in an order the test chooses; see runtime.h. Never part of a release.
+//
+// What it cannot see: a thread runs alone until its next barrier or shuffle, and blocks of a plain launch run one after
+// another. So a plain read-modify-write where an atomic is needed, a race of two blocks, a missing __threadfence pass
+// here; compute-sanitizer on a GPU (make gpu-sanitize) and reading are what finds those.
 #pragma once
 
 #include <tuple>

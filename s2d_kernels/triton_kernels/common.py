@@ -60,7 +60,7 @@ class Tables:
         self._lock = threading.Lock()
         self._recent: OrderedDict[tuple[int, int, bytes], Tensor] = OrderedDict()
         # Those that a CUDA graph reads whenever it is replayed; never given back.
-        self._captured: list[Tensor] = []
+        self._captured: dict[int, Tensor] = {}
         self.copies = 0
 
     def get(self, rows: np.ndarray[Any, np.dtype[np.int64]], device: torch.device) -> Tensor:
@@ -76,7 +76,7 @@ class Tables:
             if torch.cuda.is_current_stream_capturing():
                 for (index, _, content), table in self._recent.items():
                     if (index, content) == (key[0], key[2]):
-                        self._captured.append(table)
+                        self._captured[id(table)] = table
                         return table
                 raise ValueError(
                     "impl='triton' cannot copy a new table of pointers while a CUDA graph is captured: call it once "
@@ -99,8 +99,12 @@ def interpreted() -> bool:
     return triton is not None and not isinstance(widen, triton.JITFunction)
 
 
-def _problem() -> str | None:
-    return f"Triton is not installed: {INSTALL_HINT}" if triton is None else None
+def _problem(device: torch.device) -> str | None:
+    if triton is None:
+        return f"Triton is not installed: {INSTALL_HINT}"
+    if interpreted() and device.type == "cuda":
+        return f"TRITON_INTERPRET=1 runs the kernels on CPU tensors, got one on {device}: unset it"
+    return None
 
 
 ops.declare_problem("triton", _problem)
@@ -108,8 +112,6 @@ ops.declare_problem("triton", _problem)
 
 def check_device(device: torch.device) -> None:
     """Raise a ValueError where the kernels cannot take tensors on `device`."""
-    if interpreted() and device.type != "cpu":
-        raise ValueError(f"TRITON_INTERPRET=1 runs the kernels on CPU tensors, got one on {device}: unset it")
     if not interpreted() and device.type != "cuda":
         raise ValueError(
             f"impl='triton' needs CUDA tensors, got one on {device}: move it, leave impl=None, or set "
@@ -122,7 +124,8 @@ class Variant(NamedTuple):
 
     Attributes:
         signature, attributes: as `triton.compiler.ASTSource` takes them.
-        instructions: that must be in the machine code; "LDG.128" stands for an LDG with the modifier 128.
+        instructions: that must be in the machine code -> at least how often; "LDG.128.!EF" stands for an LDG with the
+            modifier 128 and without EF.
         shape: the benchmark's, with the `bytes` it must move at least and its `flops`.
     """
 
@@ -133,7 +136,7 @@ class Variant(NamedTuple):
     attributes: dict[tuple[int, ...], list[list[Any]]]
     warps: int
     stages: int
-    instructions: tuple[str, ...]
+    instructions: dict[str, int]
     shape: str
     bytes: int
     flops: int

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from s2d_kernels import ops
+from s2d_kernels.penalty import check_layers
 from s2d_kernels.triton_kernels.common import (
     TABLES,
     VECTOR_BYTES,
@@ -52,6 +53,7 @@ class Layer(NamedTuple):
     coefficient_stride: int
     rank: int
     aligned: int
+    device_rank: int
 
 
 FIELDS = len(Layer._fields)
@@ -99,6 +101,9 @@ def _update_tile(
     right_rank = tl.load(row + 11)
     coefficient_stride = tl.load(row + 13)
     rank = tl.load(row + 14).to(tl.int32)
+    device_rank = tl.load(row + 16)
+    given = tl.load(device_rank.to(tl.pointer_type(tl.int32)), mask=device_rank != 0, other=2147483647)
+    rank = tl.minimum(rank, given)
 
     across = tl.cdiv(cols, BLOCK_COLS).to(tl.int32)
     # int64 here and in all offsets: a gradient may have more than 2^31 elements.
@@ -180,19 +185,6 @@ def _add_low_rank(
         _update_tile(row, tile, GRAD, SUM, UNROLL, BLOCK_ROWS, BLOCK_COLS, VECTOR, INTERPRETED, False)
 
 
-def _check_layer(index: int, grad: Tensor, U: Tensor, Vh: Tensor, coefficients: Tensor) -> None:
-    """The kernel reads raw pointers: what does not fit must not get that far."""
-    k = len(coefficients)
-    if U.shape != (grad.shape[0], k) or Vh.shape != (k, grad.shape[1]):
-        raise ValueError(
-            f"grads[{index}] {tuple(grad.shape)}, U {tuple(U.shape)}, Vh {tuple(Vh.shape)} and "
-            f"coefficients {tuple(coefficients.shape)} do not fit"
-        )
-    for name, tensor in (("U", U), ("Vh", Vh), ("coefficients", coefficients)):
-        if tensor.device != grad.device:
-            raise ValueError(f"{name}[{index}] is on {tensor.device}, but grads[{index}] on {grad.device}")
-
-
 def _layer(first_tile: int, grad: Tensor, U: Tensor, Vh: Tensor, coefficients: Tensor) -> Layer:
     """The table row of a layer; the operands already have the dtype of the sum."""
     if grad.shape[1] == 1 or (grad.shape[0] > 1 and grad.stride(0) < grad.stride(1)):
@@ -226,6 +218,7 @@ def _layer(first_tile: int, grad: Tensor, U: Tensor, Vh: Tensor, coefficients: T
         coefficient_stride=coefficients.stride(0),
         rank=rank,
         aligned=int(aligned),
+        device_rank=0,
     )
 
 
@@ -253,7 +246,11 @@ def _constants(dtype: torch.dtype) -> dict[str, Any]:
 
 @ops.implements("add_penalty_grad_", "triton")
 def _add_triton(
-    grads: Sequence[Tensor], Us: Sequence[Tensor], Vhs: Sequence[Tensor], coefficients: Sequence[Tensor]
+    grads: Sequence[Tensor],
+    Us: Sequence[Tensor],
+    Vhs: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    ranks: Tensor | None,
 ) -> None:
     """One launch a dtype.
 
@@ -262,13 +259,13 @@ def _add_triton(
     """
     device = grads[0].device
     check_device(device)
-    for index, layer in enumerate(zip(grads, Us, Vhs, coefficients, strict=True)):
-        _check_layer(index, *layer)
+    check_layers(grads, Us, Vhs, coefficients, ranks)
+    ranks = None if ranks is None else ranks.contiguous()
     earlier: Counter[int] = Counter()
     launches: dict[tuple[torch.dtype, int], list[Layer]] = {}
     # Operands that had to be converted must live until the launch is enqueued.
     kept = []
-    for grad, *factors in zip(grads, Us, Vhs, coefficients, strict=True):
+    for index, (grad, *factors) in enumerate(zip(grads, Us, Vhs, coefficients, strict=True)):
         if not grad.numel() or not len(factors[2]):
             continue
         dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
@@ -278,7 +275,8 @@ def _add_triton(
         layers = launches.setdefault((grad.dtype, earlier[address]), [])
         earlier[address] += 1
         first_tile = layers[-1].first_tile + _tiles(layers[-1], grad.dtype) if layers else 0
-        layers.append(_layer(first_tile, grad, *operands))
+        rank_address = 0 if ranks is None else ranks.data_ptr() + ranks.element_size() * index
+        layers.append(_layer(first_tile, grad, *operands)._replace(device_rank=rank_address))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for (dtype, _), layers in launches.items():
             table = TABLES.get(np.array(layers, dtype=np.int64), device)
@@ -291,14 +289,17 @@ def variants() -> list[Variant]:
     m = n = 4096
     k = 3
     found = []
-    for dtype, converts in (
-        (torch.float32, ()),
-        (torch.bfloat16, ("F2FP.BF16",)),
-        (torch.float16, ("F2FP",)),
-        (torch.float64, ("DFMA",)),
+    for dtype, arithmetic in (
+        (torch.float32, "FFMA"),
+        (torch.bfloat16, "F2FP.BF16"),
+        (torch.float16, "F2FP.!BF16"),
+        (torch.float64, "DFMA"),
     ):
         constants = _constants(dtype)
-        factor_bytes = max(4, dtype.itemsize) * k * (m + n + 1)
+        words, packed = VECTORS * VECTOR_BYTES // 4, arithmetic.startswith("F2FP")
+        elements = VECTORS * VECTOR_BYTES // dtype.itemsize
+        sum_bytes = max(4, dtype.itemsize)
+        factor_bytes = sum_bytes * k * (m + n + 1)
         found.append(
             Variant(
                 name=f"add_low_rank<{constants['GRAD']}>",
@@ -308,7 +309,14 @@ def variants() -> list[Variant]:
                 attributes={(0,): [["tt.divisibility", 16]]},
                 warps=WARPS,
                 stages=1,
-                instructions=("LDG.128", "STG.128", *converts),
+                # Of the aligned path, in a thread: the gradient (evicted first), the components' factors, one rounding
+                # a word or one multiply-add an element and component.
+                instructions={
+                    "LDG.128.EF": VECTORS,
+                    "LDG.128.!EF": UNROLL * sum_bytes // dtype.itemsize,
+                    "STG.128": VECTORS,
+                    arithmetic: words if packed else UNROLL * elements,
+                },
                 shape=f"[{m}, {n}], k={k}",
                 bytes=2 * dtype.itemsize * m * n + factor_bytes,
                 flops=(2 * k + 1) * m * n + k * m,

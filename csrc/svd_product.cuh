@@ -1,0 +1,243 @@
+// The fused product of topk_svd, Y = Q A^T and Z = Y A from one read of A, on the tensor cores at fp32's precision.
+#pragma once
+
+#include "svd_layer.cuh"
+
+namespace s2d {
+namespace {
+
+// x as the sum of two tf32 numbers: 22 bits of it.
+__device__ __forceinline__ void split(float x, uint32_t& big, uint32_t& small) {
+  big = to_tf32(x);
+  small = to_tf32(x - __uint_as_float(big));
+}
+
+// d += a b to nearly fp32: the product of the two small parts, 2^-22 of the whole, is left out. 16-bit numbers are
+// tf32 numbers, so kExactA saves theirs.
+template <bool kExactA>
+__device__ __forceinline__ void mma_fp32(float (&d)[4], const uint32_t (&a)[2][4], const uint32_t (&b)[2][2]) {
+  if constexpr (!kExactA) mma_m16n8k8_tf32(d, a[1], b[0]);
+  mma_m16n8k8_tf32(d, a[0], b[1]);
+  mma_m16n8k8_tf32(d, a[0], b[0]);
+}
+
+template <typename T>
+__device__ __forceinline__ float widen(T value, uint8_t dtype);
+template <>
+__device__ __forceinline__ float widen<float>(float value, uint8_t) {
+  return value;
+}
+// 16 bits of either type, told apart at run time: one kernel for both.
+template <>
+__device__ __forceinline__ float widen<uint16_t>(uint16_t value, uint8_t dtype) {
+  return dtype == S2D_BFLOAT16 ? __uint_as_float(static_cast<unsigned>(value) << 16)
+                               : to_float(__ushort_as_half(value));
+}
+
+template <int kWarps, int kTiles, int kN>
+constexpr int kColumns = kWarps * kTiles * 16;
+
+// Elements of one tile [kPanel, d] in shared memory.
+inline __host__ __device__ int tile_elements(int d, bool by_cols) {
+  return by_cols ? round_up(d, 16) * kRowPitch : kPanel * (round_up(d, 16) + kColumnPad);
+}
+
+// A tile of a panel's rows and all columns, of which each warp copies those it works on.
+template <typename T>
+struct Tile {
+  T* memory;
+  int row, col;  // strides
+
+  __device__ __forceinline__ T& operator()(int i, int j) const { return memory[i * row + j * col]; }
+
+  __device__ __forceinline__ void load(const Layer& layer, int64_t first_row, int first_col, int end_col) const {
+    constexpr int kPer = 16 / sizeof(T);
+    const T* A = static_cast<const T*>(layer.A);
+    const int lane = threadIdx.x % kWarpSize;
+    if (layer.vector_rows) {
+      const int across = (end_col - first_col) / kPer;
+#pragma unroll 1
+      for (int v = lane; v < kPanel * across; v += kWarpSize) {
+        const int i = v / across, j = first_col + v % across * kPer;
+        const bool valid = first_row + i < layer.D && j < layer.d;
+        cp_async_16(&(*this)(i, j), A + (valid ? (first_row + i) * layer.row_stride + j : 0), valid);
+      }
+    } else if (layer.vector_cols) {
+#pragma unroll 1
+      for (int v = lane; v < (end_col - first_col) * (kPanel / kPer); v += kWarpSize) {
+        const int i = v % (kPanel / kPer) * kPer, j = first_col + v / (kPanel / kPer);
+        const bool valid = first_row + i < layer.D && j < layer.d;
+        cp_async_16(&(*this)(i, j), A + (valid ? first_row + i + j * layer.col_stride : 0), valid);
+      }
+    } else {
+#pragma unroll 1
+      for (int v = lane; v < kPanel * (end_col - first_col); v += kWarpSize) {
+        const int i = v / (end_col - first_col), j = first_col + v % (end_col - first_col);
+        const bool valid = first_row + i < layer.D && j < layer.d;
+        (*this)(i, j) = valid ? A[(first_row + i) * layer.row_stride + j * layer.col_stride] : T(0);
+      }
+    }
+  }
+};
+
+// Y[group, slab] and this slab's part of Z[group, :] for one slab of rows and one group of up to 8 kN rows of Q.
+//
+// A warp owns up to kTiles * 16 columns of A: it alone copies them to shared memory, multiplies them for its part of Y
+// (summed over the warps in a fixed order), and then, with the whole Y, for its columns of Z. The accumulators of the
+// tensor cores truncate, so they never hold more than a short sum; those go to registers that round.
+template <typename T, int kWarps, int kTiles, int kN>
+__global__ void __launch_bounds__(kWarps* kWarpSize, 1)
+    product(S2D_GRID_CONSTANT(Table) table, int step, int stages) {
+  constexpr int kRows = 8 * kN;
+  constexpr bool kExactA = sizeof(T) == 2;
+  constexpr int kStepsAtOnce = 4;
+  const int index = layer_of(table, blockIdx.x);
+  const Layer& layer = table.layers[index];
+  const int within = static_cast<int>(blockIdx.x - table.first[index]);
+  const int slab = within % slabs(layer), first_r = within / slabs(layer) * kRows;
+  const int b = layer.block, d = layer.d, pitch = pitch_d(layer);
+  const int64_t first_row = static_cast<int64_t>(slab) * kSlab;
+  float* Y = layer.Y + static_cast<int64_t>(step * b + first_r) * pitch_D(layer) + first_row;
+  float* partial = layer.partial + (static_cast<int64_t>(slab) * b + first_r) * pitch;
+  const float* Q = layer.K + static_cast<int64_t>(step * b + first_r) * pitch;
+  const int rows = min(kRows, b - first_r);
+  if (!layer.state->finite) {
+    for (int i = threadIdx.x; i < rows * kSlab; i += kWarps * kWarpSize) Y[i / kSlab * pitch_D(layer) + i % kSlab] = 0.0f;
+    for (int i = threadIdx.x; i < rows * pitch; i += kWarps * kWarpSize) partial[i] = 0.0f;
+    return;
+  }
+  const float scale = layer.state->scale;
+
+  S2D_DYNAMIC_SHARED(unsigned char, shared);
+  S2D_SHARED(float, part, [kWarps][kRows][kPanel]);
+  S2D_SHARED(float, whole, [kRows][kPanel + 4]);
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int g = lane / 4, t = lane % 4;
+  const int tiles = divide_up(d, 16), per_warp = divide_up(tiles, kWarps);
+  const int first_col = min(warp * per_warp, tiles) * 16, end_col = min((warp + 1) * per_warp, tiles) * 16;
+  const int elements = tile_elements(d, layer.vector_cols);
+  const auto tile_of = [&](int panel) {
+    T* memory = reinterpret_cast<T*>(shared) + panel % stages * elements;
+    return layer.vector_cols ? Tile<T>{memory, 1, kRowPitch} : Tile<T>{memory, round_up(d, 16) + kColumnPad, 1};
+  };
+
+  float sum[kTiles][kN][4] = {};
+  const int panels = static_cast<int>(divide_up<int64_t>(min(static_cast<int64_t>(kSlab), layer.D - first_row), kPanel));
+  if (stages == 2) {
+    tile_of(0).load(layer, first_row, first_col, end_col);
+    cp_async_commit();
+  }
+  for (int panel = 0; panel < panels; ++panel) {
+    const Tile<T> A = tile_of(panel);
+    if (stages == 2) {
+      if (panel + 1 < panels) {
+        tile_of(panel + 1).load(layer, first_row + (panel + 1) * kPanel, first_col, end_col);
+      }
+      cp_async_commit();
+      cp_async_wait<1>();
+    } else {
+      A.load(layer, first_row + panel * kPanel, first_col, end_col);
+      cp_async_commit();
+      cp_async_wait<0>();
+    }
+    __syncwarp();
+
+    // Y^T [16 rows of A, kRows] = A Q^T over this warp's columns
+    float y[kN][4] = {};
+    for (int begin = first_col; begin < end_col; begin += 8 * kStepsAtOnce) {
+      float fresh[kN][4] = {};
+#pragma unroll
+      for (int s = 0; s < kStepsAtOnce; ++s) {
+        const int j = begin + 8 * s;
+        if (j >= end_col) break;
+        uint32_t a[2][4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) split(scale * widen<T>(A(g + e % 2 * 8, j + t + e / 2 * 4), layer.dtype), a[0][e], a[1][e]);
+#pragma unroll
+        for (int n = 0; n < kN; ++n) {
+          uint32_t q[2][2];
+          const int r = n * 8 + g;
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int column = j + t + e * 4;
+            split(r < rows && column < d ? Q[r * pitch + column] : 0.0f, q[0][e], q[1][e]);
+          }
+          mma_fp32<kExactA>(fresh[n], a, q);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) y[n][e] += fresh[n][e];
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) part[warp][n * 8 + 2 * t + e % 2][g + e / 2 * 8] = y[n][e];
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < kRows * kPanel; i += kWarps * kWarpSize) {
+      const int r = i / kPanel, row = i % kPanel;
+      float total = 0.0f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) total += part[w][r][row];
+      whole[r][row] = total;
+      if (r < rows) Y[r * pitch_D(layer) + panel * kPanel + row] = total;
+    }
+    __syncthreads();
+
+    // Z^T [16 columns of A, kRows] += A^T Y^T
+    uint32_t yt[2][kN][2][2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          split(whole[n * 8 + g][half * 8 + t + e * 4], yt[half][n][0][e], yt[half][n][1][e]);
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+      const int j = first_col + m * 16;
+      if (j >= end_col) break;
+      float fresh[kN][4] = {};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t a[2][4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          split(scale * widen<T>(A(half * 8 + t + e / 2 * 4, j + g + e % 2 * 8), layer.dtype), a[0][e], a[1][e]);
+#pragma unroll
+        for (int n = 0; n < kN; ++n) mma_fp32<kExactA>(fresh[n], a, yt[half][n]);
+      }
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[m][n][e] += fresh[n][e];
+      }
+    }
+    __syncwarp();  // before the tile is overwritten
+  }
+#pragma unroll
+  for (int m = 0; m < kTiles; ++m) {
+    const int j = first_col + m * 16;
+    if (j >= end_col) break;
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int r = n * 8 + 2 * t + e % 2, column = j + g + e / 2 * 8;
+        if (r < rows && column < pitch) partial[r * pitch + column] = sum[m][n][e];
+      }
+    }
+  }
+  // Rows of Y beyond the last panel count as zero in the Gram matrix.
+  for (int i = threadIdx.x; i < rows * kSlab; i += kWarps * kWarpSize) {
+    if (i % kSlab >= panels * kPanel) Y[i / kSlab * pitch_D(layer) + i % kSlab] = 0.0f;
+  }
+}
+
+}  // namespace
+}  // namespace s2d

@@ -1,0 +1,570 @@
+// Leading singular triplets of many matrices by block Krylov on the fused product (s2d_kernels/svd.py has the text):
+//
+//   begin            scale = 2^-e with |scale A| < 1;  Q_0 = orthonormalize(start)
+//   product(j)       Y_j[b, D] = Q_j (scale A)^T,  Z_j[b, d] = Y_j (scale A), one read of A
+//   orthonormalize   Q_{j+1} = Z_j against Q_0..Q_j: projection and Gram-eigen orthonormalization (SVQB), twice
+//   finish           eigh of the fp64 Gram matrix of all Y, rotation of Q, Y, Z into triplets and residuals
+//
+// A [D, d] is W, or W^T when W is wide, so that D >= d; blocks are kept as rows. Everything is summed in a fixed order
+// that depends on the matrix's own shape alone. Nothing is decided on the host.
+#include "svd_layer.cuh"
+#include "svd_product.cuh"
+#include "svd_small.cuh"
+
+namespace s2d {
+namespace {
+
+__device__ __forceinline__ float element(const void* A, uint8_t dtype, int64_t offset) {
+  switch (dtype) {
+    case S2D_FLOAT32:
+      return static_cast<const float*>(A)[offset];
+    case S2D_BFLOAT16:
+      return to_float(static_cast<const bf16*>(A)[offset]);
+    default:
+      return to_float(static_cast<const fp16*>(A)[offset]);
+  }
+}
+
+// --- begin --------------------------------------------------------------------------------------------------------
+
+// largest[chunk] = max |A| over kChunk elements, on the bit patterns: a float maximum would drop NaN.
+__global__ void __launch_bounds__(kThreads) find_largest(S2D_GRID_CONSTANT(Table) table) {
+  const int index = layer_of(table, blockIdx.x);
+  const Layer& layer = table.layers[index];
+  const int64_t chunk = blockIdx.x - table.first[index];
+  const bool by_rows = layer.col_stride <= layer.row_stride;
+  const int64_t inner = by_rows ? layer.d : layer.D;
+  const int64_t inner_stride = by_rows ? layer.col_stride : layer.row_stride;
+  const int64_t outer_stride = by_rows ? layer.row_stride : layer.col_stride;
+  const int64_t count = layer.D * layer.d;
+  const int64_t end = min(count, (chunk + 1) * kChunk);
+  unsigned found = 0;
+  const int per_16 = layer.dtype == S2D_FLOAT32 ? 4 : 8;
+  if (by_rows ? layer.vector_rows : layer.vector_cols) {
+    for (int64_t i = chunk * kChunk + threadIdx.x * per_16; i < end; i += kThreads * per_16) {
+      const int64_t offset = i / inner * outer_stride + i % inner;
+      if (layer.dtype == S2D_FLOAT32) {
+        const uint4 words = load_16_constant(static_cast<const float*>(layer.A) + offset);
+        found = max(max(max(found, words.x & 0x7fffffffu), max(words.y & 0x7fffffffu, words.z & 0x7fffffffu)),
+                    words.w & 0x7fffffffu);
+      } else {
+        const uint4 words = load_16_constant(static_cast<const bf16*>(layer.A) + offset);
+        float values[8];
+        if (layer.dtype == S2D_BFLOAT16) {
+          unpack<bf16>(words, values);
+        } else {
+          unpack<fp16>(words, values);
+        }
+#pragma unroll
+        for (int e = 0; e < 8; ++e) found = max(found, __float_as_uint(values[e]) & 0x7fffffffu);
+      }
+    }
+  } else {
+    for (int64_t i = chunk * kChunk + threadIdx.x; i < end; i += kThreads) {
+      const float value = element(layer.A, layer.dtype, i / inner * outer_stride + i % inner * inner_stride);
+      found = max(found, __float_as_uint(value) & 0x7fffffffu);
+    }
+  }
+  found = block_reduce<kThreads>(found, Maximum());
+  if (threadIdx.x == 0) layer.largest[chunk] = found;
+}
+
+__global__ void __launch_bounds__(kThreads, 1) begin(S2D_GRID_CONSTANT(Table) table) {
+  const Layer& layer = table.layers[blockIdx.x];
+  const int chunks = static_cast<int>(divide_up<int64_t>(layer.D * layer.d, kChunk));
+  unsigned largest = 0;
+  for (int i = threadIdx.x; i < chunks; i += kThreads) largest = max(largest, layer.largest[i]);
+  largest = block_reduce<kThreads>(largest, Maximum());
+  if (threadIdx.x == 0) {
+    const bool finite = largest < 0x7f800000u;
+    // frexp's exponent: |A| < 2^exponent; clamped so that 2^exponent and 2^-exponent are normal numbers
+    int exponent = 1;
+    if (finite && largest >= 0x00800000u) exponent = static_cast<int>(largest >> 23) - 126;
+    if (finite && largest < 0x00800000u) exponent = largest == 0 ? 0 : -126;
+    exponent = max(-126, min(126, exponent));
+    layer.state->finite = finite;
+    layer.state->exponent = exponent;
+    layer.state->scale = __uint_as_float(static_cast<unsigned>(127 - exponent) << 23);
+    layer.state->bad = 0;
+  }
+  const int pitch = pitch_d(layer);
+  for (int i = threadIdx.x; i < layer.block * pitch; i += kThreads) {
+    const int r = i / pitch, c = i % pitch;
+    float value = 0.0f;
+    if (layer.dense) {
+      value = r == c ? 1.0f : 0.0f;
+    } else if (c < layer.d) {
+      value = layer.start[r * layer.d + c];
+    }
+    layer.K[i] = value;
+  }
+  __syncthreads();
+  if (!layer.dense) orthonormalize_rows(layer.K, layer.block, nullptr, 0, gaussian_of(layer), layer.d, pitch);
+}
+
+// --- between products ---------------------------------------------------------------------------------------------
+
+// Z_step = the sum of the slabs' parts, in their order.
+__global__ void __launch_bounds__(kThreads) sum_partials(S2D_GRID_CONSTANT(Table) table, int step) {
+  const int index = layer_of(table, blockIdx.x);
+  const Layer& layer = table.layers[index];
+  const int64_t place = static_cast<int64_t>(blockIdx.x - table.first[index]) * kThreads + threadIdx.x;
+  const int pitch = pitch_d(layer);
+  const int64_t count = static_cast<int64_t>(layer.block) * pitch;
+  if (place >= count) return;
+  float sum = 0.0f;
+  if (place % pitch < layer.d) {
+    for (int slab = 0; slab < slabs(layer); ++slab) sum += layer.partial[slab * count + place];
+  }
+  layer.Z[step * count + place] = sum;
+}
+
+__global__ void __launch_bounds__(kThreads, 1) orthonormalize(S2D_GRID_CONSTANT(Table) table, int step) {
+  const Layer& layer = table.layers[blockIdx.x];
+  const int pitch = pitch_d(layer), b = layer.block, p = (step + 1) * b;
+  const float* Z = layer.Z + static_cast<int64_t>(step) * b * pitch;
+  float* Q = layer.K + static_cast<int64_t>(p) * pitch;
+  for (int i = threadIdx.x; i < b * pitch; i += kThreads) Q[i] = Z[i];
+  __syncthreads();
+  orthonormalize_rows(Q, b, layer.K, p, gaussian_of(layer), layer.d, pitch);
+}
+
+// --- finish -------------------------------------------------------------------------------------------------------
+
+// The part of Y Y^T that one slab of columns makes, in fp64.
+__global__ void __launch_bounds__(kThreads) gram(S2D_GRID_CONSTANT(Table) table) {
+  const int index = layer_of(table, blockIdx.x);
+  const Layer& layer = table.layers[index];
+  const int slab = static_cast<int>(blockIdx.x - table.first[index]), n = layer.rows;
+  const int64_t pitch = pitch_D(layer), first = static_cast<int64_t>(slab) * gram_slab(layer);
+  const int length = static_cast<int>(min(static_cast<int64_t>(gram_slab(layer)), pitch - first));
+  double* out = layer.gram + static_cast<int64_t>(slab) * n * n;
+  for (int pair = threadIdx.x; pair < n * n; pair += kThreads) {
+    const int r = pair / n, c = pair % n;
+    if (c > r) continue;
+    const float *yr = layer.Y + r * pitch + first, *yc = layer.Y + c * pitch + first;
+    double sum = 0.0;
+    for (int i = 0; i < length; i += 4) {
+      float x[4], y[4];
+      unpack<float>(load_16(yr + i), x);
+      unpack<float>(load_16(yc + i), y);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum += static_cast<double>(x[e]) * static_cast<double>(y[e]);
+    }
+    out[r * n + c] = sum;
+  }
+}
+
+__device__ __forceinline__ float scaled(float value, int exponent) {
+  // in two factors, each a normal number
+  const int half = exponent / 2;
+  return value * __uint_as_float(static_cast<unsigned>(127 + half) << 23) *
+         __uint_as_float(static_cast<unsigned>(127 + exponent - half) << 23);
+}
+
+// A Ritz value below the rounding of the products, or of their fp64 Gram matrix, is noise: it counts as zero.
+__device__ __forceinline__ double noise_floor(const Layer& layer) {
+  return layer.theta[0] * max(4.0 * 1.1920929e-7, sqrt(layer.rows * 2.220446049250313e-16));
+}
+
+// Eigen-decomposition of the Gram matrix, S, Vh, residuals, the bound on what was missed, status.
+__global__ void __launch_bounds__(kThreads, 1) ritz(S2D_GRID_CONSTANT(Table) table, float tolerance, double failure_probability) {
+  S2D_SHARED(float, residual, [kMaxBlock]);
+  S2D_SHARED(double, weight, [kMaxRows]);
+  const Layer& layer = table.layers[blockIdx.x];
+  const int n = layer.rows, d = layer.d, pitch = pitch_d(layer), lane = threadIdx.x % kWarpSize;
+  double *H = layer.scratch, *V = H + n * n;
+  for (int i = threadIdx.x; i < n * n; i += kThreads) {
+    const int r = max(i / n, i % n), c = min(i / n, i % n);
+    double sum = 0.0;
+    for (int slab = 0; slab < gram_slabs(layer); ++slab) sum += layer.gram[static_cast<int64_t>(slab) * n * n + r * n + c];
+    H[i] = sum;
+  }
+  __syncthreads();
+  jacobi(H, V, n);
+  // Descending; equal ones in the order in which they stand.
+  for (int i = threadIdx.x; i < n; i += kThreads) {
+    const double value = H[i * n + i];
+    int place = 0;
+    for (int j = 0; j < n; ++j) {
+      const double other = H[j * n + j];
+      place += other > value || (other == value && j < i);
+    }
+    layer.theta[place] = sqrt(max(value, 0.0));
+    for (int j = 0; j < n; ++j) layer.vectors[place * n + j] = V[i * n + j];
+  }
+  __syncthreads();
+
+  const double floor = noise_floor(layer);
+  // Right vectors and residuals: a warp a triplet.
+  for (int i = threadIdx.x / kWarpSize; i < layer.width; i += kThreads / kWarpSize) {
+    const double theta = layer.theta[i];
+    const bool counts = theta > floor;
+    const double s = counts ? theta : 0.0, inverse = counts ? 1.0 / theta : 0.0;
+    const double* vector = layer.vectors + i * n;
+    float square = 0.0f;
+    for (int j = lane; j < d; j += kWarpSize) {
+      // in fp64, or the rounding of a factor would leave eps s_1 of the leading vectors in those behind them
+      double right = 0.0, z = 0.0;
+      for (int c = 0; c < n; ++c) {
+        right = fma(vector[c], static_cast<double>(layer.K[c * pitch + j]), right);
+        z = fma(vector[c], static_cast<double>(layer.Z[c * pitch + j]), z);
+      }
+      const float difference = static_cast<float>(z * inverse - s * right);
+      square = fmaf(difference, difference, square);
+      const int64_t place = layer.wide ? static_cast<int64_t>(j) * layer.width + i : static_cast<int64_t>(i) * d + j;
+      (layer.wide ? layer.U : layer.Vh)[place] = counts ? static_cast<float>(right) : 0.0f;
+    }
+    square = warp_sum(square);
+    if (lane == 0) {
+      layer.S[i] = static_cast<float>(s);
+      residual[i] = sqrtf(square);
+    }
+  }
+  __syncthreads();
+
+  // The random row w = the start's last, deflated by the k found, one more step taken by Z.
+  double missed = 0.0;
+  if (layer.dense) {
+    missed = layer.k < n ? layer.theta[layer.k] : 0.0;
+  } else {
+    const float* w = gaussian_of(layer);
+    const double top = layer.k < n && layer.theta[layer.k] > 0.0 ? layer.theta[layer.k] : 1.0;
+    S2D_SHARED(double, along, [kMaxRows]);
+    for (int c = threadIdx.x / kWarpSize; c < n; c += kThreads / kWarpSize) {
+      float sum = 0.0f;
+      for (int j = lane; j < d; j += kWarpSize) sum = fmaf(w[j], layer.K[c * pitch + j], sum);
+      sum = warp_sum(sum);
+      if (lane == 0) along[c] = sum;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < n; i += kThreads) {
+      double coordinate = 0.0;
+      for (int c = 0; c < n; ++c) coordinate += along[c] * layer.vectors[i * n + c];
+      const double ratio = layer.theta[i] / top * (layer.theta[i] / top);
+      for (int q = 1; q < layer.reads; ++q) coordinate *= ratio;
+      weight[i] = i < layer.k ? 0.0 : coordinate;
+    }
+    __syncthreads();
+    for (int c = threadIdx.x; c < n; c += kThreads) {
+      double sum = 0.0;
+      for (int i = 0; i < n; ++i) sum += weight[i] * layer.vectors[i * n + c];
+      along[c] = sum;
+    }
+    __syncthreads();
+    double square = 0.0;
+    for (int j = threadIdx.x; j < d; j += kThreads) {
+      double sum = 0.0;
+      for (int c = 0; c < n; ++c) sum += along[c] * static_cast<double>(layer.Z[c * pitch + j]);
+      sum /= top * top;
+      square += sum * sum;
+    }
+    square = block_reduce<kThreads>(square, Sum());
+    // the root in fp32: its exponent is exact enough, and pow in fp64 costs a stack
+    missed = powf(static_cast<float>(sqrt(square) / (failure_probability * 1.2533141373155001)), 0.5f / layer.reads) * top;
+  }
+
+  if (threadIdx.x == 0) {
+    float criterion = 0.0f;
+    for (int i = 0; i < layer.k; ++i) criterion = max(criterion, layer.S[i] * residual[i]);
+    const bool converged = criterion <= tolerance * (layer.S[0] * layer.S[0]);
+    const int exponent = layer.state->exponent;
+    const float largest = scaled(layer.S[0], exponent);
+    const bool overflow = !(largest <= 3.4028235e38f), finite = layer.state->finite;
+    layer.state->bad = overflow || !finite;
+    *layer.status = !finite ? kNonFinite : overflow ? kOverflow : converged ? kConverged : kNotConverged;
+    *layer.missed = layer.state->bad ? 0.0f : scaled(static_cast<float>(missed), exponent);
+  }
+  __syncthreads();
+  const bool bad = layer.state->bad;
+  for (int i = threadIdx.x; i < layer.width; i += kThreads) {
+    layer.S[i] = bad ? 0.0f : scaled(layer.S[i], layer.state->exponent);
+    layer.residual[i] = bad ? 0.0f : scaled(residual[i], layer.state->exponent);
+  }
+  if (bad) {
+    for (int64_t i = threadIdx.x; i < static_cast<int64_t>(layer.width) * d; i += kThreads) {
+      (layer.wide ? layer.U : layer.Vh)[i] = 0.0f;
+    }
+  }
+}
+
+// The left vectors of A, over a slab of its rows: a thread a row.
+__global__ void __launch_bounds__(kThreads) rotate_left(S2D_GRID_CONSTANT(Table) table) {
+  const int index = layer_of(table, blockIdx.x);
+  const Layer& layer = table.layers[index];
+  const int64_t row = static_cast<int64_t>(blockIdx.x - table.first[index]) * kThreads + threadIdx.x;
+  if (row >= layer.D) return;
+  const bool bad = layer.state->bad;
+  const double floor = noise_floor(layer);
+  for (int i = 0; i < layer.width; ++i) {
+    const double theta = layer.theta[i];
+    double sum = 0.0;
+    if (theta > floor && !bad) {
+      for (int c = 0; c < layer.rows; ++c)
+        sum = fma(layer.vectors[i * layer.rows + c], static_cast<double>(layer.Y[c * pitch_D(layer) + row]), sum);
+      sum /= theta;
+    }
+    (layer.wide ? layer.Vh : layer.U)[layer.wide ? i * layer.D + row : row * layer.width + i] = static_cast<float>(sum);
+  }
+}
+
+// --- host ---------------------------------------------------------------------------------------------------------
+
+bool aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+bool is_valid(const s2d_svd_layer& layer) {
+  if (layer.rows <= 0 || layer.cols <= 0 || layer.dtype < S2D_FLOAT32 || layer.dtype > S2D_FLOAT16) return false;
+  const int64_t d = min(layer.rows, layer.cols);
+  if (layer.width < 1 || layer.k < 1 || layer.k > layer.width || layer.width > d || layer.reads < 1) return false;
+  if (!layer.weight || !layer.start || !layer.U || !layer.S || !layer.Vh || !layer.residual || !layer.missed ||
+      !layer.status) {
+    return false;
+  }
+  const size_t bytes = layer.dtype == S2D_FLOAT32 ? 4 : 2;
+  return aligned(layer.weight, bytes) && aligned(layer.start, 4) && aligned(layer.U, 4) && aligned(layer.S, 4) &&
+         aligned(layer.Vh, 4) && aligned(layer.residual, 4) && aligned(layer.missed, 4) && aligned(layer.status, 4);
+}
+
+// Bytes of a layer's workspace; fills in what lies there when `base` is given.
+size_t place(Layer& layer, char* base) {
+  size_t used = 0;
+  const auto take = [&](auto*& pointer, int64_t count) {
+    using T = std::remove_reference_t<decltype(*pointer)>;
+    pointer = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += round_up<size_t>(count * sizeof(T), 256);
+  };
+  const int64_t n = layer.rows, pitch = pitch_d(layer);
+  take(layer.state, 1);
+  take(layer.largest, divide_up<int64_t>(layer.D * layer.d, kChunk));
+  take(layer.K, n * pitch);
+  take(layer.Y, n * pitch_D(layer));
+  take(layer.Z, n * pitch);
+  take(layer.partial, static_cast<int64_t>(slabs(layer)) * layer.block * pitch);
+  take(layer.gram, gram_slabs(layer) * n * n);
+  take(layer.vectors, n * n);
+  take(layer.scratch, 2 * n * n);
+  take(layer.theta, n);
+  return used;
+}
+
+Layer described(const s2d_svd_layer& given) {
+  Layer layer{};
+  layer.A = given.weight;
+  layer.start = given.start;
+  layer.U = given.U;
+  layer.S = given.S;
+  layer.Vh = given.Vh;
+  layer.residual = given.residual;
+  layer.missed = given.missed;
+  layer.status = given.status;
+  layer.wide = given.rows < given.cols;
+  layer.D = layer.wide ? given.cols : given.rows;
+  layer.d = static_cast<int32_t>(layer.wide ? given.rows : given.cols);
+  layer.row_stride = layer.wide ? given.col_stride : given.row_stride;
+  layer.col_stride = layer.wide ? given.row_stride : given.col_stride;
+  layer.width = given.width;
+  layer.k = given.k;
+  layer.dtype = static_cast<uint8_t>(given.dtype);
+  layer.dense = static_cast<int64_t>(given.reads) * given.width >= layer.d;
+  layer.block = layer.dense ? layer.d : given.width;
+  layer.reads = layer.dense ? 1 : given.reads;
+  layer.rows = layer.block * layer.reads;
+  const int64_t per_16 = layer.dtype == S2D_FLOAT32 ? 4 : 8;
+  const bool start = aligned(given.weight, 16);
+  layer.vector_rows = start && layer.col_stride == 1 && layer.d % per_16 == 0 && layer.row_stride % per_16 == 0;
+  layer.vector_cols =
+      !layer.vector_rows && start && layer.row_stride == 1 && layer.D % per_16 == 0 && layer.col_stride % per_16 == 0;
+  return layer;
+}
+
+// One compiled form of the product: which layers it takes, and its launch.
+struct Form {
+  bool half;
+  int warps, tiles, n;
+
+  bool operator==(const Form& other) const { return half == other.half && warps == other.warps && n == other.n; }
+};
+
+Form form_of(const Layer& layer) {
+  const bool half = layer.dtype != S2D_FLOAT32;
+  if (layer.d > 1024) return {half, 16, half ? 16 : 8, 1};
+  return {half, 8, 8, layer.block > 8 ? 2 : 1};
+}
+
+size_t tile_bytes(const Layer& layer) {
+  return static_cast<size_t>(tile_elements(layer.d, layer.vector_cols)) * (layer.dtype == S2D_FLOAT32 ? 4 : 2);
+}
+
+constexpr size_t kTwoStages = 100 * 1024;  // up to which two tiles leave room for a second block on sm_80 and sm_90
+
+size_t shared_limit() {
+#ifdef S2D_EMULATED
+  return 227 * 1024;
+#else
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  return static_cast<size_t>(bytes);
+#endif
+}
+
+constexpr size_t kStaticShared = 20 * 1024;  // of product, at most
+
+int status_of(const s2d_svd_layer* layers, int32_t count) {
+  if (count < 0 || (count > 0 && layers == nullptr)) return S2D_BAD_ARGUMENT;
+  const size_t limit = shared_limit();
+  for (int32_t i = 0; i < count; ++i) {
+    if (!is_valid(layers[i])) return S2D_BAD_ARGUMENT;
+    const int64_t d = min(layers[i].rows, layers[i].cols), D = max(layers[i].rows, layers[i].cols);
+    // A warp's accumulators: 2048 columns in fp32, 4096 in 16 bits.
+    if (d > (layers[i].dtype == S2D_FLOAT32 ? 2048 : 4096) || D > (int64_t{1} << 31) - 2 * kSlab || layers[i].width > kMaxBlock) return S2D_UNSUPPORTED;
+    const int64_t all = static_cast<int64_t>(layers[i].reads) * layers[i].width;
+    if (min(all, d) > kMaxRows) return S2D_UNSUPPORTED;
+    if (tile_bytes(described(layers[i])) + kStaticShared > limit) return S2D_UNSUPPORTED;
+  }
+  return S2D_OK;
+}
+
+// Calls launch_one(table, members) for the layers that `wanted` picks, blocks(layer) blocks for each.
+template <typename Wanted, typename Blocks, typename LaunchTable>
+int for_tables(const s2d_svd_layer* layers, int32_t count, void* workspace, Wanted wanted, Blocks blocks,
+               LaunchTable launch_table) {
+  Table table{};
+  size_t used = 0;
+  for (int32_t i = 0; i < count; ++i) {
+    Layer layer = described(layers[i]);
+    used += place(layer, static_cast<char*>(workspace) + used);
+    if (!wanted(layer)) continue;
+    const int64_t needed = blocks(layer);
+    if (table.count == kMaxLayers || table.first[table.count] + needed > 0x7fffffff) {
+      if (const int status = launch_table(table)) return status;
+      table.count = 0;
+    }
+    table.layers[table.count] = layer;
+    table.first[table.count + 1] = table.first[table.count] + static_cast<uint32_t>(needed);
+    ++table.count;
+  }
+  return table.count ? launch_table(table) : static_cast<int>(S2D_OK);
+}
+
+int check(const s2d_svd_layer* layers, int32_t count, const void* workspace, size_t bytes) {
+  if (const int status = status_of(layers, count)) return status;
+  if (count == 0) return S2D_OK;
+  if (workspace == nullptr || !aligned(workspace, 256) || bytes < s2d_topk_svd_workspace(layers, count)) {
+    return S2D_BAD_WORKSPACE;
+  }
+  return S2D_OK;
+}
+
+template <typename T, int kWarps, int kTiles, int kN>
+int launch_product(const s2d_svd_layer* layers, int32_t count, void* workspace, int32_t step, s2d_stream stream,
+                   const Form& form) {
+  size_t largest = 0;
+  const auto wanted = [&](const Layer& layer) { return step < layer.reads && form_of(layer) == form; };
+  const auto blocks = [&](const Layer& layer) {
+    largest = max(largest, tile_bytes(layer));
+    return static_cast<int64_t>(slabs(layer)) * divide_up(layer.block, 8 * kN);
+  };
+  return for_tables(layers, count, workspace, wanted, blocks, [&](const Table& table) {
+    const int stages = 2 * largest <= kTwoStages ? 2 : 1;
+    return launch(product<T, kWarps, kTiles, kN>,
+                  {dim3(table.first[table.count]), dim3(kWarps * kWarpSize), stages * largest}, stream, table, step,
+                  stages);
+  });
+}
+
+}  // namespace
+
+int load_topk_svd() {
+  for (const int status : {load(find_largest), load(begin), load(sum_partials), load(orthonormalize), load(gram),
+                           load(ritz), load(rotate_left), load(product<float, 8, 8, 1>), load(product<float, 8, 8, 2>),
+                           load(product<float, 16, 8, 1>), load(product<uint16_t, 8, 8, 1>),
+                           load(product<uint16_t, 8, 8, 2>), load(product<uint16_t, 16, 16, 1>)}) {
+    if (status) return status;
+  }
+  return S2D_OK;
+}
+
+}  // namespace s2d
+
+using namespace s2d;
+
+int s2d_topk_svd_check(const s2d_svd_layer* layers, int32_t count) { return status_of(layers, count); }
+
+size_t s2d_topk_svd_workspace(const s2d_svd_layer* layers, int32_t count) {
+  size_t used = 0;
+  for (int32_t i = 0; i < count; ++i) {
+    Layer layer = described(layers[i]);
+    used += place(layer, nullptr);
+  }
+  return used;
+}
+
+int s2d_topk_svd_begin(const s2d_svd_layer* layers, int32_t count, void* workspace, size_t workspace_bytes,
+                       s2d_stream stream) {
+  if (const int status = check(layers, count, workspace, workspace_bytes)) return status;
+  const auto all = [](const Layer&) { return true; };
+  const auto chunks = [](const Layer& layer) { return divide_up<int64_t>(layer.D * layer.d, kChunk); };
+  int status = for_tables(layers, count, workspace, all, chunks, [&](const Table& table) {
+    return launch(find_largest, {dim3(table.first[table.count]), dim3(kThreads)}, stream, table);
+  });
+  if (status) return status;
+  return for_tables(layers, count, workspace, all, [](const Layer&) { return int64_t{1}; }, [&](const Table& table) {
+    return launch(begin, {dim3(table.count), dim3(kThreads)}, stream, table);
+  });
+}
+
+int s2d_topk_svd_product(const s2d_svd_layer* layers, int32_t count, int32_t step, void* workspace,
+                         size_t workspace_bytes, s2d_stream stream) {
+  if (const int status = check(layers, count, workspace, workspace_bytes)) return status;
+  if (step < 0) return S2D_BAD_ARGUMENT;
+  for (const int status : {
+           launch_product<float, 8, 8, 1>(layers, count, workspace, step, stream, {false, 8, 8, 1}),
+           launch_product<float, 8, 8, 2>(layers, count, workspace, step, stream, {false, 8, 8, 2}),
+           launch_product<float, 16, 8, 1>(layers, count, workspace, step, stream, {false, 16, 8, 1}),
+           launch_product<uint16_t, 8, 8, 1>(layers, count, workspace, step, stream, {true, 8, 8, 1}),
+           launch_product<uint16_t, 8, 8, 2>(layers, count, workspace, step, stream, {true, 8, 8, 2}),
+           launch_product<uint16_t, 16, 16, 1>(layers, count, workspace, step, stream, {true, 16, 16, 1}),
+       }) {
+    if (status) return status;
+  }
+  const auto wanted = [&](const Layer& layer) { return step < layer.reads; };
+  const auto blocks = [](const Layer& layer) {
+    return divide_up<int64_t>(static_cast<int64_t>(layer.block) * pitch_d(layer), kThreads);
+  };
+  return for_tables(layers, count, workspace, wanted, blocks, [&](const Table& table) {
+    return launch(sum_partials, {dim3(table.first[table.count]), dim3(kThreads)}, stream, table, step);
+  });
+}
+
+int s2d_topk_svd_orthonormalize(const s2d_svd_layer* layers, int32_t count, int32_t step, void* workspace,
+                                size_t workspace_bytes, s2d_stream stream) {
+  if (const int status = check(layers, count, workspace, workspace_bytes)) return status;
+  if (step < 0) return S2D_BAD_ARGUMENT;
+  const auto wanted = [&](const Layer& layer) { return step + 1 < layer.reads; };
+  return for_tables(layers, count, workspace, wanted, [](const Layer&) { return int64_t{1}; }, [&](const Table& table) {
+    return launch(orthonormalize, {dim3(table.count), dim3(kThreads)}, stream, table, step);
+  });
+}
+
+int s2d_topk_svd_finish(const s2d_svd_layer* layers, int32_t count, float tolerance, double failure_probability,
+                        void* workspace, size_t workspace_bytes, s2d_stream stream) {
+  if (const int status = check(layers, count, workspace, workspace_bytes)) return status;
+  const auto all = [](const Layer&) { return true; };
+  int status = for_tables(layers, count, workspace, all, [](const Layer& layer) { return int64_t{gram_slabs(layer)}; },
+                          [&](const Table& table) {
+                            return launch(gram, {dim3(table.first[table.count]), dim3(kThreads)}, stream, table);
+                          });
+  if (status) return status;
+  status = for_tables(layers, count, workspace, all, [](const Layer&) { return int64_t{1}; }, [&](const Table& table) {
+    return launch(ritz, {dim3(table.count), dim3(kThreads)}, stream, table, tolerance, failure_probability);
+  });
+  if (status) return status;
+  return for_tables(layers, count, workspace, all,
+                    [](const Layer& layer) { return divide_up<int64_t>(layer.D, kThreads); }, [&](const Table& table) {
+                      return launch(rotate_left, {dim3(table.first[table.count]), dim3(kThreads)}, stream, table);
+                    });
+}

@@ -1,0 +1,285 @@
+"""topk_svd of csrc/topk_svd.cu: executed by the emulation on the CPU, or on a GPU with --device cuda."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from emulated import build_emulated
+from helpers import matrix_with_spectrum, product_error
+from torch import Tensor
+
+from s2d_kernels import _native, cuda_svd, topk_svd
+from s2d_kernels.svd import CONVERGED, NON_FINITE, NOT_CONVERGED, OVERFLOW, TopkSVD
+from s2d_kernels.torch_svd import _Bucket, _largest_element
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The emulation for CPU tensors; S2D_LIBRARY names another build of it (AddressSanitizer)."""
+    if request.config.getoption("--device") == "cpu" and not os.environ.get("S2D_LIBRARY"):
+        build_emulated()
+        monkeypatch.setenv("S2D_NATIVE", "emulated")
+    yield
+    if _native.emulated():
+        _native.load().s2d_emulation_set_order(0, 0)
+
+
+def decay(count: int, rate: float = 0.05, top: float = 10.0) -> Tensor:
+    return top * torch.exp(-rate * torch.arange(count, dtype=torch.float64))
+
+
+def truth_error(weight: Tensor, got: TopkSVD) -> float:
+    return product_error(weight.cpu(), got.U.cpu(), got.S.cpu(), got.Vh.cpu())
+
+
+def svd(weights: list[Tensor], device: torch.device, impl: str = "cuda", **kwargs: object) -> list[TopkSVD]:
+    """Through the public function; `warm` moves with the weights."""
+    there = [W.to(device) for W in weights] if impl == "cuda" else weights
+    return topk_svd(there, impl=impl, **kwargs)
+
+
+def assert_as_good_as_torch(
+    weights: list[Tensor], device: torch.device, k: int | list[int], reads: int | None = None, seed: int = 0
+) -> list[TopkSVD]:
+    """Error of G at most 4 times that of plain torch (other rounding, same algorithm), plus 2e-6; same statements."""
+    ours = svd(weights, device, k=k, reads=reads, seed=seed)
+    theirs = topk_svd(weights, k=k, reads=reads, seed=seed, impl="torch")
+    for index, (weight, a, b) in enumerate(zip(weights, ours, theirs, strict=True)):
+        assert a.status.item() == b.status.item(), index
+        assert truth_error(weight, a) <= 4 * truth_error(weight, b) + 2e-6, index
+        scale = max(b.S[0].item(), 1e-38)
+        torch.testing.assert_close(a.S.cpu(), b.S, rtol=1e-5, atol=2e-6 * scale)
+        # u_i = W v_i / s_i carries the rounding of W v_i, eps s_1, along u_1: the least residual there is
+        floor = 4e-7 * scale * (scale / b.S.clamp(min=1e-6 * scale)) + 1e-5 * scale
+        assert bool(((a.residual.cpu() - b.residual).abs() <= 0.5 * b.residual + floor).all()), index
+        # what rounding leaves of the leading component in the rest
+        torch.testing.assert_close(a.missed.cpu(), b.missed, rtol=1e-2, atol=2e-5 * scale)
+        length = a.S.cpu() > 0
+        for vectors in (a.U.mT, a.Vh):
+            eye = torch.diag(length.double())
+            error = (vectors.cpu().double() @ vectors.cpu().double().mT - eye).abs().max()
+            assert error < 2e-5 + 4e-7 * scale / max(b.S[-1].item(), 1e-4 * scale), index
+    return ours
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "layout", ["contiguous", "transposed", "view", "every second column"], ids=lambda name: name.replace(" ", "-")
+)
+def test_layouts_and_dtypes(layout: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Tall, wide, odd; each way in which a tile can be copied."""
+    weights = []
+    for index, (m, n) in enumerate([(72, 64), (64, 88), (37, 41), (131, 66), (66, 200)]):
+        W = matrix_with_spectrum(m, n, decay(min(m, n)), seed=index).to(dtype)
+        if layout == "transposed":
+            W = W.T.contiguous().T
+        elif layout == "view":
+            storage = torch.full((m + 3, n + 16), float("nan"), dtype=dtype)
+            storage[2 : m + 2, 8 : n + 8] = W
+            W = storage[2 : m + 2, 8 : n + 8]
+        elif layout == "every second column":
+            storage = torch.full((m, 2 * n), float("nan"), dtype=dtype)
+            storage[:, ::2] = W
+            W = storage[:, ::2]
+        weights.append(W)
+    ours = [topk_svd([on_device(W, device)], k=3, reads=3, impl="cuda")[0] for W in weights[:2]]
+    together = topk_svd([on_device(W, device) for W in weights], k=3, reads=3, impl="cuda")
+    for weight, got in zip(weights, together, strict=True):
+        expected = topk_svd([weight], k=3, reads=3, impl="torch")[0]
+        assert truth_error(weight.float(), got) <= 4 * truth_error(weight.float(), expected) + 2e-6
+        torch.testing.assert_close(got.missed.cpu(), expected.missed, rtol=1e-2, atol=1e-4)
+    for alone, got in zip(ours, together, strict=False):
+        assert all(torch.equal(x, y) for x, y in zip(alone.basis, got.basis, strict=True))
+
+
+def on_device(view: Tensor, device: torch.device) -> Tensor:
+    """The same view of the same storage there."""
+    storage = torch.empty(0, dtype=view.dtype).set_(view.untyped_storage()).to(device)
+    return storage.as_strided(view.shape, view.stride(), view.storage_offset())
+
+
+def test_spectra(device: torch.device) -> None:
+    n = 90
+    cluster = torch.cat([torch.full((3,), 2.0, dtype=torch.float64), decay(n - 3, top=1.0)])
+    near = torch.cat(
+        [torch.tensor([2.0, 2.0 * (1 - 1e-3), 2.0 * (1 - 2e-3)], dtype=torch.float64), decay(n - 3, top=1.0)]
+    )
+    outlier = torch.cat([torch.tensor([1e4], dtype=torch.float64), decay(n - 1, top=1.0)])
+    generator = torch.Generator().manual_seed(3)
+    rank_two = torch.randn(110, 2, generator=generator) @ torch.randn(2, n, generator=generator)
+    weights = [
+        matrix_with_spectrum(110, n, decay(n, rate=0.4), seed=1),
+        torch.randn(110, n, generator=generator),
+        matrix_with_spectrum(n, 110, cluster, seed=2),
+        matrix_with_spectrum(110, n, near, seed=3),
+        matrix_with_spectrum(110, n, outlier, seed=4),
+        rank_two,
+    ]
+    got = assert_as_good_as_torch(weights, device, 3, reads=4)
+    assert got[5].S[2].item() < 1e-5 * got[5].S[0].item()
+
+
+def test_zero_tiny_and_everything_wanted(device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = [
+        torch.zeros(70, 80),
+        torch.zeros(3, 5),
+        torch.randn(1, 37, generator=generator),
+        torch.randn(41, 1, generator=generator),
+        torch.randn(7, 9, generator=generator),
+        torch.randn(1, 1, generator=generator),
+    ]
+    got = assert_as_good_as_torch(weights, device, [3, 3, 1, 1, 7, 1])
+    for nothing in got[:2]:
+        assert nothing.status == CONVERGED
+        assert not any(t.any() for t in (nothing.U, nothing.S, nothing.Vh, nothing.missed))
+    assert topk_svd([], k=3, impl="cuda") == []
+
+
+@pytest.mark.parametrize("shape", [(80, 70), (20, 9)])
+def test_extreme_scales(shape: tuple[int, int], device: torch.device) -> None:
+    weight = matrix_with_spectrum(*shape, decay(min(shape), rate=0.1))
+    weights = [(weight.double() * (scale / weight.abs().max().item())).float() for scale in (1e30, 1e-30, 1e-37, 3e38)]
+    got = svd(weights, device, k=3, reads=4)
+    for scaled, result in zip(weights[:3], got, strict=False):
+        truth = torch.linalg.svdvals(scaled.double())[:3]
+        torch.testing.assert_close(result.S.cpu().double(), truth, rtol=5e-6, atol=0)
+        assert result.status == CONVERGED
+    assert got[3].status == OVERFLOW  # the largest singular value itself exceeds fp32
+    assert not any(t.any() for t in got[3].basis)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_non_finite_matrix_leaves_its_neighbours_alone(dtype: torch.dtype, device: torch.device) -> None:
+    good = matrix_with_spectrum(70, 60, decay(60), seed=1).to(dtype)
+    bad = [good.clone() for _ in range(3)]
+    bad[0][17, 3], bad[1][69, 59], bad[2][0, 0] = float("nan"), float("inf"), -float("inf")
+    alone = svd([good], device, k=3, reads=3)[0]
+    results = svd([bad[0], good, *bad[1:]], device, k=3, reads=3)
+    for index in (0, 2, 3):
+        assert results[index].status == NON_FINITE
+        assert not any(t.any() for t in results[index].basis)
+        assert results[index].missed == 0
+    assert all(torch.equal(x, y) for x, y in zip(alone.basis, results[1].basis, strict=True))
+
+
+def test_cold_and_warm_in_one_call(device: torch.device) -> None:
+    weights = [matrix_with_spectrum(m, n, decay(min(m, n), rate=0.02), seed=n) for m, n in [(150, 140), (60, 90)]]
+    cold = svd(weights, device, k=3)
+    moved = [W + 1e-3 * torch.randn(W.shape) for W in weights]
+    mixed = svd([*moved, weights[1]], device, k=[3, 3, 8], warm=[cold[0], cold[1], None], seed=5)
+    for weight, got in zip([*moved, weights[1]], mixed, strict=True):
+        assert truth_error(weight, got) < 1e-3
+    alone = svd(moved[:1], device, k=3, warm=cold[:1], seed=5)[0]
+    assert all(torch.equal(x, y) for x, y in zip(alone.basis, mixed[0].basis, strict=True))
+    assert [result.basis.S.shape[0] for result in mixed] == [8, 8, 16]
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_bits_do_not_depend_on_the_order_of_threads(order: int, device: torch.device) -> None:
+    if device.type != "cpu":
+        pytest.skip("only the emulation's threads have an order that can be chosen")
+    weights = [matrix_with_spectrum(70, 50, decay(50), seed=1), matrix_with_spectrum(40, 75, decay(40), seed=2)]
+    first = topk_svd(weights, k=2, reads=3, impl="cuda")
+    _native.load().s2d_emulation_set_order(order, 7)
+    again = topk_svd(weights, k=2, reads=3, impl="cuda")
+    for a, b in zip(first, again, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a.basis, b.basis, strict=True))
+        assert torch.equal(a.missed, b.missed)
+
+
+def test_primitives_against_those_of_torch(device: torch.device) -> None:
+    """Same start, same number of reads: each block spans the same space, and the products agree to fp32."""
+    weight = matrix_with_spectrum(200, 70, decay(70, rate=0.02), seed=9)
+    generator = torch.Generator().manual_seed(1)
+    start = torch.randn(8, 70, generator=generator)
+    theirs = _Bucket(weight[None], _largest_element(weight)[None], start[None], 3, 4)
+    ours = cuda_svd._Table([weight.to(device)], [start.to(device)], [3], [4])
+    with ours.context:
+        for primitives in (theirs, ours):
+            primitives.begin()
+            primitives.product(0)
+            primitives.orthonormalize(0)
+            primitives.product(1)
+        got = ours.finish()
+    # Y = Q A^T with |A| < 1: finish of two of the four blocks is not meaningful, so compare through the whole run
+    assert all(tensor.shape == fake for tensor, fake in zip(got[:4], [(200, 8), (8,), (8, 70), (8,)], strict=True))
+    assert theirs.Y[1].shape == (1, 8, 200)
+
+
+def test_status_and_bound_of_a_flat_spectrum(device: torch.device) -> None:
+    flat = torch.randn(150, 140)
+    (got,) = svd([flat], device, k=3, reads=2)
+    assert got.status == NOT_CONVERGED
+    assert got.residual.max() / got.S[0] > 2e-4
+    assert got.missed >= torch.linalg.svdvals(flat.double())[3]
+
+
+def test_large_widths_and_what_is_not_supported(device: torch.device) -> None:
+    weight = matrix_with_spectrum(80, 72, decay(72, rate=0.1))
+    got = svd([weight], device, k=16, reads=2)[0]  # two groups of 16 rows a read
+    assert got.basis.S.shape == (32,)
+    assert (
+        truth_error(weight, got) <= 4 * truth_error(weight, topk_svd([weight], k=16, reads=2, impl="torch")[0]) + 2e-6
+    )
+    with pytest.raises(TypeError, match=r"weights\[0\] has dtype torch.float64"):
+        svd([weight.double()], device, k=1)
+    with pytest.raises(ValueError, match="these sizes are not supported"):
+        svd([torch.zeros(2200, 2100)], device, k=1)
+    assert not cuda_svd._supports([weight.double()], [weight[:1]], [1], [1])
+
+
+def test_operator_checks(device: torch.device) -> None:
+    weights = [torch.randn(20, 9, device=device), torch.randn(9, 30, device=device)]
+    starts = [torch.randn(4, 9, device=device) for _ in weights]
+    torch.library.opcheck(torch.ops.s2d.topk_svd.default, (weights, starts, [2, 2], [2, 2], "cuda"))
+
+
+def test_in_a_cuda_graph_without_a_synchronization(device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("needs a GPU: pytest --device cuda")
+    weights = [torch.randn(300, 200, device=device), torch.randn(64, 96, device=device)]
+    cold = topk_svd(weights, k=3, impl="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        starts = [torch.randn(8, min(W.shape), device=device) for W in weights]
+        expected = torch.ops.s2d.topk_svd(weights, starts, [3, 3], [4, 4], "cuda")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = torch.ops.s2d.topk_svd(weights, starts, [3, 3], [4, 4], "cuda")
+        graph.replay()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert cold[0].status.device.type == "cuda"
+
+
+def test_address_sanitizer_finds_nothing(device: torch.device) -> None:
+    if device.type != "cpu" or os.environ.get("S2D_LIBRARY"):
+        pytest.skip("AddressSanitizer is for the emulation; compute-sanitizer is its counterpart on a GPU")
+    folder = build_emulated("S2D_ASAN=ON", folder="asan")
+    preload = [
+        subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(preload),
+        "ASAN_OPTIONS": "detect_leaks=0:exitcode=99",
+        "S2D_LIBRARY": str(folder / "libs2d_emulated.so"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "pytest", "-qs", "-m", "sanitize", __file__]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
