@@ -196,26 +196,39 @@ def _whitening(
     gram: tl.tensor,
     before: tl.tensor,
     transform: tl.tensor,
+    dependent: tl.tensor,
     b: tl.tensor,
     N: tl.tensor,
     TILE: tl.constexpr,
 ) -> None:
-    """transform `[b, b]` = diag(eigenvalues^-1/2) V^T diag(1 / lengths); rows of zeros for dependent directions."""
+    """transform `[b, b]` = diag(eigenvalues^-1/2) V^T diag(1 / lengths), eigenvalues ascending.
+
+    Rows of dependent directions are zeros, and their `dependent [b]` is 1.
+    """
     row = tl.full((), 0, tl.int32)
     while row < b:
         i = row + tl.arange(0, TILE)
         value = tl.load(H + i * N + i, mask=i < b, other=0.0)
+        rank = tl.zeros((TILE,), tl.int32)
+        col = tl.full((), 0, tl.int32)
+        while col < b:
+            j = col + tl.arange(0, TILE)[None, :]
+            other = tl.load(H + j * N + j, mask=j < b, other=0.0)
+            equal = (other == value[:, None]) & (j < i[:, None])
+            smaller = ((other < value[:, None]) | equal) & (j < b)
+            rank += tl.sum(smaller.to(tl.int32), 1)
+            col += TILE
         kept = value > b.to(tl.float64) * DROP
         inverse = tl.where(kept, 1.0 / tl.sqrt(tl.where(kept, value, 1.0)), 0.0)[:, None]
-        i = i[:, None]
+        tl.store(dependent + rank, tl.where(kept, 0.0, 1.0).to(tl.float64), mask=i < b)
         col = tl.full((), 0, tl.int32)
         while col < b:
             j = col + tl.arange(0, TILE)
             length = _inverse_lengths(before, gram, b, j)[None, :]
-            j = j[None, :]
-            inside = (i < b) & (j < b)
-            vectors = tl.load(V + j * N + i, mask=inside, other=0.0)
-            tl.store(transform + i * b + j, (vectors * inverse * length).to(tl.float32), mask=inside)
+            inside = (i[:, None] < b) & (j[None, :] < b)
+            vectors = tl.load(V + j[None, :] * N + i[:, None], mask=inside, other=0.0)
+            place = transform + rank[:, None] * b + j[None, :]
+            tl.store(place, (vectors * inverse * length).to(tl.float32), mask=inside)
             col += TILE
         row += TILE
     tl.debug_barrier()
@@ -227,11 +240,15 @@ def _transform(
     block: tl.tensor,
     result: tl.tensor,
     lead: tl.tensor,
+    dependent: tl.tensor,
+    gaussian: tl.tensor,
+    above: tl.tensor,
+    turn: tl.tensor,
     b: tl.tensor,
     cols: tl.tensor,
     CHUNK: tl.constexpr,
 ) -> None:
-    """result = transform block."""
+    """result = transform block; in the first turn fresh random directions in the place of dependent ones."""
     thin = tl.arange(0, THIN)
     x = tl.arange(0, CHUNK)
     first = tl.full((), 0, tl.int32)
@@ -248,6 +265,12 @@ def _transform(
                 rows = tl.load(block + col + j[:, None] * lead + x[None, :], mask=(j[:, None] < b) & in_cols, other=0.0)
                 total += tl.dot(t, rows, input_precision="tf32x3")
                 second += THIN
+            # `gaussian [cols]`, shifted by another distance for each row of Q. A shift is less than cols.
+            place = col + x[None, :] - (above + i + 1)
+            place = tl.where(place < 0, place + cols, place)
+            fresh = (tl.load(dependent + i, mask=i < b, other=0.0) != 0.0) & (turn == 0)
+            random = tl.load(gaussian + place, mask=fresh & in_cols & (i < b), other=0.0)
+            total = tl.where(fresh, random, total)
             tl.store(result + col + i * lead + x[None, :], total, mask=(i < b) & in_cols)
             col += CHUNK
         first += THIN
@@ -268,7 +291,8 @@ def _orthonormalize(
 ) -> None:
     """Rows [above, above + b) of Q from the rows at `source`, orthonormal and orthogonal to those above them.
 
-    Projection and Gram-eigen orthonormalization (SVQB, fp64 Gram matrix), twice. Rows are brought to length one within
+    Projection and Gram-eigen orthonormalization (SVQB, fp64 Gram matrix), twice; after the first round fresh random
+    directions replace dependent ones, as `torch_svd._orthonormalize` explains. Rows are brought to length one within
     the transformation, not by a pass of their own. FIRST: there are none above, told as a constant because Triton 3.6
     fails to compile a loop that the compiler finds to be empty.
     """
@@ -282,6 +306,8 @@ def _orthonormalize(
     gram = work64 + tl.load(row + V)
     scaled = work64 + tl.load(row + H)
     before = work64 + tl.load(row + VECTORS)
+    dependent = before + b
+    gaussian = work32 + tl.load(row + START) + (b - 1) * cols
     N = tl.full((), 1, tl.int32)
     while N < b:
         N *= 2
@@ -291,11 +317,11 @@ def _orthonormalize(
     while turn < 2:
         _coefficients(source, source_lead, q, lead, small, before, b, above, cols, CHUNK // 2, FIRST)
         _subtract(source, source_lead, q, lead, small, scratch, b, above, cols, CHUNK, FIRST)
-        _gram(scratch, lead, gram, b, cols, CHUNK // 2)
+        _gram(scratch, lead, gram, b, cols, CHUNK // 4)
         _normalize_gram(gram, before, scaled, b, N, TILE)
         place = eigenvectors(scaled, vectors, N, TILE)
-        _whitening(scaled + place, vectors + place, gram, before, small, b, N, TILE)
-        _transform(small, scratch, result, lead, b, cols, CHUNK)
+        _whitening(scaled + place, vectors + place, gram, before, small, dependent, b, N, TILE)
+        _transform(small, scratch, result, lead, dependent, gaussian, above, turn, b, cols, CHUNK)
         source = result
         source_lead = lead
         turn += 1

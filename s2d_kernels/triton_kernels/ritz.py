@@ -34,7 +34,6 @@ from s2d_kernels.triton_kernels.matrices import (
     STATE,
     THETA,
     THIN,
-    TRANSFORM,
     VALUES,
     VECTORS,
     B,
@@ -234,7 +233,7 @@ def ritz(
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """Eigenvectors of H; from them the Ritz values, S, the rotation in fp32, the bound on what was missed."""
+    """Eigenvectors of H; from them the Ritz values, S, the rotation, the bound on what was missed."""
     row = table + tl.program_id(0).to(tl.int64) * FIELDS
     N = tl.load(row + PADDED).to(tl.int32)
     count = tl.load(row + ALL).to(tl.int32)
@@ -246,8 +245,7 @@ def ritz(
     state = work64 + tl.load(row + STATE)
     values = work32 + tl.load(row + VALUES)
     place = eigenvectors(h, v, N, TILE)
-    # The copy of H that the result is not in.
-    rotation = h + (N * N - place)
+    rotation = v + 2 * N * N
     _sort(h + place, v + place, theta, rotation, count, N, TILE)
 
     # A Ritz value below the rounding of the products, or of their fp64 Gram matrix, is noise: it counts as zero.
@@ -261,20 +259,12 @@ def ritz(
     overflow = first_value > LARGEST_FP32
     bad = overflow | (finite == 0)
     tl.store(state + BAD, tl.where(bad, 1.0, 0.0).to(tl.float64))
-    small = work32 + tl.load(row + TRANSFORM)
     first = tl.full((), 0, tl.int32)
     while first < b:
         i = first + tl.arange(0, TILE)
         s = tl.load(theta + i, mask=i < b, other=0.0)
         s = tl.where(s > floor, s, 0.0).to(tl.float32)
         tl.store(values + i, tl.where(bad, 0.0, s * unit), mask=i < b)
-        col = tl.full((), 0, tl.int32)
-        while col < count:
-            j = col + tl.arange(0, TILE)
-            inside = (i[:, None] < b) & (j[None, :] < count)
-            r = tl.load(rotation + i[:, None] * count + j[None, :], mask=inside, other=0.0)
-            tl.store(small + i[:, None] * count + j[None, :], r.to(tl.float32), mask=inside)
-            col += TILE
         first += TILE
 
     bound = tl.full((), 0.0, tl.float64)
@@ -289,7 +279,7 @@ def ritz(
 
 @jit()
 def _rotated(
-    small: tl.tensor,
+    rotation: tl.tensor,
     source: tl.tensor,
     lead: tl.tensor,
     first: tl.tensor,
@@ -299,18 +289,21 @@ def _rotated(
     cols: tl.tensor,
     XT: tl.constexpr,
 ) -> tl.tensor:
-    """Rows [first, first + THIN) and columns [col, col + XT) of (the first b rows of the rotation) source."""
+    """Rows [first, first + THIN) and columns [col, col + XT) of (the first b rows of the rotation) source.
+
+    In fp64, or the rounding of a row would leave eps s_1 of the leading vectors in those behind them.
+    """
     thin = tl.arange(0, THIN)
     i = first + thin[:, None]
     in_cols = tl.arange(0, XT)[None, :] < cols - col
-    total = tl.zeros((THIN, XT), tl.float32)
+    total = tl.zeros((THIN, XT), tl.float64)
     second = tl.full((), 0, tl.int32)
     while second < count:
         j = second + thin
-        r = tl.load(small + i * count + j[None, :], mask=(i < b) & (j[None, :] < count), other=0.0)
+        r = tl.load(rotation + i * count + j[None, :], mask=(i < b) & (j[None, :] < count), other=0.0)
         place = source + col + j[:, None] * lead + tl.arange(0, XT)[None, :]
         rows = tl.load(place, mask=(j[:, None] < count) & in_cols, other=0.0)
-        total += tl.dot(r, rows, input_precision="tf32x3")
+        total = tl.dot(r, rows.to(tl.float64), total, out_dtype=tl.float64)
         second += THIN
     return total
 
@@ -331,7 +324,8 @@ def rotate(
     cols = tl.load(row + COLS).to(tl.int32)
     b = tl.load(row + B).to(tl.int32)
     count = tl.load(row + ALL).to(tl.int32)
-    small = work32 + tl.load(row + TRANSFORM)
+    N = tl.load(row + PADDED)
+    rotation = work64 + tl.load(row + V) + 2 * N * N
     theta = work64 + tl.load(row + THETA)
     bad = tl.load(work64 + tl.load(row + STATE) + BAD) != 0.0
     heights = tl.cdiv(b, THIN)
@@ -345,28 +339,28 @@ def rotate(
     i = first + tl.arange(0, THIN)
     s = tl.load(theta + i, mask=i < b, other=0.0)
     kept = s > tl.load(theta + count)
-    inverse = tl.where(kept, 1.0 / tl.where(kept, s, 1.0), 0.0).to(tl.float32)[:, None]
-    s = tl.where(kept, s, 0.0).to(tl.float32)[:, None]
+    inverse = tl.where(kept, 1.0 / tl.where(kept, s, 1.0), 0.0)[:, None]
+    s = tl.where(kept, s, 0.0)[:, None]
     i = i[:, None]
     if is_left:
         lead = tl.multiple_of(tl.load(row + ROWS_LEAD), 16)
         y = work32 + tl.multiple_of(tl.load(row + Y), 16)
-        vectors = _rotated(small, y, lead, first, col, b, count, rows, XT) * inverse
+        vectors = _rotated(rotation, y, lead, first, col, b, count, rows, XT) * inverse
         place = work32 + tl.load(row + LEFT) + i * tl.load(row + LEFT_ROW) + (col + x) * tl.load(row + LEFT_COL)
-        tl.store(place, tl.where(bad, 0.0, vectors), mask=(i < b) & (x < rows - col))
+        tl.store(place, tl.where(bad, 0.0, vectors).to(tl.float32), mask=(i < b) & (x < rows - col))
     else:
         lead = tl.multiple_of(tl.load(row + COLS_LEAD), 16)
         q = work32 + tl.multiple_of(tl.load(row + Q), 16)
         z = work32 + tl.multiple_of(tl.load(row + Z), 16)
-        right = _rotated(small, q, lead, first, col, b, count, cols, XT)
-        residual = _rotated(small, z, lead, first, col, b, count, cols, XT) * inverse - s * right
-        wide = tl.where(x < cols - col, residual, 0.0).to(tl.float64)
+        right = _rotated(rotation, q, lead, first, col, b, count, cols, XT)
+        residual = _rotated(rotation, z, lead, first, col, b, count, cols, XT) * inverse - s * right
+        residual = tl.where(x < cols - col, residual, 0.0)
         # Over the largest elements, which are spent.
         share = work64 + tl.load(row + MAXIMA) + tile * b + first + tl.arange(0, THIN)
-        tl.store(share, tl.sum(wide * wide, 1), mask=first + tl.arange(0, THIN) < b)
+        tl.store(share, tl.sum(residual * residual, 1), mask=first + tl.arange(0, THIN) < b)
         place = work32 + tl.load(row + RIGHT) + i * tl.load(row + RIGHT_ROW) + (col + x) * tl.load(row + RIGHT_COL)
         right = tl.where(s > 0.0, right, 0.0)
-        tl.store(place, tl.where(bad, 0.0, right), mask=(i < b) & (x < cols - col))
+        tl.store(place, tl.where(bad, 0.0, right).to(tl.float32), mask=(i < b) & (x < cols - col))
 
 
 @jit()

@@ -310,16 +310,16 @@ def _topk_svd_triton(weights: list[Tensor], starts: list[Tensor], ks: list[int],
 
 
 # Wide loads of the matrix, and matrix instructions where their name is the same on every architecture.
-INSTRUCTIONS: dict[str, tuple[str, ...]] = {
-    "largest": ("LDG.128",),
-    "begin": ("DMMA", "HMMA"),
-    "product": ("LDGSTS.128", "STG.128"),
-    "reduce": ("LDG.128", "STG.128"),
-    "orthonormalize": ("DMMA", "HMMA"),
-    "gram": ("DMMA",),
-    "ritz": (),
-    "rotate": ("HMMA",),
-    "conclude": (),
+INSTRUCTIONS: dict[str, dict[str, int]] = {
+    "largest": {"LDG.128": 1},
+    "begin": {"DMMA": 1, "HMMA": 1},
+    "product": {"LDGSTS.128": 1, "STG.128": 1},
+    "reduce": {"LDG.128": 1, "STG.128": 1},
+    "orthonormalize": {"DMMA": 1, "HMMA": 1},
+    "gram": {"DMMA": 1},
+    "ritz": {},
+    "rotate": {"DMMA": 1},
+    "conclude": {},
 }
 _TYPES = {"table": "*i64", "matrices": "i32", "work32": "*fp32", "work64": "*fp64", "statuses": "*i32", "step": "i32"}
 
