@@ -149,6 +149,14 @@ def test_no_triton_kernel_has_a_problem(audits: list[audit.KernelAudit]) -> None
     assert not [(a.kernel, a.architecture, a.problems) for a in ours if a.problems]
 
 
+@pytest.mark.parametrize(("architecture", "instruction"), [("sm_80", "HMMA"), ("sm_90a", "HGMMA")])
+def test_svd_products_run_on_tensor_cores(audits: list[audit.KernelAudit], architecture: str, instruction: str) -> None:
+    ours = [a for a in audits if a.kernel.startswith("svd_product") and a.architecture == architecture]
+    assert len(ours) == 3
+    for found in ours:
+        assert {opcode.split(".")[0] for opcode in found.tensor_core} == {instruction}, found.kernel
+
+
 def test_no_cuda_kernel_has_a_problem(audits: list[audit.KernelAudit]) -> None:
     if audit.find_tool("nvcc") is None:
         pytest.skip("needs nvcc (PATH or CUDA_HOME) to compile csrc/*.cu")

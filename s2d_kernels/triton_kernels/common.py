@@ -34,6 +34,11 @@ def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     return triton.jit(**options) if triton is not None else lambda function: function
 
 
+def constant(value: float) -> Any:
+    """A global that kernels may use; without Triton the number itself."""
+    return tl.constexpr(value) if tl is not None else value
+
+
 @jit()
 def widen(x: tl.tensor, SUM: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.tensor:
     """`x` in the dtype of the sum."""
