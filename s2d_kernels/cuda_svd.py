@@ -86,6 +86,14 @@ def _topk_svd_cuda(weights: list[Tensor], starts: list[Tensor], ks: list[int], r
             raise TypeError(
                 f"weights[{index}] has dtype {weight.dtype}: impl='cuda' takes fp32, bf16 and fp16, else impl='torch'"
             )
+        start = starts[index]
+        if start.shape[1:] != (min(weight.shape),) or start.dtype != torch.float32 or start.device != weight.device:
+            raise ValueError(
+                f"starts[{index}] {tuple(start.shape)} {start.dtype} on {start.device} does not fit weights[{index}] "
+                f"{tuple(weight.shape)} on {weight.device}: it must be fp32 [b, {min(weight.shape)}] on the same device"
+            )
+        if weight.device != weights[0].device:
+            raise ValueError(f"weights[{index}] is on {weight.device}, but weights[0] on {weights[0].device}")
     table = _Table(weights, starts, ks, reads)
     with table.context:
         return block_krylov(table)
