@@ -131,14 +131,15 @@ def topk_svd(
     """Top-k singular triplets of every matrix in one call, any mix of shapes and dtypes.
 
     Args:
-        weights: list of `[m, n]` fp32, bf16, fp16 or fp64 tensors on one device; strided views are fine.
+        weights: list of `[m, n]` fp32, bf16, fp16 or fp64 tensors on one device; strided views are fine. On a GPU they
+            are read when the stream gets there: change them on the same stream, or after it.
         k: number of triplets, one int or one per matrix, each in 1..min(m, n).
         warm: per matrix the previous result (or its basis) or None. A warm start makes half the passes of a cold one
             with half the columns (k = 3); a fresh random column is always added, so that a newly grown direction is
             found.
         seed: seed of the random columns. Give another one to each refresh.
         keys: per matrix a name; with `seed` it determines the random columns. Default: the shape. Results never
-            depend on a matrix's position in the list; on a CPU, not on its neighbours either.
+            depend on a matrix's position in the list, nor on its neighbours (impl="torch" on a GPU: cuBLAS decides).
         reads: passes over each matrix; default 8 cold and 4 warm.
         impl: "reference" (full SVD), "torch", "triton", "cuda", or None to choose by device, dtype and shape.
 
