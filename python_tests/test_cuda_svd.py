@@ -14,7 +14,7 @@ from emulated import build_emulated
 from helpers import matrix_with_spectrum, product_error
 from torch import Tensor
 
-from s2d_kernels import _native, cuda_svd, topk_svd
+from s2d_kernels import S2D, _native, cuda_svd, topk_svd
 from s2d_kernels.svd import CONVERGED, NON_FINITE, NOT_CONVERGED, OVERFLOW, TopkSVD
 from s2d_kernels.torch_svd import _Bucket, _largest_element
 
@@ -239,6 +239,28 @@ def test_large_widths_and_what_is_not_supported(device: torch.device) -> None:
     with pytest.raises(ValueError, match="these sizes are not supported"):
         svd([torch.zeros(2200, 2100)], device, k=1)
     assert not cuda_svd._supports([weight.double()], [weight[:1]], [1], [1])
+
+
+def test_in_the_regularizer(device: torch.device) -> None:
+    """A refresh and its decay with impl="cuda" throughout, beside the same with plain torch."""
+    weights = []
+    for impl in ("torch", "cuda"):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(24, 48), torch.nn.GELU(), torch.nn.Linear(48, 24)).to(device)
+        with torch.no_grad():
+            model[0].weight += 2 * torch.outer(torch.randn(48), torch.randn(24)).to(device) / 7
+        reg = S2D(model, mode="decoupled", strength=0.5, interval=3, lead=1, threshold=0.5, impl=impl)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        for step in range(5):
+            generator = torch.Generator().manual_seed(step)
+            model(torch.randn(16, 24, generator=generator).to(device)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            reg.decay_(1e-3)
+        assert float(reg.penalty) > 0
+        reg.close()
+        weights.append(model[0].weight.detach().cpu())
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-5)
 
 
 def test_operator_checks(device: torch.device) -> None:

@@ -107,7 +107,7 @@ class S2D:
         splits: regex -> row counts of fused projections.
         seed: seed of the random columns of the SVD.
         asynchronous: False runs each refresh in place; the bits are the same.
-        impl: implementation of the operations, or None to choose.
+        impl: implementation of the operations (of those that have it), or None to choose.
 
     Raises:
         TypeError: `model` is no module.
@@ -574,7 +574,7 @@ class S2D:
             factors,
             threshold=self.threshold,
             k_max=self.k_max,
-            impl=self.impl,
+            impl=self.impl if self.impl in ops.available("pcdr_exact") else None,
         )
         refreshed = {}
         for name, k, factor, decision in zip(names, ks, factors, decisions, strict=True):
