@@ -191,7 +191,7 @@ def run_primitives(device: torch.device) -> None:
         spectrum_matrix(300, 140, device, decaying_spectrum(100, rate=0.05)) * 2.0**70,
         spectrum_matrix(60, 144, device, decaying_spectrum(60, rate=0.05), seed=1),
     ]
-    given = problem(weights, k=2, b=[4, 19], reads=2)
+    given = problem(weights, k=2, b=[4, 17], reads=[2, 1])
     given.starts[0][1] = given.starts[0][0]  # a dependent direction: a row of zeros
     batch = svd._Batch(*given)
     buckets = [
@@ -208,7 +208,8 @@ def run_primitives(device: torch.device) -> None:
     for primitives in (batch, *buckets):
         primitives.begin()
     for step in range(2):
-        for row, bucket in zip(batch.layout.rows, buckets, strict=True):
+        taking_part = [pair for pair in zip(batch.layout.rows, buckets, strict=True) if step < pair[0].reads]
+        for row, bucket in taking_part:
             q, expected = part(row, row.Q, step, row.cols_lead, row.cols), bucket.K[step][0].double()
             torch.testing.assert_close(projector(q), projector(expected), rtol=0, atol=2e-5)
             assert (q != 0).any(1).sum() == (expected != 0).any(1).sum()
@@ -217,9 +218,9 @@ def run_primitives(device: torch.device) -> None:
                 assert (above @ q.mT).abs().max() < 1e-6
             # torch goes on from these rows, so that each product is compared by itself
             bucket.K[step] = q.float()[None]
-        for primitives in (batch, *buckets):
+        for primitives in (batch, *(bucket for _, bucket in taking_part)):
             primitives.product(step)
-        for row, bucket in zip(batch.layout.rows, buckets, strict=True):
+        for row, bucket in taking_part:
             y, z = part(row, row.Y, step, row.rows_lead, row.rows), part(row, row.Z, step, row.cols_lead, row.cols)
             for got, wanted in ((y, bucket.Y[step][0].double()), (z, bucket.Z[step][0].double())):
                 assert (got - wanted).abs().max() <= TINY * wanted.abs().max()
