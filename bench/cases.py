@@ -143,6 +143,15 @@ def product_errors(truth: Sequence[SVDTriplets], found: Sequence[SVDTriplets]) -
     return errors
 
 
+def relative_residuals(weights: Sequence[Tensor], found: Sequence[SVDTriplets]) -> list[float]:
+    """max_i ||W^T u_i - s_i v_i|| / s_1 of each matrix, in fp32."""
+    residuals = []
+    for W, got in zip(weights, found, strict=True):
+        difference = W.float().mT @ got.U.float() - got.Vh.float().mT * got.S.float()
+        residuals.append(float(torch.linalg.vector_norm(difference, dim=0).max() / got.S[0]))
+    return residuals
+
+
 def quantile(errors: Sequence[float], q: float = ERROR_QUANTILE) -> float:
     """The smallest error that at least a fraction `q` of the list does not exceed; NaN counts as infinite."""
     ordered = sorted(e if e == e else float("inf") for e in errors)

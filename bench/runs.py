@@ -20,6 +20,7 @@ from bench.cases import (
     SVDCase,
     product_errors,
     quantile,
+    relative_residuals,
 )
 from bench.linear_peers import LINEAR_ERROR_LIMIT, LINEAR_PEERS, LinearPeer
 from bench.peers import OURS, SVD_PEERS, Run, SVDPeer
@@ -55,6 +56,7 @@ class Prepared:
     width: int
     effort: float
     errors: list[float]
+    residuals: list[float]
     seconds: float
     note: str
 
@@ -80,7 +82,8 @@ def prepare_svd(peer: SVDPeer, case: SVDCase, device: torch.device) -> Prepared:
         peer.prepare(case.take([0]), width, effort)()  # its one timed call shall not pay for loading the library
     function = peer.prepare(case, width, effort)
     seconds, triplets = timed(function, device)
-    return Prepared(peer, function, width, effort, product_errors(case.truth, triplets), seconds, note)
+    errors, residuals = product_errors(case.truth, triplets), relative_residuals(case.weights, triplets)
+    return Prepared(peer, function, width, effort, errors, residuals, seconds, note)
 
 
 def run_svd(
@@ -112,6 +115,7 @@ def run_svd(
                 repeats=count,
                 error_p90=quantile(p.errors),
                 error_max=quantile(p.errors, 1.0),
+                residual_p90=quantile(p.residuals),
                 error_limit=ERROR_LIMIT,
                 error_of=f"G = sum s^2 u v^T, k = {RANK}, relative Frobenius, {len(p.errors)} matrices, fp64 truth",
                 gate=quantile(p.errors) <= ERROR_LIMIT,

@@ -36,6 +36,7 @@ class Row:
         seconds, seconds_min, seconds_max, repeats: median and extremes over the repeats.
         error_p90, error_max, error_limit, error_of: over the case's matrices or outputs, against the truth.
         gate: error_p90 <= error_limit; where one wrong matrix must not pass, error_max.
+        residual_p90: of triplets, max_i ||W^T u_i - s_i v_i|| / s_1 in fp32.
         reads: passes over the weights, where that is a fixed number.
         bytes, floor_seconds: least bytes that must be moved, and that over the copy bandwidth measured in this run.
         speedup: seconds / seconds of ours, by the variant of ours; only entries whose both gates passed.
@@ -68,6 +69,7 @@ class Row:
     device: str
     problem: str
     note: str = ""
+    residual_p90: float | None = None
     speedup: dict[str, float] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     traffic: dict[str, float] = field(default_factory=dict)

@@ -40,9 +40,10 @@ __global__ void __launch_bounds__(kThreads) find_largest(S2D_GRID_CONSTANT(Table
   const int64_t end = min(count, (chunk + 1) * kChunk);
   unsigned found = 0;
   const int per_16 = layer.dtype == S2D_FLOAT32 ? 4 : 8;
+  const bool packed = outer_stride == inner;  // then nothing needs to be divided
   if (by_rows ? layer.vector_rows : layer.vector_cols) {
     for (int64_t i = chunk * kChunk + threadIdx.x * per_16; i < end; i += kThreads * per_16) {
-      const int64_t offset = i / inner * outer_stride + i % inner;
+      const int64_t offset = packed ? i : i / inner * outer_stride + i % inner;
       if (layer.dtype == S2D_FLOAT32) {
         const uint4 words = load_16_constant(static_cast<const float*>(layer.A) + offset);
         found = max(max(max(found, words.x & 0x7fffffffu), max(words.y & 0x7fffffffu, words.z & 0x7fffffffu)),
@@ -288,7 +289,7 @@ __global__ void __launch_bounds__(kThreads, 1) ritz(S2D_GRID_CONSTANT(Table) tab
   }
 }
 
-// The left vectors of A, over a slab of its rows: a thread a row.
+// The left vectors of A: a thread a row of it.
 __global__ void __launch_bounds__(kThreads) rotate_left(S2D_GRID_CONSTANT(Table) table) {
   const int index = layer_of(table, blockIdx.x);
   const Layer& layer = table.layers[index];
@@ -296,15 +297,24 @@ __global__ void __launch_bounds__(kThreads) rotate_left(S2D_GRID_CONSTANT(Table)
   if (row >= layer.D) return;
   const bool bad = layer.state->bad;
   const double floor = noise_floor(layer);
-  for (int i = 0; i < layer.width; ++i) {
-    const double theta = layer.theta[i];
-    double sum = 0.0;
-    if (theta > floor && !bad) {
-      for (int c = 0; c < layer.rows; ++c)
-        sum = fma(layer.vectors[i * layer.rows + c], static_cast<double>(layer.Y[c * pitch_D(layer) + row]), sum);
-      sum /= theta;
+  constexpr int kAtOnce = 8;  // vectors for which an element of Y is read once
+  for (int first = 0; first < layer.width; first += kAtOnce) {
+    double sum[kAtOnce] = {};
+    for (int c = 0; c < layer.rows && !bad; ++c) {
+      const double y = layer.Y[c * pitch_D(layer) + row];
+#pragma unroll
+      for (int e = 0; e < kAtOnce; ++e) {
+        if (first + e < layer.width) sum[e] = fma(layer.vectors[(first + e) * layer.rows + c], y, sum[e]);
+      }
     }
-    (layer.wide ? layer.Vh : layer.U)[layer.wide ? i * layer.D + row : row * layer.width + i] = static_cast<float>(sum);
+#pragma unroll
+    for (int e = 0; e < kAtOnce; ++e) {
+      const int i = first + e;
+      if (i >= layer.width) break;
+      const double theta = layer.theta[i];
+      const float value = theta > floor && !bad ? static_cast<float>(sum[e] / theta) : 0.0f;
+      (layer.wide ? layer.Vh : layer.U)[layer.wide ? i * layer.D + row : row * layer.width + i] = value;
+    }
   }
 }
 

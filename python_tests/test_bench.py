@@ -10,10 +10,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import cases, linear_peers, peers, penalty_peers, runs, tables, timing
+from bench import accuracy, cases, linear_peers, peers, penalty_peers, runs, tables, timing
 from bench.__main__ import app
 from bench.search import Trial, cheapest_setting
-from s2d_kernels import add_penalty_grad_, ops
+from s2d_kernels import add_penalty_grad_, demo_models, ops, topk_svd
+from s2d_kernels.svd import COLD_READS
 
 CPU = torch.device("cpu")
 ENVIRONMENT = {
@@ -400,3 +401,19 @@ def test_table_check_notices_a_changed_readme(tmp_path):
     assert exit_code("--check") == 2
     readme.write_text("<!-- bench:svd -->\n")
     assert exit_code("--check") == 2
+
+
+def test_accuracy_tables_from_rows() -> None:
+    """Real rows of the pretrained weights: more reads, less error; the default setting is the bold one."""
+    model, _ = demo_models.load_minilm()
+    weights = accuracy.encoder_weights(model)[:3]
+    found = [accuracy.measure("cold", 3, reads, None, weights, None) for reads in accuracy.COLD]
+    assert [row.error_p90 for row in found] == sorted((row.error_p90 for row in found), reverse=True)
+    assert found[-1].error_p90 < 1e-5 < found[0].error_p90
+    previous = topk_svd(weights, k=3)
+    warm = [accuracy.measure("warm", 3, reads, 1e-4, weights, previous) for reads in accuracy.WARM]
+    text = accuracy.markdown([*found, *warm])
+    bold = f"**{found[accuracy.COLD.index(COLD_READS)].error_p90:.1e}**"
+    assert text.splitlines()[2].count("**") == 2
+    assert bold in text.splitlines()[2]
+    assert text.splitlines()[-1].startswith("| k = 3 | 8 | 0.0001 |")

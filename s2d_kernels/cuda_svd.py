@@ -10,37 +10,40 @@ from s2d_kernels.cuda_ops import DTYPES, current_stream
 from s2d_kernels.svd import FAILURE_PROBABILITY, TOLERANCE, block_krylov
 
 
+def _layer(weight: Tensor, start: Tensor, k: int, reads: int, outputs: list[Tensor]) -> _native.SvdLayer:
+    """A row of the table; `outputs` in the order of the op's results."""
+    return _native.SvdLayer(
+        weight.data_ptr(),
+        start.data_ptr(),
+        *(tensor.data_ptr() for tensor in outputs),
+        rows=weight.shape[0],
+        cols=weight.shape[1],
+        row_stride=weight.stride(0),
+        col_stride=weight.stride(1),
+        dtype=DTYPES[weight.dtype],
+        width=start.shape[0],
+        k=k,
+        reads=reads,
+    )
+
+
 class _Table:
     """`Primitives` over a table of matrices of any shapes."""
 
     def __init__(self, weights: list[Tensor], starts: list[Tensor], ks: list[int], reads: list[int]) -> None:
+        self.weights = weights  # alive until everything is enqueued
+        self.starts = [start.contiguous() for start in starts]
+        self.reads = max(reads)
         self.outputs: list[Tensor] = []
         layers = []
-        self.starts = [start.contiguous() for start in starts]
         for weight, start, k, passes in zip(weights, self.starts, ks, reads, strict=True):
             (m, n), b = weight.shape, start.shape[0]
             outputs = [start.new_empty(shape) for shape in ((m, b), (b,), (b, n), (b,), ())]
             outputs.append(start.new_empty((), dtype=torch.int32))
             self.outputs += outputs
-            layers.append(
-                _native.SvdLayer(
-                    weight.data_ptr(),
-                    start.data_ptr(),
-                    *(tensor.data_ptr() for tensor in outputs),
-                    rows=m,
-                    cols=n,
-                    row_stride=weight.stride(0),
-                    col_stride=weight.stride(1),
-                    dtype=DTYPES[weight.dtype],
-                    width=b,
-                    k=k,
-                    reads=passes,
-                )
-            )
+            layers.append(_layer(weight, start, k, passes, outputs))
         self.context, stream = current_stream(weights[0])
         self.run = _native.SvdRun(layers, stream)
-        self.weights = weights  # alive until everything is enqueued
-        self.reads = max(reads)
 
     def begin(self) -> None:
         self.workspace = _aligned_bytes(self.run.workspace_bytes(), self.weights[0].device)
@@ -69,9 +72,11 @@ def _aligned_bytes(count: int, device: torch.device) -> Tensor:
 def _supports(weights: list[Tensor], starts: list[Tensor], ks: list[int], reads: list[int]) -> bool:
     if any(weight.dtype not in DTYPES for weight in weights):
         return False
-    table = _Table(weights, starts, ks, reads)
-    with table.context:
-        return table.run.supported()
+    context, stream = current_stream(weights[0])
+    # what is supported depends on shapes and alignment alone: any pointer does for the outputs
+    layers = [_layer(W, start, k, n, [start] * 6) for W, start, k, n in zip(weights, starts, ks, reads, strict=True)]
+    with context:
+        return _native.SvdRun(layers, stream).supported()
 
 
 @ops.implements("topk_svd", "cuda", _supports)
@@ -81,6 +86,14 @@ def _topk_svd_cuda(weights: list[Tensor], starts: list[Tensor], ks: list[int], r
             raise TypeError(
                 f"weights[{index}] has dtype {weight.dtype}: impl='cuda' takes fp32, bf16 and fp16, else impl='torch'"
             )
+        start = starts[index]
+        if start.shape[1:] != (min(weight.shape),) or start.dtype != torch.float32 or start.device != weight.device:
+            raise ValueError(
+                f"starts[{index}] {tuple(start.shape)} {start.dtype} on {start.device} does not fit weights[{index}] "
+                f"{tuple(weight.shape)} on {weight.device}: it must be fp32 [b, {min(weight.shape)}] on the same device"
+            )
+        if weight.device != weights[0].device:
+            raise ValueError(f"weights[{index}] is on {weight.device}, but weights[0] on {weights[0].device}")
     table = _Table(weights, starts, ks, reads)
     with table.context:
         return block_krylov(table)

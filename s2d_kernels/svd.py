@@ -140,7 +140,7 @@ def topk_svd(
         keys: per matrix a name; with `seed` it determines the random columns. Default: the shape. Results never
             depend on a matrix's position in the list; on a CPU, not on its neighbours either.
         reads: passes over each matrix; default 8 cold and 4 warm.
-        impl: "reference" (full SVD), "torch", or None to choose.
+        impl: "reference" (full SVD), "torch", "triton", "cuda", or None to choose by device, dtype and shape.
 
     Returns:
         One `TopkSVD` per matrix, fp32 (fp64 for fp64 input), on the device of the weights. `status` and `missed`
