@@ -135,7 +135,7 @@ def run_spectra(device: torch.device) -> None:
         spectrum_matrix(24, 5, device, fast[:5], seed=10),
     ]
     ks = [2, 3, 3, 3, 2, 1, 3, 2, 2, 2, 2, 1, 1, 5]
-    check(problem(weights, k=ks, b=[4, 4, 4, 4, 4, 4, 4, 4, 4, 3, 4, 4, 1, 8], reads=[4, 4, 3] + 11 * [4]))
+    check(problem(weights, k=ks, b=[4] * 8 + [3, 2, 2, 4, 1, 8], reads=[4, 4, 3, 4, 4, 4, 3] + [2] * 7))
 
 
 def run_layouts(device: torch.device) -> None:
@@ -152,7 +152,7 @@ def run_layouts(device: torch.device) -> None:
             views = views[::3]
         paths = [svd._path(A if A.shape[0] >= A.shape[1] else A.T) for A in views]
         assert paths == ([0, 0, 1, 2, 2, 0] if dtype == torch.float32 else [0, 2])
-        given = problem(views, k=2, reads=2)
+        given = problem(views, b=2, reads=2)
         given.starts[1:] = [given.starts[0]] * (len(views) - 1)
         results = solve(given)
         # On a GPU each way has its own instructions, with another order of the sums.
@@ -173,7 +173,7 @@ def run_non_finite(device: torch.device) -> None:
         bad.append(good[0].clone())
         bad[-1][140, 3] = value
     huge = torch.full((40, 36), 3e38, device=device)
-    given = problem([bad[0], good[0], bad[1], huge, good[1], bad[2]], k=3, reads=2)
+    given = problem([bad[0], good[0], bad[1], huge, good[1], bad[2]], b=3, reads=2)
     results = solve(given)
     for index, status in ((0, NON_FINITE), (2, NON_FINITE), (3, OVERFLOW), (5, NON_FINITE)):
         assert results[index].status == status
