@@ -83,7 +83,6 @@ def check(problem: Problem, results: list[Result] | None = None) -> None:
         got, expected = (Result(*(t.cpu() for t in result)) for result in (got, expected))
         truth = torch.linalg.svdvals(wide)
         top = max(float(truth[0]), 1e-300)
-        b = len(got.S)
         label = f"matrix {index} {tuple(weight.shape)} {weight.dtype}"
         assert all(
             g.shape == e.shape and g.dtype == e.dtype and g.is_contiguous() for g, e in zip(got, expected, strict=True)
@@ -107,9 +106,9 @@ def check(problem: Problem, results: list[Result] | None = None) -> None:
         assert (other.norm(dim=0)[kept] <= rounding).all(), label
         assert not U[:, ~kept].any(), label
         assert not Vh[~kept].any(), label
-        # What remains of the random row is rounding where nothing was missed.
+        # Where nothing was missed, rounding is what remains of the random row.
         missed, bound = float(got.missed), float(expected.missed)
-        assert missed == pytest.approx(bound, rel=2e-2, abs=(0.05 if b < len(truth) else 1e-5) * top), label
+        assert missed == pytest.approx(bound, rel=1e-3, abs=1e-5 * top), label
 
 
 def run_spectra(device: torch.device) -> None:
@@ -135,7 +134,7 @@ def run_spectra(device: torch.device) -> None:
         spectrum_matrix(24, 5, device, fast[:5], seed=10),
     ]
     ks = [2, 3, 3, 3, 2, 1, 3, 2, 2, 2, 2, 1, 1, 5]
-    check(problem(weights, k=ks, b=[4, 4, 4, 4, 4, 4, 4, 4, 4, 3, 4, 4, 1, 8], reads=[4, 4, 3] + 11 * [4]))
+    check(problem(weights, k=ks, b=[4] * 8 + [3, 2, 2, 4, 1, 8], reads=[4, 4, 3, 4, 4, 4, 3] + [2] * 7))
 
 
 def run_layouts(device: torch.device) -> None:
@@ -152,7 +151,7 @@ def run_layouts(device: torch.device) -> None:
             views = views[::3]
         paths = [svd._path(A if A.shape[0] >= A.shape[1] else A.T) for A in views]
         assert paths == ([0, 0, 1, 2, 2, 0] if dtype == torch.float32 else [0, 2])
-        given = problem(views, k=2, reads=2)
+        given = problem(views, b=2, reads=2)
         given.starts[1:] = [given.starts[0]] * (len(views) - 1)
         results = solve(given)
         # On a GPU each way has its own instructions, with another order of the sums.
@@ -173,7 +172,7 @@ def run_non_finite(device: torch.device) -> None:
         bad.append(good[0].clone())
         bad[-1][140, 3] = value
     huge = torch.full((40, 36), 3e38, device=device)
-    given = problem([bad[0], good[0], bad[1], huge, good[1], bad[2]], k=3, reads=2)
+    given = problem([bad[0], good[0], bad[1], huge, good[1], bad[2]], b=3, reads=2)
     results = solve(given)
     for index, status in ((0, NON_FINITE), (2, NON_FINITE), (3, OVERFLOW), (5, NON_FINITE)):
         assert results[index].status == status
@@ -191,7 +190,7 @@ def run_primitives(device: torch.device) -> None:
         spectrum_matrix(300, 140, device, decaying_spectrum(100, rate=0.05)) * 2.0**70,
         spectrum_matrix(60, 144, device, decaying_spectrum(60, rate=0.05), seed=1),
     ]
-    given = problem(weights, k=2, b=[4, 19], reads=2)
+    given = problem(weights, k=2, b=[4, 17], reads=[2, 1])
     given.starts[0][1] = given.starts[0][0]  # a dependent direction: a row of zeros
     batch = svd._Batch(*given)
     buckets = [
@@ -208,7 +207,8 @@ def run_primitives(device: torch.device) -> None:
     for primitives in (batch, *buckets):
         primitives.begin()
     for step in range(2):
-        for row, bucket in zip(batch.layout.rows, buckets, strict=True):
+        taking_part = [pair for pair in zip(batch.layout.rows, buckets, strict=True) if step < pair[0].reads]
+        for row, bucket in taking_part:
             q, expected = part(row, row.Q, step, row.cols_lead, row.cols), bucket.K[step][0].double()
             torch.testing.assert_close(projector(q), projector(expected), rtol=0, atol=2e-5)
             assert (q != 0).any(1).sum() == (expected != 0).any(1).sum()
@@ -217,9 +217,9 @@ def run_primitives(device: torch.device) -> None:
                 assert (above @ q.mT).abs().max() < 1e-6
             # torch goes on from these rows, so that each product is compared by itself
             bucket.K[step] = q.float()[None]
-        for primitives in (batch, *buckets):
+        for primitives in (batch, *(bucket for _, bucket in taking_part)):
             primitives.product(step)
-        for row, bucket in zip(batch.layout.rows, buckets, strict=True):
+        for row, bucket in taking_part:
             y, z = part(row, row.Y, step, row.rows_lead, row.rows), part(row, row.Z, step, row.cols_lead, row.cols)
             for got, wanted in ((y, bucket.Y[step][0].double()), (z, bucket.Z[step][0].double())):
                 assert (got - wanted).abs().max() <= TINY * wanted.abs().max()
