@@ -28,7 +28,7 @@ __device__ __forceinline__ float element(const void* A, uint8_t dtype, int64_t o
 // --- begin --------------------------------------------------------------------------------------------------------
 
 // largest[chunk] = max |A| over kChunk elements, on the bit patterns: a float maximum would drop NaN.
-__global__ void __launch_bounds__(kThreads) find_largest(S2D_GRID_CONSTANT(Table) table) {
+__global__ void __launch_bounds__(kThreads, 2) find_largest(S2D_GRID_CONSTANT(Table) table) {
   const int index = layer_of(table, blockIdx.x);
   const Layer& layer = table.layers[index];
   const int64_t chunk = blockIdx.x - table.first[index];
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, 1) begin(S2D_GRID_CONSTANT(Table) ta
 // --- between products ---------------------------------------------------------------------------------------------
 
 // Z_step = the sum of the slabs' parts, in their order.
-__global__ void __launch_bounds__(kThreads) sum_partials(S2D_GRID_CONSTANT(Table) table, int step) {
+__global__ void __launch_bounds__(kThreads, 2) sum_partials(S2D_GRID_CONSTANT(Table) table, int step) {
   const int index = layer_of(table, blockIdx.x);
   const Layer& layer = table.layers[index];
   const int64_t place = static_cast<int64_t>(blockIdx.x - table.first[index]) * kThreads + threadIdx.x;
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, 1) orthonormalize(S2D_GRID_CONSTANT(
 // --- finish -------------------------------------------------------------------------------------------------------
 
 // The part of Y Y^T that one slab of columns makes, in fp64.
-__global__ void __launch_bounds__(kThreads) gram(S2D_GRID_CONSTANT(Table) table) {
+__global__ void __launch_bounds__(kThreads, 2) gram(S2D_GRID_CONSTANT(Table) table) {
   const int index = layer_of(table, blockIdx.x);
   const Layer& layer = table.layers[index];
   const int slab = static_cast<int>(blockIdx.x - table.first[index]), n = layer.rows;
@@ -290,7 +290,7 @@ __global__ void __launch_bounds__(kThreads, 1) ritz(S2D_GRID_CONSTANT(Table) tab
 }
 
 // The left vectors of A: a thread a row of it.
-__global__ void __launch_bounds__(kThreads) rotate_left(S2D_GRID_CONSTANT(Table) table) {
+__global__ void __launch_bounds__(kThreads, 2) rotate_left(S2D_GRID_CONSTANT(Table) table) {
   const int index = layer_of(table, blockIdx.x);
   const Layer& layer = table.layers[index];
   const int64_t row = static_cast<int64_t>(blockIdx.x - table.first[index]) * kThreads + threadIdx.x;
