@@ -79,8 +79,8 @@ class Row:
 
     @classmethod
     def from_json(cls, line: str) -> Row:
-        """Read one line; a ValueError names what is missing or unknown. Rows from before `traffic` have none."""
-        values = {"traffic": {}} | json.loads(line)
+        """Read one line; a ValueError names what is missing or unknown. Older rows have no traffic and no residual."""
+        values = {"traffic": {}, "residual_p90": None} | json.loads(line)
         wrong = {f.name for f in fields(cls)} ^ set(values)
         if wrong:
             raise ValueError(f"a result row has missing or unknown fields {sorted(wrong)}: {line[:200]}")

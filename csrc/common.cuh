@@ -294,11 +294,19 @@ int launch(void (*kernel)(Parameters...), const LaunchShape& shape, s2d_stream s
       &call);
   return done ? S2D_OK : S2D_LAUNCH_FAILED;
 #else
-  constexpr size_t kDefaultSharedBytes = 48 * 1024;
   cudaError_t error = cudaSuccess;
-  if (shape.shared_bytes > kDefaultSharedBytes) {
-    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shape.shared_bytes));
+  if (shape.shared_bytes > 0) {
+    // Always to the same value, the most there is beside the kernel's static part: threads may launch at once.
+    const auto function = reinterpret_cast<const void*>(kernel);
+    cudaFuncAttributes attributes;
+    int device = 0, most = 0;
+    error = cudaFuncGetAttributes(&attributes, function);
+    if (error == cudaSuccess) error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess) {
+      error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   most - static_cast<int>(attributes.sharedSizeBytes));
+    }
   }
   if (error == cudaSuccess) {
     cudaLaunchAttribute attribute;

@@ -9,8 +9,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kPanel = 16;  // rows of A that are multiplied together: one mma tile
 constexpr int kSlab = 128;  // rows of A that one block of threads works through
-constexpr int kColumnPad = 8;   // of a tile's rows in shared memory, so that neither product's reads meet in a bank
-constexpr int kRowPitch = 24;   // of a tile kept column by column, likewise
+constexpr int kColumnPad = 8;   // of a tile's rows in shared memory: the second product's reads meet in no bank
+constexpr int kRowPitch = 24;   // of a tile kept column by column: the first product's reads meet in no bank
 constexpr int kMaxBlock = 32;   // rows of Q_j beyond which only the identity start is known
 constexpr int kMaxRows = 256;   // rows of all Q_j together
 constexpr int kChunk = 1 << 14;  // elements of A whose largest one block finds

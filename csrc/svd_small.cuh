@@ -20,8 +20,8 @@ __device__ void jacobi(double* H, double* V, int n) {
     V[i] = i / n == i % n ? 1.0 : 0.0;
     if (i / n == i % n) largest = max(largest, H[i]);
   }
-  // Below this an element changes nothing that anybody reads.
-  const double negligible = 1e-20 * block_reduce<kThreads>(largest, Maximum());
+  // The rounding of H itself: without this floor the noise of a rank-deficient H is rotated forever.
+  const double negligible = n * kEpsilon * block_reduce<kThreads>(largest, Maximum());
   __syncthreads();
   // The round-robin tournament: player m - 1 stays, the others move one place on a round.
   const auto player = [&](int place, int round) { return place == 0 ? m - 1 : (place - 1 + round) % (m - 1); };
@@ -76,12 +76,13 @@ __device__ __forceinline__ float warp_sum(float value) { return warp_reduce(valu
 
 // Rows of `block [b, d]` become orthonormal and orthogonal to the orthonormal rows `against [p, d]`; dependent ones are
 // replaced by the Gaussian row `gaussian [d]`, rolled by p + 1, p + 2, ..., and become zero where those depend too.
-// One block of threads; b <= kMaxBlock. As torch_svd._orthonormalize, whose docstring says why.
-__device__ void orthonormalize_rows(float* block, int b, const float* against, int p, const float* gaussian, int d,
-                                    int pitch) {
+// One block of threads; b <= kMaxBlock; `coefficient` is room for [round_up(b, 8), p]. As torch_svd._orthonormalize,
+// whose docstring says why.
+__device__ void orthonormalize_rows(float* block, int b, const float* against, int p, float* coefficient,
+                                    const float* gaussian, int d, int pitch) {
   constexpr float kEpsilon = 1.1920929e-7f;
   constexpr int kWarps = kThreads / kWarpSize;
-  S2D_SHARED(float, coefficient, [kMaxRows]);
+  constexpr int kAtOnce = 8;  // rows of the block for which a row of `against` is read once
   S2D_SHARED(float, before, [kMaxBlock]);
   S2D_SHARED(float, inverse, [kMaxBlock]);
   S2D_SHARED(double, H, [kMaxBlock * kMaxBlock]);
@@ -98,23 +99,39 @@ __device__ void orthonormalize_rows(float* block, int b, const float* against, i
       if (lane == 0) before[r] = length;
     }
     __syncthreads();
-    // One row at a time: its coefficients, then their sum taken off.
-    for (int r = 0; r < b && p > 0; ++r) {
-      float* row = block + r * pitch;
-      for (int c = warp; c < p; c += kWarps) {
-        float sum = 0.0f;
-        for (int i = lane; i < d; i += kWarpSize) sum = fmaf(row[i], against[c * pitch + i], sum);
-        sum = warp_sum(sum);
-        if (lane == 0) coefficient[c] = sum;
+    for (int c = warp; c < p; c += kWarps) {
+      for (int first = 0; first < b; first += kAtOnce) {
+        float sum[kAtOnce] = {};
+        for (int i = lane; i < d; i += kWarpSize) {
+          const float other = against[c * pitch + i];
+#pragma unroll
+          for (int e = 0; e < kAtOnce; ++e) {
+            if (first + e < b) sum[e] = fmaf(block[(first + e) * pitch + i], other, sum[e]);
+          }
+        }
+#pragma unroll
+        for (int e = 0; e < kAtOnce; ++e) {
+          sum[e] = warp_sum(sum[e]);
+          if (lane == 0) coefficient[(first + e) * p + c] = sum[e];
+        }
       }
-      __syncthreads();
-      for (int i = threadIdx.x; i < d; i += kThreads) {
-        float sum = 0.0f;
-        for (int c = 0; c < p; ++c) sum = fmaf(coefficient[c], against[c * pitch + i], sum);
-        row[i] -= sum;
-      }
-      __syncthreads();
     }
+    __syncthreads();
+    for (int i = threadIdx.x; i < d && p > 0; i += kThreads) {
+      for (int first = 0; first < b; first += kAtOnce) {
+        float sum[kAtOnce] = {};
+        for (int c = 0; c < p; ++c) {
+          const float other = against[c * pitch + i];
+#pragma unroll
+          for (int e = 0; e < kAtOnce; ++e) sum[e] = fmaf(coefficient[(first + e) * p + c], other, sum[e]);
+        }
+#pragma unroll
+        for (int e = 0; e < kAtOnce; ++e) {
+          if (first + e < b) block[(first + e) * pitch + i] -= sum[e];
+        }
+      }
+    }
+    __syncthreads();
     for (int r = warp; r < b; r += kWarps) {
       const float length = norm(block + r * pitch);
       if (lane == 0) inverse[r] = length > 8.0f * kEpsilon * before[r] ? 1.0f / length : 0.0f;

@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, 1) begin(S2D_GRID_CONSTANT(Table) ta
     layer.K[i] = value;
   }
   __syncthreads();
-  if (!layer.dense) orthonormalize_rows(layer.K, layer.block, nullptr, 0, gaussian_of(layer), layer.d, pitch);
+  if (!layer.dense) orthonormalize_rows(layer.K, layer.block, nullptr, 0, nullptr, gaussian_of(layer), layer.d, pitch);
 }
 
 // --- between products ---------------------------------------------------------------------------------------------
@@ -127,7 +127,8 @@ __global__ void __launch_bounds__(kThreads, 1) orthonormalize(S2D_GRID_CONSTANT(
   float* Q = layer.K + static_cast<int64_t>(p) * pitch;
   for (int i = threadIdx.x; i < b * pitch; i += kThreads) Q[i] = Z[i];
   __syncthreads();
-  orthonormalize_rows(Q, b, layer.K, p, gaussian_of(layer), layer.d, pitch);
+  // `finish` uses the scratch only later: 2 rows^2 doubles are more than round_up(b, 8) p floats
+  orthonormalize_rows(Q, b, layer.K, p, reinterpret_cast<float*>(layer.scratch), gaussian_of(layer), layer.d, pitch);
 }
 
 // --- finish -------------------------------------------------------------------------------------------------------
@@ -172,9 +173,11 @@ __device__ __forceinline__ double noise_floor(const Layer& layer) {
 __global__ void __launch_bounds__(kThreads, 1) ritz(S2D_GRID_CONSTANT(Table) table, float tolerance, double failure_probability) {
   S2D_SHARED(float, residual, [kMaxBlock]);
   S2D_SHARED(double, weight, [kMaxRows]);
+  constexpr int kShared = 48;  // a warm refresh's rows with b <= 12
+  S2D_SHARED(double, on_chip, [2 * kShared * kShared]);
   const Layer& layer = table.layers[blockIdx.x];
   const int n = layer.rows, d = layer.d, pitch = pitch_d(layer), lane = threadIdx.x % kWarpSize;
-  double *H = layer.scratch, *V = H + n * n;
+  double *H = n <= kShared ? on_chip : layer.scratch, *V = H + n * n;
   for (int i = threadIdx.x; i < n * n; i += kThreads) {
     const int r = max(i / n, i % n), c = min(i / n, i % n);
     double sum = 0.0;
@@ -391,21 +394,24 @@ Layer described(const s2d_svd_layer& given) {
 struct Form {
   bool half;
   int warps, tiles, n;
+  bool by_cols = false;  // another size of tiles, and so perhaps another number of them
 
-  bool operator==(const Form& other) const { return half == other.half && warps == other.warps && n == other.n; }
+  bool operator==(const Form& other) const {
+    return half == other.half && warps == other.warps && n == other.n && by_cols == other.by_cols;
+  }
+  // Of `part` and `whole`, and what the compiler aligns.
+  size_t static_shared() const { return 4 * (warps * 8 * n * kPanel + 8 * n * (kPanel + 4)) + 1024; }
 };
 
 Form form_of(const Layer& layer) {
   const bool half = layer.dtype != S2D_FLOAT32;
-  if (layer.d > 1024) return {half, 16, half ? 16 : 8, 1};
-  return {half, 8, 8, layer.block > 8 ? 2 : 1};
+  if (layer.d > 1024) return {half, 16, half ? 16 : 8, 1, layer.vector_cols};
+  return {half, 8, 8, layer.block > 8 ? 2 : 1, layer.vector_cols};
 }
 
 size_t tile_bytes(const Layer& layer) {
   return static_cast<size_t>(tile_elements(layer.d, layer.vector_cols)) * (layer.dtype == S2D_FLOAT32 ? 4 : 2);
 }
-
-constexpr size_t kTwoStages = 100 * 1024;  // up to which two tiles leave room for a second block on sm_80 and sm_90
 
 size_t shared_limit() {
 #ifdef S2D_EMULATED
@@ -421,8 +427,6 @@ size_t shared_limit() {
 #endif
 }
 
-constexpr size_t kStaticShared = 20 * 1024;  // of product, at most
-
 int status_of(const s2d_svd_layer* layers, int32_t count) {
   if (count < 0 || (count > 0 && layers == nullptr)) return S2D_BAD_ARGUMENT;
   const size_t limit = shared_limit();
@@ -433,7 +437,8 @@ int status_of(const s2d_svd_layer* layers, int32_t count) {
     if (d > (layers[i].dtype == S2D_FLOAT32 ? 2048 : 4096) || D > (int64_t{1} << 31) - 2 * kSlab || layers[i].width > kMaxBlock) return S2D_UNSUPPORTED;
     const int64_t all = static_cast<int64_t>(layers[i].reads) * layers[i].width;
     if (min(all, d) > kMaxRows) return S2D_UNSUPPORTED;
-    if (tile_bytes(described(layers[i])) + kStaticShared > limit) return S2D_UNSUPPORTED;
+    const Layer layer = described(layers[i]);
+    if (tile_bytes(layer) + form_of(layer).static_shared() > limit) return S2D_UNSUPPORTED;
   }
   return S2D_OK;
 }
@@ -479,7 +484,9 @@ int launch_product(const s2d_svd_layer* layers, int32_t count, void* workspace, 
     return static_cast<int64_t>(slabs(layer)) * divide_up(layer.block, 8 * kN);
   };
   return for_tables(layers, count, workspace, wanted, blocks, [&](const Table& table) {
-    const int stages = 2 * largest <= kTwoStages ? 2 : 1;
+    // two where two blocks of them fit a multiprocessor of sm_90
+    const size_t two = 2 * largest + form.static_shared();
+    const int stages = two <= shared_limit() && two <= 112 * 1024 ? 2 : 1;
     return launch(product<T, kWarps, kTiles, kN>,
                   {dim3(table.first[table.count]), dim3(kWarps * kWarpSize), stages * largest}, stream, table, step,
                   stages);
@@ -531,15 +538,17 @@ int s2d_topk_svd_product(const s2d_svd_layer* layers, int32_t count, int32_t ste
                          size_t workspace_bytes, s2d_stream stream) {
   if (const int status = check(layers, count, workspace, workspace_bytes)) return status;
   if (step < 0) return S2D_BAD_ARGUMENT;
-  for (const int status : {
-           launch_product<float, 8, 8, 1>(layers, count, workspace, step, stream, {false, 8, 8, 1}),
-           launch_product<float, 8, 8, 2>(layers, count, workspace, step, stream, {false, 8, 8, 2}),
-           launch_product<float, 16, 8, 1>(layers, count, workspace, step, stream, {false, 16, 8, 1}),
-           launch_product<uint16_t, 8, 8, 1>(layers, count, workspace, step, stream, {true, 8, 8, 1}),
-           launch_product<uint16_t, 8, 8, 2>(layers, count, workspace, step, stream, {true, 8, 8, 2}),
-           launch_product<uint16_t, 16, 16, 1>(layers, count, workspace, step, stream, {true, 16, 16, 1}),
-       }) {
-    if (status) return status;
+  for (const bool by_cols : {false, true}) {
+    for (const int status : {
+             launch_product<float, 8, 8, 1>(layers, count, workspace, step, stream, {false, 8, 8, 1, by_cols}),
+             launch_product<float, 8, 8, 2>(layers, count, workspace, step, stream, {false, 8, 8, 2, by_cols}),
+             launch_product<float, 16, 8, 1>(layers, count, workspace, step, stream, {false, 16, 8, 1, by_cols}),
+             launch_product<uint16_t, 8, 8, 1>(layers, count, workspace, step, stream, {true, 8, 8, 1, by_cols}),
+             launch_product<uint16_t, 8, 8, 2>(layers, count, workspace, step, stream, {true, 8, 8, 2, by_cols}),
+             launch_product<uint16_t, 16, 16, 1>(layers, count, workspace, step, stream, {true, 16, 16, 1, by_cols}),
+         }) {
+      if (status) return status;
+    }
   }
   const auto wanted = [&](const Layer& layer) { return step < layer.reads; };
   const auto blocks = [](const Layer& layer) {
