@@ -43,7 +43,7 @@ def _product(scalar: str, warps: int, tiles: int, n: int) -> Declared:
     tile = 16 * (_d + 8) * weight_bytes
     return Declared(
         threads=32 * warps,
-        dynamic_shared=2 * tile if 2 * tile <= 100 * 1024 else tile,
+        dynamic_shared=2 * tile if 2 * tile + 6 * 1024 <= 112 * 1024 else tile,
         # fp32 is split in two on both sides (3 products), 16 bits on the thin one alone (2)
         instructions={
             "HMMA.1688.TF32": (2 if bits16 else 3) * n * (4 + 2 * tiles),

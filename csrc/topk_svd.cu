@@ -415,7 +415,7 @@ size_t tile_bytes(const Layer& layer) {
 
 size_t shared_limit() {
 #ifdef S2D_EMULATED
-  return 227 * 1024;
+  return s2d_emulation_set_shared_limit(0);
 #else
   int device = 0, bytes = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from emulated import build_emulated
 from helpers import matrix_with_spectrum, product_error
 from torch import Tensor
 
-from s2d_kernels import S2D, _native, cuda_svd, topk_svd
+from s2d_kernels import S2D, _native, cuda_svd, ops, topk_svd
 from s2d_kernels.svd import CONVERGED, NON_FINITE, NOT_CONVERGED, OVERFLOW, TopkSVD
 from s2d_kernels.torch_svd import _Bucket, _largest_element
 
@@ -198,23 +199,96 @@ def test_bits_do_not_depend_on_the_order_of_threads(order: int, device: torch.de
         assert torch.equal(a.missed, b.missed)
 
 
+def workspace_of(table: cuda_svd._Table, D: int, d: int, rows: int, chunks: int) -> dict[str, Tensor]:
+    """Q, Y and Z of a table's one matrix, by the layout of `place` in csrc/topk_svd.cu."""
+    start = -(-16 // 256) * 256 + -(-4 * chunks // 256) * 256
+    parts = {}
+    for name, length, pitch in (("Q", d, -(-d // 32) * 32), ("Y", D, -(-D // 128) * 128), ("Z", d, -(-d // 32) * 32)):
+        memory = table.workspace[start : start + 4 * rows * pitch].view(torch.float32).view(rows, pitch)
+        parts[name] = memory[:, :length]
+        start += -(-4 * rows * pitch // 256) * 256
+    return parts
+
+
 def test_primitives_against_those_of_torch(device: torch.device) -> None:
-    """Same start, same number of reads: each block spans the same space, and the products agree to fp32."""
-    weight = matrix_with_spectrum(200, 70, decay(70, rate=0.02), seed=9)
-    generator = torch.Generator().manual_seed(1)
-    start = torch.randn(8, 70, generator=generator)
-    theirs = _Bucket(weight[None], _largest_element(weight)[None], start[None], 3, 4)
-    ours = cuda_svd._Table([weight.to(device)], [start.to(device)], [3], [4])
+    """After each step: Q orthonormal and spanning what torch's spans, and its products."""
+    D, d, b, reads = 200, 70, 8, 4
+    weight = matrix_with_spectrum(D, d, decay(d, rate=0.02), seed=9)
+    start = torch.randn(b, d, generator=torch.Generator().manual_seed(1))
+    theirs = _Bucket(weight[None], _largest_element(weight)[None], start[None], 3, reads)
+    ours = cuda_svd._Table([weight.to(device)], [start.to(device)], [3], [reads])
     with ours.context:
         for primitives in (theirs, ours):
             primitives.begin()
-            primitives.product(0)
-            primitives.orthonormalize(0)
-            primitives.product(1)
-        got = ours.finish()
-    # Y = Q A^T with |A| < 1: finish of two of the four blocks is not meaningful, so compare through the whole run
-    assert all(tensor.shape == fake for tensor, fake in zip(got[:4], [(200, 8), (8,), (8, 70), (8,)], strict=True))
-    assert theirs.Y[1].shape == (1, 8, 200)
+        scale = theirs.scale.item()
+        for step in range(reads):
+            for primitives in (theirs, ours):
+                primitives.product(step)
+                if step + 1 < reads:
+                    primitives.orthonormalize(step)
+            parts = workspace_of(ours, D, d, b * reads, 1)
+            Q, Y, Z = (parts[name].cpu()[b * step : b * (step + 1)].double() for name in "QYZ")
+            A = scale * weight.double()
+            torch.testing.assert_close(Q @ Q.T, torch.eye(b, dtype=torch.float64), rtol=0, atol=2e-6)
+            torch.testing.assert_close(Y, Q @ A.T, rtol=0, atol=2e-6)
+            torch.testing.assert_close(Z, Y @ A, rtol=0, atol=4e-6)
+            other = theirs.K[step][0].double()
+            # the same space; directions that hardly differ from the blocks before it are lost to rounding in time
+            torch.testing.assert_close(other.T @ other, Q.T @ Q, rtol=0, atol=1e-4 * 10**step)
+
+
+@pytest.mark.parametrize("limit", [99, 163, 227])
+def test_what_is_accepted_can_be_launched(limit: int, device: torch.device) -> None:
+    """Shared memory of sm_86 and sm_120, sm_80, sm_90: no shape is accepted and then refused by the driver."""
+    if device.type != "cpu":
+        pytest.skip("the emulation's limit can be chosen, a GPU's cannot")
+    library = _native.load()
+    library.s2d_emulation_set_shared_limit.restype = ctypes.c_size_t
+    library.s2d_emulation_set_shared_limit.argtypes = [ctypes.c_size_t]
+    before = library.s2d_emulation_set_shared_limit(limit * 1024)
+    refused = []
+    try:
+        for d in (256, 368, 512, 768):
+            for dtype in (torch.float32, torch.bfloat16):
+                for transposed in (False, True):
+                    W = torch.ones(d, d + 16, dtype=dtype)
+                    W = W if transposed else W.T.contiguous()
+                    for b in (8, 16):
+                        starts = [torch.randn(b, d)]
+                        if cuda_svd._supports([W], starts, [1], [1]):
+                            table = cuda_svd._Table([W], starts, [1], [1])
+                            table.begin()
+                            table.product(0)
+                        else:
+                            refused.append((d, dtype, transposed, b))
+    finally:
+        library.s2d_emulation_set_shared_limit(before)
+    assert not refused
+
+
+def test_large_sides_and_many_matrices(device: torch.device) -> None:
+    """The forms for d > 1024, and more matrices than one table holds."""
+    generator = torch.Generator().manual_seed(5)
+    for dtype in (torch.float32, torch.bfloat16):
+        W = (torch.randn(1100, 3, generator=generator) @ torch.randn(3, 1037, generator=generator)).to(dtype)
+        got = topk_svd([W.to(device)], k=2, reads=2, impl="cuda")[0]
+        truth = torch.linalg.svdvals(W.double())[:2]
+        torch.testing.assert_close(got.S.cpu().double(), truth, rtol=1e-5, atol=0)
+    small = [torch.randn(5, 9, generator=generator) for _ in range(270)]
+    for W, got in zip(small, topk_svd([W.to(device) for W in small], k=2, impl="cuda"), strict=True):
+        torch.testing.assert_close(got.S.cpu(), torch.linalg.svdvals(W)[:2], rtol=1e-5, atol=1e-6)
+
+
+def test_a_newly_grown_direction_is_found(device: torch.device) -> None:
+    weight = matrix_with_spectrum(90, 80, decay(80), seed=1)
+    for seed in range(4):
+        (before,) = svd([weight], device, k=3, seed=seed)
+        U, Vh = before.basis.U.cpu(), before.basis.Vh.cpu()
+        u, v = torch.randn(90), torch.randn(80)
+        u, v = u - U @ (U.mT @ u), v - Vh.mT @ (Vh @ v)
+        spiked = weight + 15.0 * torch.outer(u / u.norm(), v / v.norm())
+        (got,) = svd([spiked], device, k=3, warm=[before], seed=100 + seed)
+        assert got.S[0].item() == pytest.approx(torch.linalg.svdvals(spiked.double())[0].item(), rel=1e-3)
 
 
 def test_status_and_bound_of_a_flat_spectrum(device: torch.device) -> None:
@@ -239,6 +313,15 @@ def test_large_widths_and_what_is_not_supported(device: torch.device) -> None:
     with pytest.raises(ValueError, match="these sizes are not supported"):
         svd([torch.zeros(2200, 2100)], device, k=1)
     assert not cuda_svd._supports([weight.double()], [weight[:1]], [1], [1])
+
+
+def test_what_a_matrix_is_computed_by_does_not_depend_on_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ops._PREFERENCE, "cpu", ("cuda", "torch"))
+    weights = [matrix_with_spectrum(40, 30, decay(30), seed=1), torch.randn(9, 12).double(), torch.randn(12, 50)]
+    mixed = topk_svd(weights, k=2)
+    for weight, got, impl in zip(weights, mixed, ("cuda", "torch", "cuda"), strict=True):
+        alone = topk_svd([weight], k=2, impl=impl)[0]
+        assert all(torch.equal(x, y) for x, y in zip(alone.basis, got.basis, strict=True))
 
 
 def test_in_the_regularizer(device: torch.device) -> None:
@@ -276,6 +359,7 @@ def test_in_a_cuda_graph_without_a_synchronization(device: torch.device) -> None
     cold = topk_svd(weights, k=3, impl="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
+        topk_svd(weights, k=3, warm=cold, seed=1, impl="cuda")
         starts = [torch.randn(8, min(W.shape), device=device) for W in weights]
         expected = torch.ops.s2d.topk_svd(weights, starts, [3, 3], [4, 4], "cuda")
         graph = torch.cuda.CUDAGraph()

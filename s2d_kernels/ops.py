@@ -7,7 +7,7 @@ An operation has up to four implementations, all with the same signature over pl
     triton      Triton kernels
     cuda        CUDA C++ kernels behind the C ABI
 
-`implements(op, impl)` enters a function into the table, `resolve(op, impl, device)` is the only place that chooses.
+`implements(op, impl)` enters a function into the table, `choose(op, impl, device)` is the only place that chooses.
 """
 
 from __future__ import annotations
@@ -96,11 +96,21 @@ def choose(op: str, impl: str | None, device: torch.device, arguments: Sequence[
     return impl
 
 
-def resolve(
-    op: str, impl: str | None, device: torch.device, arguments: Sequence[Any] | None = None
-) -> Callable[..., Any]:
-    """The function that `choose` names."""
-    return _TABLE[op][choose(op, impl, device, arguments)]
+def partition(op: str, impl: str | None, device: torch.device, lists: Sequence[Sequence[Any]]) -> dict[str, list[int]]:
+    """Which implementation takes which elements of an operation over equally long `lists`: name -> indices.
+
+    With `impl` None an element's implementation does not depend on the other elements.
+    """
+    everything = list(range(len(lists[0])))
+    if impl is not None:
+        return {impl: everything}
+    whole = choose(op, None, device, lists)
+    if whole == choose(op, None, device):
+        return {whole: everything}
+    parts: dict[str, list[int]] = {}
+    for index in everything:
+        parts.setdefault(choose(op, None, device, [[column[index]] for column in lists]), []).append(index)
+    return parts
 
 
 @contextmanager

@@ -145,7 +145,8 @@ def topk_svd(
 
     Returns:
         One `TopkSVD` per matrix, fp32 (fp64 for fp64 input), on the device of the weights. `status` and `missed`
-        are tensors: reading them is the caller's synchronization, none happens here.
+        are tensors: reading them is the caller's synchronization, none happens here. To capture a refresh in a CUDA
+        graph, capture `torch.ops.s2d.topk_svd` with starts of your own: here new random rows come from the host.
 
     Raises:
         TypeError: an element is no dense floating tensor.
@@ -181,7 +182,12 @@ def topk_svd(
             raise TypeError(f"warm[{index}] must be a TopkSVD, its basis, or None, got {type(before).__name__}")
         starts.append(_start_block(index, weight, k_i, before, seed, name))
         schedule.append(reads or (COLD_READS if before is None else WARM_READS))
-    flat = torch.ops.s2d.topk_svd(weights, starts, ks, schedule, impl)
+    arguments = (weights, starts, ks, schedule)
+    flat: list[Tensor] = [weights[0]] * (6 * len(weights))
+    for chosen, members in ops.partition("topk_svd", impl, weights[0].device, arguments).items():
+        found = torch.ops.s2d.topk_svd(*([column[i] for i in members] for column in arguments), chosen)
+        for position, index in enumerate(members):
+            flat[6 * index : 6 * index + 6] = found[6 * position : 6 * position + 6]
     results = []
     for index, k_i in enumerate(ks):
         U, S, Vh, residual, missed, status = flat[6 * index : 6 * index + 6]
@@ -198,7 +204,10 @@ def _start_block(index: int, weight: Tensor, k: int, before: TopkSVD | SVDBasis 
     width = min(d, cold_width(k) if before is None else warm_width(k))
     digest = hashlib.blake2b(f"{seed}|{name}|{m}x{n}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    block = torch.randn(width, d, generator=generator, dtype=torch.float32).to(weight.device, dtype)
+    block = torch.randn(width, d, generator=generator, dtype=torch.float32).to(dtype)
+    if weight.device.type == "cuda":  # from pageable memory the copy would wait for the device
+        block = block.pin_memory()
+    block = block.to(weight.device, non_blocking=True)
     if before is None:
         return block
     basis = before.basis if isinstance(before, TopkSVD) else before

@@ -21,7 +21,8 @@ namespace {
 
 constexpr std::size_t kGuardBytes = 4096;
 constexpr std::size_t kSharedAlignment = 1024;
-constexpr std::size_t kDynamicSharedLimit = 227 * 1024;  // sm_90; 48 KiB of static memory on every architecture
+// Of a block, static and dynamic together: sm_90's unless a test says another; static 48 KiB on every architecture.
+std::size_t shared_limit = 227 * 1024;
 constexpr std::size_t kStaticSharedLimit = 48 * 1024;
 constexpr std::size_t kResidentThreadLimit = 16384;
 constexpr int kYieldLimit = 10000;
@@ -50,6 +51,7 @@ class GuardedMemory {
   GuardedMemory& operator=(const GuardedMemory&) = delete;
 
   unsigned char* data() const { return base_ + kGuardBytes; }
+  std::size_t size() const { return bytes_; }
 
   void poison() {
 #if defined(__SANITIZE_ADDRESS__)
@@ -346,7 +348,7 @@ void check_size(const LaunchSize& size, std::size_t block_threads, std::size_t g
   if (size.grid.x > 0x7fffffffu || size.grid.y > 65535 || size.grid.z > 65535 || grid_blocks == 0) {
     refuse(text("a grid of (%u,%u,%u) blocks", size.grid.x, size.grid.y, size.grid.z));
   }
-  if (size.shared_bytes > kDynamicSharedLimit) refuse(text("%zu bytes of dynamic shared memory", size.shared_bytes));
+  if (size.shared_bytes > shared_limit) refuse(text("%zu bytes of dynamic shared memory", size.shared_bytes));
   if (size.cooperative && block_threads * grid_blocks > kResidentThreadLimit) {
     refuse(text("a cooperative grid of %zu threads: the emulation holds %zu", block_threads * grid_blocks,
                 kResidentThreadLimit));
@@ -490,6 +492,9 @@ void* static_shared(const void* key, std::size_t bytes) {
   }
   block.static_bytes += bytes;
   if (block.static_bytes > kStaticSharedLimit) fail("%zu bytes of static shared memory", block.static_bytes);
+  if (block.static_bytes + block.dynamic->size() > shared_limit) {
+    fail("%zu bytes of static and %zu of dynamic shared memory", block.static_bytes, block.dynamic->size());
+  }
   block.variables.push_back({key, std::make_unique<GuardedMemory>(bytes)});
   return block.variables.back().memory->data();
 }
@@ -507,6 +512,12 @@ void copy_async_wait(unsigned pending_groups) {
 }
 
 }  // namespace s2d::emulation
+
+std::size_t s2d_emulation_set_shared_limit(std::size_t bytes) {
+  const std::size_t before = s2d::emulation::shared_limit;
+  if (bytes > 0) s2d::emulation::shared_limit = bytes;
+  return before;
+}
 
 int s2d_emulation_set_order(int order, std::uint64_t seed) {
   if (order < 0 || order > 2) return 1;

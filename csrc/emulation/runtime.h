@@ -11,6 +11,8 @@ extern "C" {
 // Order in which the threads of a block, and the blocks, run: 0 forward, 1 reverse, 2 random from `seed`. Returns an
 // s2d_status.
 int s2d_emulation_set_order(int order, std::uint64_t seed);
+// Shared memory of a block, 0 to leave it as it is; returns what it was.
+std::size_t s2d_emulation_set_shared_limit(std::size_t bytes);
 // Why the last launch failed, until the next call of this function; empty when none did.
 const char* s2d_emulation_error(void);
 }
