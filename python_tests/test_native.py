@@ -194,7 +194,13 @@ def test_env_shows_the_library(tmp_path: Path) -> None:
         [sys.executable, "-m", "s2d_kernels", "env"], capture_output=True, text=True, check=True, env=environment
     )
     assert "none.so" in run.stdout
-    assert "ABI" in run.stdout
+    assert f"this package needs ABI {_native.ABI_VERSION}" in run.stdout
+    build_emulated()
+    environment = os.environ | {"S2D_NATIVE": "emulated", "COLUMNS": "200"}
+    run = subprocess.run(
+        [sys.executable, "-m", "s2d_kernels", "env"], capture_output=True, text=True, check=True, env=environment
+    )
+    assert f"ABI {_native.ABI_VERSION}, emulated on the CPU" in run.stdout
 
 
 # --- impl="cuda" executed: the CUDA sources, compiled for the CPU --------------------------------------------------
