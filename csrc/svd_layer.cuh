@@ -9,11 +9,12 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kPanel = 16;  // rows of A that are multiplied together: one mma tile
 constexpr int kSlab = 128;  // rows of A that one block of threads works through
-constexpr int kColumnPad = 8;   // of a tile's rows in shared memory: the second product's reads meet in no bank
-constexpr int kRowPitch = 24;   // of a tile kept column by column: the first product's reads meet in no bank
-constexpr int kMaxBlock = 32;   // rows of Q_j beyond which only the identity start is known
-constexpr int kMaxRows = 256;   // rows of all Q_j together
-constexpr int kChunk = 1 << 14;  // elements of A whose largest one block finds
+// Of a tile's rows in shared memory, and of its columns where it is kept column by column: so padded, one of the two
+// products reads every bank once, the other some twice.
+constexpr int kColumnPad = 8, kRowPitch = 24;
+constexpr int kMaxBlock = 32;    // rows of a block Q_j, unless it is the identity
+constexpr int kMaxRows = 256;    // rows of all blocks together
+constexpr int kChunk = 1 << 14;  // elements of A whose largest one block of threads finds
 
 enum Status : int32_t { kConverged = 0, kNotConverged = 1, kNonFinite = 2, kOverflow = 4 };
 

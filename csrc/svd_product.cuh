@@ -7,7 +7,9 @@ namespace s2d {
 namespace {
 
 // The bits of to_tf32 for finite numbers below 2^127, in two instructions instead of four.
-__device__ __forceinline__ uint32_t to_tf32_finite(float value) { return (__float_as_uint(value) + 0x1000u) & 0xffffe000u; }
+__device__ __forceinline__ uint32_t to_tf32_finite(float value) {
+  return (__float_as_uint(value) + 0x1000u) & 0xffffe000u;
+}
 
 // x as the sum of two tf32 numbers: 22 bits of it.
 __device__ __forceinline__ void split(float x, uint32_t& big, uint32_t& small) {
@@ -36,9 +38,6 @@ __device__ __forceinline__ float widen<uint16_t>(uint16_t value, uint8_t dtype) 
   return dtype == S2D_BFLOAT16 ? __uint_as_float(static_cast<unsigned>(value) << 16)
                                : to_float(__ushort_as_half(value));
 }
-
-template <int kWarps, int kTiles, int kN>
-constexpr int kColumns = kWarps * kTiles * 16;
 
 // Elements of one tile [kPanel, d] in shared memory.
 inline __host__ __device__ int tile_elements(int d, bool by_cols) {
