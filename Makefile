@@ -1,5 +1,5 @@
 # make demo | test | lint | format | bench | tables | clean: each makes .venv on first use.
-# make native | emulated | asan: csrc. make gpu-build | gpu-test | gpu-sanitize | gpu-bench: where there is a GPU.
+# make cpu | native | emulated | asan: csrc. make gpu-build | gpu-test | gpu-sanitize | gpu-bench: where there is a GPU.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ OUT ?= out
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: demo test lint format bench tables clean native emulated asan gpu-build gpu-test gpu-sanitize gpu-bench
+.PHONY: demo test lint format bench tables clean cpu native emulated asan gpu-build gpu-test gpu-sanitize gpu-bench
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -58,6 +58,11 @@ $(READY): pyproject.toml constraints.txt Makefile
 # --- native code: needs cmake and, for `native`, nvcc; no network, no virtual environment -------------------------
 
 BUILD ?= build
+# The CPU's kernels alone; `native` builds them too.
+cpu:
+	cmake -S . -B $(BUILD)/cpu -DS2D_CUDA=OFF -DS2D_WERROR=ON
+	cmake --build $(BUILD)/cpu --parallel
+
 native:
 	cmake -S . -B $(BUILD)/native -DS2D_WERROR=ON
 	cmake --build $(BUILD)/native --parallel

@@ -1,5 +1,5 @@
-"""Builds csrc with CMake when nvcc is found and S2D_SKIP_CUDA is unset; otherwise installs pure Python and says so.
-The architectures are CMakeLists.txt's fixed list: this machine's GPU is never looked at."""
+"""Builds csrc with CMake: libs2d_cpu.so with the C++ compiler and, where nvcc is found, libs2d.so. S2D_SKIP_CUDA leaves
+out the second, S2D_SKIP_NATIVE both. The architectures are CMakeLists.txt's fixed list, never this machine's."""
 
 import os
 import shlex
@@ -13,39 +13,39 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-
-
-def nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
-
-
-NATIVE = not os.environ.get("S2D_SKIP_CUDA") and nvcc() is not None and shutil.which("cmake") is not None
+home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+CXX = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
+NATIVE = not os.environ.get("S2D_SKIP_NATIVE") and CXX is not None and shutil.which("cmake") is not None
+CUDA = NATIVE and not os.environ.get("S2D_SKIP_CUDA") and NVCC is not None
 
 
 class BuildNative(build_py):
-    """Puts libs2d.so beside the Python files: into the source tree when editable, into the build folder otherwise."""
+    """Puts the libraries beside the Python files: into the source tree when editable, else into the build folder."""
 
     def run(self) -> None:
         super().run()
         target = (ROOT if self.editable_mode else Path(self.build_lib)) / "s2d_kernels" / "lib"
+        shutil.rmtree(target, ignore_errors=True)  # of an earlier build
+        for wanted, skip, what in ((CUDA, "S2D_SKIP_CUDA", "CUDA"), (NATIVE, "S2D_SKIP_NATIVE", "CPU")):
+            reason = f"{skip} is set" if os.environ.get(skip) else "compiler or cmake not found"
+            print("" if wanted else f"s2d_kernels: installing without the {what} library, {reason}", file=sys.stderr)
         if not NATIVE:
-            shutil.rmtree(target, ignore_errors=True)  # of an earlier build
-            reason = "S2D_SKIP_CUDA is set" if os.environ.get("S2D_SKIP_CUDA") else "nvcc or cmake is not found"
-            print(f"s2d_kernels: {reason}, installing without the CUDA library (pure Python)", file=sys.stderr)
             return
-        build = ROOT / "build" / "wheel"  # not `make native`'s, which may be for one architecture
+        build = ROOT / "build" / ("wheel" if CUDA else "wheel-cpu")  # not `make native`'s, perhaps of one architecture
         # for a cmake that pip installed: build isolation's PYTHONPATH would mislead its Python
         clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        options = [f"-DCMAKE_CUDA_COMPILER={nvcc()}", *shlex.split(os.environ.get("CMAKE_ARGS", ""))]
+        cuda = f"-DCMAKE_CUDA_COMPILER={NVCC}" if CUDA else "-DS2D_CUDA=OFF"
+        options = [cuda, *shlex.split(os.environ.get("CMAKE_ARGS", ""))]
         subprocess.run(["cmake", "-S", ROOT, "-B", build, *options], check=True, env=clean)
         subprocess.run(["cmake", "--build", build, "--parallel"], check=True, env=clean)
-        target.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(build / "libs2d.so", target / "libs2d.so")
+        target.mkdir(parents=True)
+        for library in build.glob("libs2d*.so"):
+            shutil.copy2(library, target)
 
 
 class PlatformWheel(bdist_wheel):
-    """One wheel for every Python and torch: the library is reached through ctypes."""
+    """One wheel for every Python and torch: the libraries are reached through ctypes."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return ("py3", "none", super().get_tag()[2])

@@ -71,14 +71,18 @@ def _known(names: list[str], known: Iterable[str]) -> list[str]:
 @app.command()
 def svd(
     device: Device = "cpu",
-    case: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(cases.SVD_CASES)}; repeatable.")] = None,
+    case: Annotated[
+        list[str] | None,
+        typer.Option("--case", "--model", help=f"Any of {', '.join(cases.SVD_CASES)}; repeatable."),
+    ] = None,
     quick: Quick = False,
     repeats: Repeats = 5,
     threads: Threads = None,
     json: Json = None,
 ) -> None:
     """Top-k SVD of all matrices of a model: ours, cold and warm, and the peers at equal error."""
-    names = _known(["quick"] if quick else (case or ["siglip2-b", "minilm"]), cases.SVD_CASES)
+    default = ["siglip2-b", "minilm", *(["llama3-8b"] if device.startswith("cuda") else [])]
+    names = _known(["quick"] if quick else (case or default), cases.SVD_CASES)
     rows: list[timing.Row] = []
     with _run(device, repeats, threads) as context, _progress() as progress:
         task = progress.add_task("", total=len(names) * (4 + len(peers.OURS) + len(peers.SVD_PEERS)))

@@ -38,30 +38,40 @@ class SVDCase:
     """Matrices whose leading triplets are wanted, their history and the fp64 truth.
 
     Attributes:
-        weights: what is decomposed, cold and warm alike. Views of `buckets`, so that peers which want their matrices
-            batched by shape need not copy them first.
-        buckets: per shape the stacked matrices `[B, m, n]` and their positions in `weights`.
+        weights: what is decomposed, cold and warm alike.
+        single: the same in fp32, for peers that take nothing else. Views of `buckets`, so that those which want their
+            matrices batched by shape need not copy them first.
+        buckets: per shape the stacked fp32 matrices `[B, m, n]` and their positions in `weights`.
         start, before: the same matrices two drifts and one drift earlier.
     """
 
-    def __init__(self, name: str, source: str, names: Sequence[str], start: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        name: str,
+        source: str,
+        names: Sequence[str],
+        start: Sequence[Tensor],
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.name, self.source, self.names = name, source, list(names)
-        self.start = list(start)
         generator = torch.Generator().manual_seed(1)
-        self.before = [_drifted(W, generator) for W in self.start]
-        self._set_weights([_drifted(W, generator) for W in self.before])
+        before = [_drifted(W, generator) for W in start]
+        weights = [_drifted(W, generator) for W in before]
+        self.start, self.before = ([W.to(dtype) for W in list_] for list_ in (start, before))
+        self._set_weights([W.to(dtype) for W in weights])
 
     def _set_weights(self, weights: list[Tensor]) -> None:
         positions: dict[tuple[int, ...], list[int]] = {}
         for index, weight in enumerate(weights):
             positions.setdefault(tuple(weight.shape), []).append(index)
-        self.weights = weights
+        self.single = list(weights)
         self.buckets = []
         for members in positions.values():
-            stack = torch.stack([weights[i] for i in members])
+            stack = torch.stack([weights[i].float() for i in members])
             self.buckets.append((stack, members))
             for place, index in enumerate(members):
-                self.weights[index] = stack[place]
+                self.single[index] = stack[place]
+        self.weights = self.single if weights[0].dtype == torch.float32 else weights
 
     def take(self, indices: Sequence[int]) -> SVDCase:
         """The case of some of the matrices; what was computed for all of them is not computed again."""
@@ -103,7 +113,7 @@ class SVDCase:
     @cached_property
     def earlier_vectors(self) -> list[Tensor]:
         """For peers that start warm: 32 leading vectors `[min(m, n), 32]` of `before` on the smaller side, exact."""
-        triplets = [gram_triplets(W, min(32, *W.shape)) for W in self.before]
+        triplets = [gram_triplets(W.float(), min(32, *W.shape)) for W in self.before]
         return [t.Vh.mT if len(t.U) >= t.Vh.shape[1] else t.U for t in triplets]
 
     @property
@@ -187,7 +197,7 @@ def siglip2_shapes() -> list[tuple[str, int, int]]:
     return shapes + [(f"head.{name}", m, n) for name, m, n in head]
 
 
-# Which of MiniLM's matrices lends its spectrum to which of SigLIP2-B's.
+# Which of MiniLM's matrices lends its spectrum to which of the other models'.
 _ROLES = {
     "q": "self.query",
     "k": "self.key",
@@ -195,6 +205,9 @@ _ROLES = {
     "in_proj": "self.value",
     "out": "attention.output",
     "fc1": "intermediate",
+    "gate": "intermediate",
+    "up": "intermediate",
+    "down": "output.dense",
     "fc2": "output.dense",
 }
 _HEAD = 32
@@ -219,7 +232,8 @@ def haar(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     return Q * R.diagonal().sign()
 
 
-def _siglip2() -> SVDCase:
+def _with_lent_spectra(shapes: Sequence[tuple[str, int, int]]) -> tuple[list[str], list[Tensor]]:
+    """Names and fp32 matrices of `shapes` with MiniLM's spectra, by role, and Haar-distributed vectors."""
     generator = torch.Generator().manual_seed(0)
     spectra: dict[str, list[Tensor]] = {}
     for name, weight in minilm_weights().items():
@@ -227,15 +241,34 @@ def _siglip2() -> SVDCase:
                     if r in name)  # fmt: skip
         spectra.setdefault("output.dense" if role == "output" else role, []).append(torch.linalg.svdvals(weight))
     names, weights = [], []
-    for name, m, n in siglip2_shapes():
+    for name, m, n in shapes:
         choices = spectra[_ROLES[name.split(".")[1]]]
         chosen = choices[int(torch.randint(len(choices), (), generator=generator))]
         d = min(m, n)
         U, V = haar(m, d, generator), haar(n, d, generator)
         names.append(name)
         weights.append((U * stretched_spectrum(chosen, d).float()) @ V.mT)
+    return names, weights
+
+
+def _siglip2() -> SVDCase:
+    names, weights = _with_lent_spectra(siglip2_shapes())
     source = "SigLIP2-B vision, 76 shapes; spectra resampled from MiniLM's, Haar vectors"
     return SVDCase("siglip2-b", source, names, weights)
+
+
+def llama3_shapes() -> list[tuple[str, int, int]]:
+    """Name, out and in features of the 7 matrices of one of Llama-3-8B's 32 blocks."""
+    d, hidden, kv = 4096, 14336, 1024
+    block = [("q", d, d), ("k", kv, d), ("v", kv, d), ("out", d, d)]
+    block += [("gate", hidden, d), ("up", hidden, d), ("down", d, hidden)]
+    return [(f"0.{name}", m, n) for name, m, n in block]
+
+
+def _llama3() -> SVDCase:
+    names, weights = _with_lent_spectra(llama3_shapes())
+    source = "one block of Llama-3-8B, 7 shapes; spectra resampled from MiniLM's, Haar vectors"
+    return SVDCase("llama3-8b", source, names, weights, torch.bfloat16)
 
 
 def _quick() -> SVDCase:
@@ -248,7 +281,12 @@ def _quick() -> SVDCase:
     return SVDCase("quick", "four small matrices, s_i = 5 i^-0.3, Haar vectors", names, weights)
 
 
-SVD_CASES: dict[str, Callable[[], SVDCase]] = {"siglip2-b": _siglip2, "minilm": _minilm, "quick": _quick}
+SVD_CASES: dict[str, Callable[[], SVDCase]] = {
+    "siglip2-b": _siglip2,
+    "minilm": _minilm,
+    "llama3-8b": _llama3,
+    "quick": _quick,
+}
 
 
 @dataclass(frozen=True)

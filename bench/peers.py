@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,26 +75,26 @@ def _from_numpy(U: Any, S: Any, Vh: Any) -> SVDTriplets:
 # --- ours ---------------------------------------------------------------------------------------------------------
 
 
-def _ours_cold(case: SVDCase, _width: int, _effort: float) -> Run:
-    return lambda: [_first(r.U, r.S, r.Vh) for r in topk_svd(case.weights, k=RANK, seed=3)]
+def _ours_cold(case: SVDCase, _width: int, _effort: float, impl: str | None = None) -> Run:
+    return lambda: [_first(r.U, r.S, r.Vh) for r in topk_svd(case.weights, k=RANK, seed=3, impl=impl)]
 
 
-def _ours_warm(case: SVDCase, _width: int, _effort: float) -> Run:
+def _ours_warm(case: SVDCase, _width: int, _effort: float, impl: str | None = None) -> Run:
     previous = case.previous
-    return lambda: [_first(r.U, r.S, r.Vh) for r in topk_svd(case.weights, k=RANK, warm=previous, seed=3)]
+    return lambda: [_first(r.U, r.S, r.Vh) for r in topk_svd(case.weights, k=RANK, warm=previous, seed=3, impl=impl)]
 
 
 # --- torch.linalg.svd, torch.svd_lowrank, Gram + eigh --------------------------------------------------------------
 
 
 def _full_svd(case: SVDCase, _width: int, _effort: float) -> Run:
-    return lambda: [_first(*torch.linalg.svd(W, full_matrices=False)) for W in case.weights]
+    return lambda: [_first(*torch.linalg.svd(W, full_matrices=False)) for W in case.single]
 
 
 def _svd_lowrank(case: SVDCase, width: int, effort: float) -> Run:
     def run() -> Triplets:
         torch.manual_seed(3)
-        factors = (torch.svd_lowrank(W, q=width, niter=int(effort)) for W in case.weights)
+        factors = (torch.svd_lowrank(W, q=width, niter=int(effort)) for W in case.single)
         return [_first(U, S, V.mT) for U, S, V in factors]
 
     return run
@@ -103,20 +104,20 @@ def _svd_lowrank_batched(case: SVDCase, width: int, effort: float) -> Run:
     def run() -> Triplets:
         torch.manual_seed(3)
         factors = (torch.svd_lowrank(stack, q=width, niter=int(effort)) for stack, _ in case.buckets)
-        return _spread(len(case.weights), case.buckets, [(U, S, V.mT) for U, S, V in factors])
+        return _spread(len(case.single), case.buckets, [(U, S, V.mT) for U, S, V in factors])
 
     return run
 
 
 def _gram_eigh(case: SVDCase, _width: int, _effort: float) -> Run:
-    return lambda: [gram_triplets(W, RANK) for W in case.weights]
+    return lambda: [gram_triplets(W, RANK) for W in case.single]
 
 
 def _gram_eigh_subset(case: SVDCase, _width: int, _effort: float) -> Run:
     """LAPACK's `syevr` for the leading pairs alone, which torch does not offer."""
     eigh = importlib.import_module("scipy.linalg").eigh
 
-    matrices = [W.numpy() for W in case.weights]
+    matrices = [W.numpy() for W in case.single]
 
     def one(W: Any) -> SVDTriplets:
         # All in numpy: torch's threads and those of numpy's BLAS would wait for each other.
@@ -135,7 +136,7 @@ def _gram_eigh_subset(case: SVDCase, _width: int, _effort: float) -> Run:
 
 def _randomized_svd(case: SVDCase, width: int, effort: float) -> Run:
     function = importlib.import_module("sklearn.utils.extmath").randomized_svd
-    matrices = [W.numpy() for W in case.weights]
+    matrices = [W.numpy() for W in case.single]
 
     def run() -> Triplets:
         found = (
@@ -150,8 +151,8 @@ def _randomized_svd(case: SVDCase, width: int, effort: float) -> Run:
 def _svds(case: SVDCase, width: int, effort: float) -> Run:
     """ARPACK's restarted Lanczos: one vector at a time, a matrix that fits the cache is read from there."""
     function = importlib.import_module("scipy.sparse.linalg").svds
-    matrices = [W.numpy() for W in case.weights]
-    starts = [torch.randn(min(W.shape), generator=torch.Generator().manual_seed(3)).numpy() for W in case.weights]
+    matrices = [W.numpy() for W in case.single]
+    starts = [torch.randn(min(W.shape), generator=torch.Generator().manual_seed(3)).numpy() for W in case.single]
 
     def run() -> Triplets:
         found = (function(A, k=RANK, ncv=width, tol=effort, v0=v0) for A, v0 in zip(matrices, starts, strict=True))
@@ -203,7 +204,7 @@ def _subspace_run(case: SVDCase, blocks: Blocks, starts: Sequence[Tensor], itera
             tall = stack.shape[1] >= stack.shape[2]
             U, S, Vh = subspace_iteration(stack if tall else stack.mT, Q, iterations)
             factors.append((U, S, Vh) if tall else (Vh.mT, S, U.mT))
-        return _spread(len(case.weights), blocks, factors)
+        return _spread(len(case.single), blocks, factors)
 
     return run
 
@@ -212,7 +213,7 @@ def _blocks(case: SVDCase, batched: bool) -> Blocks:
     """The buckets, or each matrix as a bucket of its own: in the cache for all its iterations."""
     if batched:
         return case.buckets
-    return [(W.unsqueeze(0), [index]) for index, W in enumerate(case.weights)]
+    return [(W.unsqueeze(0), [index]) for index, W in enumerate(case.single)]
 
 
 def _subspace_cold(batched: bool) -> Callable[[SVDCase, int, float], Run]:
@@ -274,6 +275,10 @@ OURS = [
 ]
 
 SVD_PEERS = [
+    SVDPeer("ours, impl=torch", partial(_ours_cold, impl="torch"), OURS[0].describe, reads=OURS[0].reads),
+    SVDPeer(
+        "ours, impl=torch", partial(_ours_warm, impl="torch"), OURS[1].describe, reads=OURS[1].reads, variant="warm"
+    ),
     SVDPeer("torch.linalg.svd", _full_svd, _fixed("full, fp32"), slow=True),
     SVDPeer("Gram + torch.linalg.eigh", _gram_eigh, _fixed("fp32, all pairs"), slow=True),
     SVDPeer("Gram + scipy eigh", _gram_eigh_subset, _fixed("fp32, syevr, 3 pairs"), needs="scipy", cpu_only=True),

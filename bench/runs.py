@@ -106,7 +106,7 @@ def run_svd(
                 op="topk_svd",
                 case=case.name,
                 variant=p.peer.variant,
-                dtype="float32",
+                dtype=str(case.weights[0].dtype).removeprefix("torch."),
                 impl=p.peer.name,
                 setting=p.peer.describe(p.width, p.effort),
                 seconds=median,

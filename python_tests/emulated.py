@@ -1,4 +1,4 @@
-"""Builds the CPU emulation of the CUDA sources for the tests; seconds when nothing has changed."""
+"""Builds csrc for the tests: the CPU's kernels, and the emulation of the CUDA sources; seconds when nothing changed."""
 
 from __future__ import annotations
 
@@ -25,20 +25,27 @@ def build_emulated(*options: str, folder: str = "emulated") -> Path:
     Raises:
         RuntimeError: no C++ compiler or CMake, with the line that installs them, or the compiler's message.
     """
+    return _build(folder, "S2D_EMULATED=ON", *options)
+
+
+@cache
+def build_cpu(*options: str, folder: str = "cpu") -> Path:
+    """libs2d_cpu.so, compiled with CMake `-D` options.
+
+    Raises:
+        RuntimeError: as `build_emulated`.
+    """
+    return _build(folder, "S2D_CUDA=OFF", "S2D_WERROR=ON", *options) / "libs2d_cpu.so"
+
+
+def _build(folder: str, *options: str) -> Path:
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     tool = cmake()
     if compiler is None or tool is None:
-        raise RuntimeError(f"the emulated kernels need a C++ compiler and CMake: {INSTALL}")
+        raise RuntimeError(f"the kernels on the CPU need a C++ compiler and CMake: {INSTALL}")
     build = ROOT / "build" / folder
     build.mkdir(parents=True, exist_ok=True)
-    configure = [
-        tool,
-        "-S",
-        str(ROOT),
-        "-B",
-        str(build),
-        *(f"-D{option}" for option in ("S2D_EMULATED=ON", *options)),
-    ]
+    configure = [tool, "-S", str(ROOT), "-B", str(build), *(f"-D{option}" for option in options)]
     if not (build / "CMakeCache.txt").is_file() and shutil.which("ninja"):
         configure += ["-G", "Ninja"]
     # Test processes may run side by side.

@@ -1,4 +1,4 @@
-"""What is shipped: wheels with and without the CUDA library, and a source distribution that builds both."""
+"""What is shipped: wheels with and without native libraries, and a source distribution that builds them."""
 
 from __future__ import annotations
 
@@ -47,19 +47,28 @@ def test_source_distribution_is_the_repository(source_distribution: Path) -> Non
     assert not missing
 
 
+def libraries(wheel: Path) -> set[str]:
+    return {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("s2d_kernels/lib/")}
+
+
 def test_wheel_from_the_source_distribution(source_distribution: Path, tmp_path: Path) -> None:
-    """A wheel holds the package, its license and, where nvcc is, the library; nothing of tests, bench or docs."""
+    """A wheel holds the package, its license and the libraries; nothing of tests, bench or docs."""
     wheel = build_wheel(source_distribution, tmp_path)
     names = zipfile.ZipFile(wheel).namelist()
     assert "s2d_kernels/reference.py" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    native = shutil.which("nvcc") is not None
-    assert ("s2d_kernels/lib/libs2d.so" in names) == native
-    assert re.search(r"-py3-none-(manylinux|linux)\w*\.whl$" if native else r"-py3-none-any\.whl$", wheel.name)
+    cuda = {"s2d_kernels/lib/libs2d.so"} if shutil.which("nvcc") else set()
+    assert libraries(wheel) == cuda | {"s2d_kernels/lib/libs2d_cpu.so"}
+    assert re.search(r"-py3-none-(manylinux|linux)\w*\.whl$", wheel.name)
     assert not [name for name in names if re.match(r"(python_tests|bench|docs|csrc)/", name)]
 
 
 def test_wheel_without_cuda(source_distribution: Path, tmp_path: Path) -> None:
     wheel = build_wheel(source_distribution, tmp_path, S2D_SKIP_CUDA="1")
+    assert libraries(wheel) == {"s2d_kernels/lib/libs2d_cpu.so"}
+
+
+def test_wheel_without_native_code(source_distribution: Path, tmp_path: Path) -> None:
+    wheel = build_wheel(source_distribution, tmp_path, S2D_SKIP_NATIVE="1")
     assert wheel.name.endswith("-py3-none-any.whl")
-    assert "s2d_kernels/lib/libs2d.so" not in zipfile.ZipFile(wheel).namelist()
+    assert not libraries(wheel)

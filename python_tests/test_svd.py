@@ -10,10 +10,17 @@ from helpers import decaying_spectrum, matrix_with_spectrum, product_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2d_kernels import topk_svd
+from s2d_kernels import ops, topk_svd
 from s2d_kernels.svd import CONVERGED, NON_FINITE, NOT_CONVERGED, OVERFLOW, TopkSVD
 
 SIZES = [1, 2, 37, 63, 199, 300]
+
+
+@pytest.fixture(autouse=True, params=["cpu", "torch"])
+def preferred(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What impl=None means on a CPU; every test runs with both."""
+    monkeypatch.setitem(ops._PREFERENCE, "cpu", (request.param, "torch"))
+    return str(request.param)
 
 
 def assert_correct(weight: torch.Tensor, got: TopkSVD, k: int) -> None:
@@ -37,8 +44,8 @@ def assert_correct(weight: torch.Tensor, got: TopkSVD, k: int) -> None:
     assert (other.norm(dim=0) < 3e-5 * scale).all()
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
-def test_any_mix_of_shapes_in_one_call(impl: str) -> None:
+@pytest.mark.parametrize("impl", [None, "reference"])
+def test_any_mix_of_shapes_in_one_call(impl: str | None) -> None:
     shapes = [(m, n) for m in SIZES for n in SIZES]
     weights = [matrix_with_spectrum(m, n, decaying_spectrum(min(m, n)), seed=m * n) for m, n in shapes]
     ks = [min(3, *shape) for shape in shapes]
@@ -106,8 +113,8 @@ def test_clusters_are_judged_by_the_product() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("impl", ["torch", "reference"])
-def test_a_non_finite_matrix_leaves_its_neighbours_alone(bad: float, impl: str) -> None:
+@pytest.mark.parametrize("impl", [None, "reference"])
+def test_a_non_finite_matrix_leaves_its_neighbours_alone(bad: float, impl: str | None) -> None:
     good = [matrix_with_spectrum(150, 140, decaying_spectrum(140), seed=s) for s in (1, 2)]
     poisoned = good[0].clone()
     poisoned[17, 3] = bad
@@ -240,9 +247,9 @@ def test_bad_input_is_refused_by_name() -> None:
     assert topk_svd([], k=3) == []
 
 
-def test_operator_checks() -> None:
+def test_operator_checks(preferred: str) -> None:
     weights, starts = [torch.randn(20, 9), torch.randn(9, 30)], [torch.randn(4, 9), torch.randn(4, 9)]
-    torch.library.opcheck(torch.ops.s2d.topk_svd.default, (weights, starts, [2, 2], [2, 2], "torch"))
+    torch.library.opcheck(torch.ops.s2d.topk_svd.default, (weights, starts, [2, 2], [2, 2], preferred))
 
 
 def test_parameters_autocast_and_numpy_integers() -> None:
@@ -268,8 +275,8 @@ def test_fp64_rank_deficient_has_zeros_not_noise() -> None:
     assert not got.U[:, 1:].any()
 
 
-@pytest.mark.parametrize("impl", ["torch", "cuda"])
-def test_singular_values_behind_a_huge_outlier(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("impl", [None, "cuda"])
+def test_singular_values_behind_a_huge_outlier(impl: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """(s_1/s_2)^2 = 1e8 is beyond fp32: without fresh random directions the product shows v_1 and nothing else."""
     if impl == "cuda":
         build_emulated()

@@ -2,6 +2,7 @@
 
 # these enter their implementations
 from s2d_kernels import (
+    cpu_svd as _cpu_svd,
     cuda_ops as _cuda_ops,
     cuda_svd as _cuda_svd,
     torch_svd as _torch_svd,

@@ -117,7 +117,7 @@ def env() -> None:
     import torch
 
     import s2d_kernels
-    from s2d_kernels import _native, ops
+    from s2d_kernels import _native, _native_cpu, ops
 
     table = Table(title="s2d_kernels environment", show_header=False)
     table.add_row("s2d_kernels", f"{s2d_kernels.__version__} ({Path(s2d_kernels.__file__).parent})")
@@ -141,6 +141,8 @@ def env() -> None:
         table.add_row("  holds", f"ABI {_native.ABI_VERSION}, {_native.architectures()}")
     else:
         table.add_row("native library", f"{problem} (this package needs ABI {_native.ABI_VERSION})")
+    cpu_problem = _native_cpu.problem()
+    table.add_row("CPU library", cpu_problem or f"{_native_cpu.library_path()}, {_native_cpu.capability()}")
     table.add_section()
     for op in ops.names():
         devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -122,23 +122,35 @@ def load() -> ctypes.CDLL:
 
 @cache
 def _load(path: Path) -> ctypes.CDLL:
+    hint = "build it with `make emulated`" if "emulated" in path.name else BUILD_HINT
+    return open_library(path, SIGNATURES, ("s2d_abi_version", ABI_VERSION), hint)
+
+
+def open_library(
+    path: Path, signatures: dict[str, tuple[Any, list[Any]]], abi: tuple[str, int], hint: str
+) -> ctypes.CDLL:
+    """Load `path` and give its functions their types; `abi` is the entry that tells the version, and that wanted.
+
+    Raises:
+        NativeLibraryError: no such file, one that does not load, or one of another version; ends with `hint`.
+    """
     if not path.is_file():
-        hint = "build it with `make emulated`" if "emulated" in path.name else BUILD_HINT
         raise NativeLibraryError(f"there is no native library at {path}: {hint}")
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise NativeLibraryError(f"the native library {path} does not load: {error}") from error
-    for name, (result, arguments) in SIGNATURES.items():
+    for name, (result, arguments) in signatures.items():
         try:
             function = getattr(library, name)
         except AttributeError as error:
-            raise NativeLibraryError(f"the native library {path} has no {name}: {BUILD_HINT} again") from error
+            raise NativeLibraryError(f"the native library {path} has no {name}: {hint} again") from error
         function.restype, function.argtypes = result, arguments
-    found = library.s2d_abi_version()
-    if found != ABI_VERSION:
+    name, wanted = abi
+    found = getattr(library, name)()
+    if found != wanted:
         raise NativeLibraryError(
-            f"the native library {path} has ABI {found}, this package needs ABI {ABI_VERSION}: {BUILD_HINT} again"
+            f"the native library {path} has ABI {found}, this package needs ABI {wanted}: {hint} again"
         )
     return library
 

@@ -1,9 +1,10 @@
 """The contract of every operation: argument checks, `torch.library` schemas, fakes and one dispatch table.
 
-An operation has up to four implementations, all with the same signature over plain tensors:
+An operation has up to five implementations, all with the same signature over plain tensors:
 
     reference   the definition (`reference.py`), any device, slow
-    torch       the practical path on any device, the default on CPU
+    torch       the practical path on any device
+    cpu         C++ kernels for the CPU behind the C ABI
     triton      Triton kernels
     cuda        CUDA C++ kernels behind the C ABI
 
@@ -21,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-IMPLS = ("reference", "torch", "triton", "cuda")
+IMPLS = ("reference", "torch", "cpu", "triton", "cuda")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _TABLE: dict[str, dict[str, Callable[..., Any]]] = {}
@@ -30,7 +31,7 @@ _PROBLEM: dict[str, Callable[[torch.device], str | None]] = {}
 # (op, impl) -> whether it takes these arguments
 _SUPPORTS: dict[tuple[str, str], Callable[..., bool]] = {}
 # what impl=None tries, by device type; the first that is usable wins
-_PREFERENCE = {"cuda": ("cuda", "triton", "torch")}
+_PREFERENCE = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 library = torch.library.Library("s2d", "DEF")
@@ -145,6 +146,14 @@ def define(op: str, signature: str, fake: Callable[..., Any]) -> None:
 
     library.impl(op, call, "CompositeExplicitAutograd")
     torch.library.register_fake(f"s2d::{op}", lambda *given: fake(*given[:count]))
+
+
+def aligned_bytes(count: int, device: torch.device) -> Tensor:
+    """Uninitialized bytes that start at a multiple of 256; torch's CPU allocator promises only 64."""
+    alignment = 256
+    memory = torch.empty(count + alignment, dtype=torch.uint8, device=device)
+    offset = -memory.data_ptr() % alignment
+    return memory[offset : offset + count]
 
 
 def check_integer(name: str, value: object, *, low: int, high: int | None = None) -> int:

@@ -16,6 +16,7 @@ K, Y and Z are all blocks of Q_j, Y_j and Z_j. The residual costs no read of its
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -141,7 +142,8 @@ def topk_svd(
         keys: per matrix a name; with `seed` it determines the random columns. Default: the shape. Results never
             depend on a matrix's position in the list, nor on its neighbours (impl="torch" on a GPU: cuBLAS decides).
         reads: passes over each matrix; default 8 cold and 4 warm.
-        impl: "reference" (full SVD), "torch", "triton", "cuda", or None to choose by device, dtype and shape.
+        impl: "reference" (full SVD), "torch", "cpu" (C++), "triton", "cuda", or None to choose by device, dtype and
+            shape.
 
     Returns:
         One `TopkSVD` per matrix, fp32 (fp64 for fp64 input), on the device of the weights. `status` and `missed`
@@ -158,7 +160,8 @@ def topk_svd(
         Judge S and G, never single vectors: within a cluster they are arbitrary.
     Cost: `reads` passes over the weights and one for the largest |element| (prescale: 1e30- and 1e-30-scaled
         matrices work).
-    Determinism: same inputs, seed and keys give the same bits.
+    Determinism: same inputs, seed and keys give the same bits; so they do for any number of threads, but for
+        impl="torch".
     """
     weights = ops.check_tensor_list("weights", weights, ndim=2)
     ks = list(k) if isinstance(k, Sequence) else [k] * len(weights)
@@ -218,7 +221,8 @@ def _start_block(index: int, weight: Tensor, k: int, before: TopkSVD | SVDBasis 
             f"weights[{index}] of shape {tuple(weight.shape)}: pass the previous result of the same matrix, or None"
         )
     vectors = vectors[: width - 1].to(weight.device, dtype)
-    usable = vectors.isfinite().all(1, keepdim=True) & (vectors != 0).any(1, keepdim=True)
+    largest = torch.linalg.vector_norm(vectors, math.inf, dim=1, keepdim=True)
+    usable = (largest > 0) & (largest < math.inf)
     # A zero row (rank-deficient or non-finite last time) carries nothing: its place goes to a random one.
     block[: len(vectors)] = torch.where(usable, vectors, block[: len(vectors)])
     return block

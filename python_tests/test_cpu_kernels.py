@@ -1,0 +1,183 @@
+"""csrc/cpu: every instruction set, memory layout and thread count; the boundary; AddressSanitizer over it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from emulated import build_cpu
+from helpers import decaying_spectrum, matrix_with_spectrum, product_error
+from test_native import C_TYPES
+
+from s2d_kernels import _native_cpu, ops, topk_svd
+from s2d_kernels._native import NativeLibraryError
+from s2d_kernels.svd import NON_FINITE, OVERFLOW, TopkSVD
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+
+def test_every_function_of_the_header_has_its_argument_types() -> None:
+    header = (ROOT / "csrc" / "cpu" / "s2d_cpu.h").read_text(encoding="utf-8")
+    code = re.sub(r"/\*.*?\*/", "", header, flags=re.DOTALL)
+    prototypes = re.findall(r"^([\w ]+?\*?)\s*\b(s2d_\w+)\(([^)]*)\);", code, re.MULTILINE)
+    assert {name for _, name, _ in prototypes} == set(_native_cpu.SIGNATURES)
+    for result, name, arguments in prototypes:
+        names = [argument.strip() for argument in arguments.split(",") if argument.strip() not in ("", "void")]
+        expected = [C_TYPES[re.sub(r"\s*\w+$", "", argument).strip()] for argument in names]
+        assert _native_cpu.SIGNATURES[name] == (C_TYPES[result.strip()], expected), name
+    assert int(re.search(r"#define S2D_CPU_ABI_VERSION (\d+)", code).group(1)) == _native_cpu.ABI_VERSION
+
+
+def problems() -> list[torch.Tensor]:
+    """Both panel forms, in place and packed: rows, columns, strides, 16-bit numbers, sizes off every multiple."""
+    shapes = [(300, 200), (200, 300), (37, 199), (199, 37), (1000, 333), (1, 5), (5, 1), (1, 1), (450, 144), (16, 16)]
+    weights = [matrix_with_spectrum(m, n, decaying_spectrum(min(m, n), rate=0.05), seed=m + n) for m, n in shapes]
+    weights += [weight.T.contiguous().T for weight in weights[:6]]
+    weights += [weights[0].repeat_interleave(2, 1)[:, ::2], weights[1][3:150:2, 5:]]
+    weights += [weight.to(dtype) for weight in weights[:3] for dtype in (torch.bfloat16, torch.float16)]
+    return [*weights, weights[4].T.bfloat16(), (weights[0] * 1e-6).half()]  # the last one: subnormal numbers
+
+
+def ranks(weights: list[torch.Tensor]) -> list[int]:
+    return [min(3, *weight.shape) for weight in weights]
+
+
+CHECK = """
+import sys
+import torch
+import test_cpu_kernels as tests
+from s2d_kernels import _native_cpu, topk_svd
+weights = tests.problems()
+cold = topk_svd(weights, k=tests.ranks(weights), impl="cpu")
+warm = topk_svd(weights, k=tests.ranks(weights), warm=cold, seed=1, impl="cpu")
+torch.save([cold, warm, _native_cpu.capability()], sys.argv[1])
+"""
+
+
+def run(tmp_path: Path, **environment: str) -> tuple[list[TopkSVD], list[TopkSVD], str]:
+    """The problems solved in a process of its own, since a library chooses its instruction set once."""
+    path = tmp_path / "results.pt"
+    command = [sys.executable, "-c", CHECK, str(path)]
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "python_tests")))
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": paths} | environment
+    )
+    assert done.returncode == 0, done.stderr
+    return tuple(torch.load(path, weights_only=False))
+
+
+def assert_as_accurate_as_torch(cold: list[TopkSVD], warm: list[TopkSVD]) -> None:
+    weights = problems()
+    theirs = topk_svd(weights, k=ranks(weights), impl="torch")
+    for weight, reference, *results in zip(weights, theirs, cold, warm, strict=True):
+        error = product_error(weight, *reference[:3])
+        for got in results:
+            assert got.status == reference.status
+            assert product_error(weight, *got[:3]) <= 4 * error + 1e-6
+            torch.testing.assert_close(got.S, reference.S, rtol=2e-6, atol=0)
+            # The stated residual is the true one.
+            U, S, Vh = got.U.double(), got.S.double(), got.Vh.double()
+            left, right = weight.double().T @ U - Vh.T * S, weight.double() @ Vh.T - U * S
+            true = (left if weight.shape[0] >= weight.shape[1] else right).norm(dim=0)
+            assert (true - got.residual.double()).abs().max() <= 3e-6 * float(S[0])
+
+
+@pytest.mark.parametrize("capability", ["avx512", "avx2", "baseline"])
+def test_every_instruction_set(capability: str, tmp_path: Path) -> None:
+    cold, warm, used = run(tmp_path, S2D_CPU_CAPABILITY=capability)
+    order = ["baseline", "avx2", "avx512"]
+    assert order.index(used) <= order.index(capability)  # a machine may have less
+    assert_as_accurate_as_torch(cold, warm)
+
+
+def test_address_sanitizer(tmp_path: Path) -> None:
+    library = build_cpu("S2D_ASAN=ON", folder="cpu-asan")
+    preload = [
+        subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    options = {"LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0"}
+    assert_as_accurate_as_torch(*run(tmp_path, S2D_CPU_LIBRARY=str(library), **options)[:2])
+
+
+def test_bits_depend_neither_on_threads_nor_on_neighbours() -> None:
+    weights = [torch.randn(shape) for shape in ((90, 130), (130, 90), (64, 64), (257, 40), (90, 130))]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = topk_svd(weights, k=3, impl="cpu")
+        alone = [topk_svd([weight], k=3, impl="cpu")[0] for weight in weights]
+        torch.set_num_threads(3)
+        three = topk_svd(weights[::-1], k=3, impl="cpu")[::-1]
+    finally:
+        torch.set_num_threads(before)
+    for results in zip(one, alone, three, strict=True):
+        for other in results[1:]:
+            assert all(torch.equal(x, y) for x, y in zip(results[0].basis, other.basis, strict=True))
+            assert torch.equal(results[0].missed, other.missed)
+
+
+@pytest.mark.parametrize("shape", [(70, 50), (50, 70)])
+def test_extremes_and_broken_matrices_in_one_call(shape: tuple[int, int]) -> None:
+    fine = matrix_with_spectrum(*shape, decaying_spectrum(50, rate=0.1))
+    nan, infinite = fine.clone(), fine.half()
+    nan[-1, -1], infinite[3, 2] = float("nan"), float("-inf")
+    huge = fine / fine.abs().max() * 3e38
+    results = topk_svd([fine, nan, infinite, huge, fine * 1e-38, torch.zeros(shape)], k=3, impl="cpu", reads=3)
+    assert [int(result.status) for result in results[1:4]] == [NON_FINITE, NON_FINITE, OVERFLOW]
+    for broken in results[1:4]:
+        assert not any(tensor.any() for tensor in (*broken.basis, broken.missed))
+    torch.testing.assert_close(results[4].S * 1e38, results[0].S, rtol=1e-4, atol=0)
+    assert all(not tensor.any() for tensor in results[5].basis)
+    assert topk_svd([fine], k=3, impl="cpu", reads=3)[0].S.equal(results[0].S)
+
+
+def test_who_takes_what_when_nothing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp64 goes to torch, alone; without the library everything does, and impl="cpu" says why it cannot."""
+    weights = [torch.randn(40, 30), torch.randn(40, 30).double()]
+    mixed = topk_svd(weights, k=2)
+    for weight, got, impl in zip(weights, mixed, ("cpu", "torch"), strict=True):
+        alone = topk_svd([weight], k=2, impl=impl)[0]
+        assert all(torch.equal(x, y) for x, y in zip(got.basis, alone.basis, strict=True))
+    with pytest.raises(TypeError, match=r"weights\[1\] has dtype torch.float64: impl='cpu' takes fp32"):
+        topk_svd(weights, k=2, impl="cpu")
+    monkeypatch.setenv("S2D_CPU_LIBRARY", "/nowhere/libs2d_cpu.so")
+    assert ops.choose("topk_svd", None, CPU) == "torch"
+    with pytest.raises(ValueError, match=r"no native library at /nowhere/libs2d_cpu.so: .*make cpu"):
+        topk_svd(weights[:1], k=2, impl="cpu")
+
+
+def test_bad_starts_are_refused() -> None:
+    weight = torch.randn(20, 9)
+    for start, k in ((torch.randn(4, 8), 2), (torch.randn(4, 9).double(), 2), (torch.randn(4, 9), 5)):
+        with pytest.raises(ValueError, match=r"starts\[0\].* does not fit weights\[0\]"):
+            torch.ops.s2d.topk_svd([weight], [start], [k], [3], "cpu")
+    torch.library.opcheck(torch.ops.s2d.topk_svd.default, ([weight], [torch.randn(4, 9)], [2], [2], "cpu"))
+
+
+def test_the_library_refuses_what_it_cannot_work_with() -> None:
+    good = torch.randn(20, 9)
+    outputs = [torch.empty(20, 4), torch.empty(4), torch.empty(4, 9), torch.empty(4), torch.empty(()), torch.empty(())]
+    start = torch.randn(4, 9)
+    fields = [good.data_ptr(), start.data_ptr(), *(tensor.data_ptr() for tensor in outputs), 20, 9, 9, 1, 0, 4, 2, 2]
+    layer = _native_cpu.SvdLayer(*fields)
+    run = _native_cpu.SvdRun([layer], 1)
+    memory = ops.aligned_bytes(run.workspace_bytes(), CPU)
+    run(2e-4, 1e-3, memory.data_ptr(), memory.numel())
+    start_of, bytes_of = memory.data_ptr(), memory.numel()
+    for address, size in ((start_of + 8, bytes_of), (start_of, bytes_of - 1), (0, bytes_of)):
+        with pytest.raises(NativeLibraryError, match="status 2"):
+            run(2e-4, 1e-3, address, size)
+    for name, value in (("width", 10), ("k", 5), ("k", 0), ("reads", 0), ("dtype", 3), ("rows", 0), ("weight", None)):
+        broken = _native_cpu.SvdLayer(*fields)
+        setattr(broken, name, value)
+        run = _native_cpu.SvdRun([broken], 1)
+        assert run.workspace_bytes() == 0
+        with pytest.raises(NativeLibraryError, match="status 1"):
+            run(2e-4, 1e-3, memory.data_ptr(), memory.numel())

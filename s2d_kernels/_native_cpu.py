@@ -1,0 +1,85 @@
+"""ctypes loader of libs2d_cpu.so (csrc/cpu/s2d_cpu.h), the CPU's kernels. Nothing is loaded at import.
+
+`S2D_CPU_LIBRARY=/path/to/libs2d_cpu.so` selects any file, `S2D_CPU_CAPABILITY=avx2|baseline` a lesser instruction set.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_size_t, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from s2d_kernels._native import ROOT, NativeLibraryError, SvdLayer, open_library
+
+ABI_VERSION = 1
+MAX_THREADS = 256
+BUILD_HINT = "build it with `make cpu`, or `pip install -e .` where CMake and GCC >= 12 or Clang are found"
+
+_TABLE = [POINTER(SvdLayer), c_int32, c_int32]
+# name -> (result type, argument types); a test compares it with the header
+SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "s2d_cpu_abi_version": (c_int, []),
+    "s2d_cpu_capability": (c_char_p, []),
+    "s2d_cpu_topk_svd_workspace": (c_size_t, _TABLE),
+    "s2d_cpu_topk_svd": (c_int, [*_TABLE, c_float, c_double, c_void_p, c_size_t]),
+}
+
+
+def library_path() -> Path:
+    """Where the library is looked for."""
+    if os.environ.get("S2D_CPU_LIBRARY"):
+        return Path(os.environ["S2D_CPU_LIBRARY"])
+    installed = ROOT / "lib" / "libs2d_cpu.so"
+    built = [ROOT.parent / "build" / folder / "libs2d_cpu.so" for folder in ("cpu", "native")]  # in a source tree
+    found = [path for path in (installed, *built) if path.is_file()]
+    return max(found, key=lambda path: path.stat().st_mtime, default=installed)
+
+
+@cache
+def _load(path: Path) -> ctypes.CDLL:
+    return open_library(path, SIGNATURES, ("s2d_cpu_abi_version", ABI_VERSION), BUILD_HINT)
+
+
+def load() -> ctypes.CDLL:
+    """The library, loaded once per path.
+
+    Raises:
+        NativeLibraryError: with the path looked for and how to build it, or both ABI numbers when they differ.
+    """
+    return _load(library_path())
+
+
+def problem() -> str | None:
+    """Why the library cannot be used, or None."""
+    try:
+        load()
+    except NativeLibraryError as error:
+        return str(error)
+    return None
+
+
+def capability() -> str:
+    """The instruction set whose kernels run here: "avx512", "avx2" or "baseline"."""
+    return str(load().s2d_cpu_capability().decode())
+
+
+class SvdRun:
+    """`s2d_cpu_topk_svd` over a table of matrices."""
+
+    def __init__(self, layers: Sequence[SvdLayer], threads: int) -> None:
+        self.library = load()
+        self.table = (SvdLayer * len(layers))(*layers), len(layers), max(1, min(threads, MAX_THREADS))
+
+    def workspace_bytes(self) -> int:
+        """Bytes of the workspace, which must be aligned to 256."""
+        return int(self.library.s2d_cpu_topk_svd_workspace(*self.table))
+
+    def __call__(self, tolerance: float, failure_probability: float, address: int, size: int) -> None:
+        """Do the work, with a workspace of `size` bytes at `address`."""
+        status = self.library.s2d_cpu_topk_svd(*self.table, tolerance, failure_probability, address, size)
+        if status:
+            raise NativeLibraryError(f"s2d_cpu_topk_svd refused its arguments with status {status} (csrc/s2d.h)")
