@@ -12,17 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from s2d_kernels import quant_ops, reference
+from s2d_kernels import integer_gemm, quantizers, reference
 from s2d_kernels.quant_ops import (
-    code_span,
-    exact_chunk,
     fake_quant_linear,
     integer_accumulator,
     integer_linear,
-    pack_codes,
-    pack_mask,
     quantize_activation,
     quantize_weight,
+)
+from s2d_kernels.quantizers import (
+    code_span,
+    exact_chunk,
+    pack_codes,
+    pack_mask,
     unpack_codes,
     unpack_mask,
 )
@@ -32,7 +34,7 @@ SIZES = (1, 37, 63, 199)
 GRANULARITIES = {"per_token": "per_row", "per_channel": "per_row", "per_tensor": "per_tensor", "per_group": "per_group"}
 
 
-def quantize(x: Tensor, granularity: str, impl: str, **kwargs: object) -> quant_ops.QuantizedOperand:
+def quantize(x: Tensor, granularity: str, impl: str, **kwargs: object) -> quantizers.QuantizedOperand:
     function = quantize_weight if granularity in ("per_channel", "per_group") else quantize_activation
     return function(x, granularity=granularity, impl=impl, **kwargs)
 
@@ -83,7 +85,7 @@ def assert_same(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
-def assert_same_operand(a: quant_ops.QuantizedOperand, b: quant_ops.QuantizedOperand) -> None:
+def assert_same_operand(a: quantizers.QuantizedOperand, b: quantizers.QuantizedOperand) -> None:
     for left, right in zip(a[:5], b[:5], strict=True):
         assert_same(left, right)
 
@@ -221,14 +223,14 @@ def test_packing_round_trips(K: int) -> None:
 # --- Integer linear -----------------------------------------------------------------------------------------------
 
 
-def operand(codes: Tensor, bits: int, symmetric: bool, zero_point: int = 0) -> quant_ops.QuantizedOperand:
+def operand(codes: Tensor, bits: int, symmetric: bool, zero_point: int = 0) -> quantizers.QuantizedOperand:
     """Per-tensor operand with given (unshifted) codes."""
-    shift = quant_ops.code_shift(bits, symmetric)
+    shift = quantizers.code_shift(bits, symmetric)
     stored_codes = (codes - shift).to(torch.int8)
     zero = torch.full((1, 1), zero_point - shift, dtype=torch.int32)
     row_sum = stored_codes.sum(1, keepdim=True, dtype=torch.int32)
     mask = pack_mask(torch.ones(codes.shape, dtype=torch.bool))
-    return quant_ops.QuantizedOperand(stored_codes, torch.ones(1, 1), zero, row_sum, mask, bits, symmetric)
+    return quantizers.QuantizedOperand(stored_codes, torch.ones(1, 1), zero, row_sum, mask, bits, symmetric)
 
 
 @pytest.mark.parametrize(
@@ -325,7 +327,7 @@ def test_row_sums_per_group_are_made_when_missing() -> None:
     with_sums, without = quantize_activation(x, group_size=9), quantize_activation(x)
     assert with_sums.row_sum.shape == (3, 4)
     assert_same(with_sums.row_sum.sum(1, keepdim=True, dtype=torch.int32), without.row_sum)
-    assert_same(quant_ops._check_operands(without, qw)[0].row_sum, with_sums.row_sum)
+    assert_same(integer_gemm._check_operands(without, qw)[0].row_sum, with_sums.row_sum)
     assert_same(integer_accumulator(without, qw), integer_accumulator(with_sums, qw))
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self, cast
 import torch
 from torch import Tensor, nn
 
-from s2d_kernels import ops, quant_ops
+from s2d_kernels import ops, quant_ops, quantizers
 from s2d_kernels.evaluation import run_batches
 from s2d_kernels.parameters import HEAD
 
@@ -38,10 +38,10 @@ def _resolve(in_features: int, given: Mapping[str, Any]) -> dict[str, Any]:
     static = settings["act_range"] is not None
     if settings["act_granularity"] is None:
         settings["act_granularity"] = "per_tensor" if static else "per_token"
-    quant_ops.check_bits("weight_bits", settings["weight_bits"])
-    quant_ops.check_bits("act_bits", settings["act_bits"])
-    quant_ops.check_granularity("act_granularity", settings["act_granularity"], quant_ops.ACTIVATION_GRANULARITIES)
-    quant_ops.check_weight_groups(settings["weight_granularity"], settings["group_size"], in_features)
+    quantizers.check_bits("weight_bits", settings["weight_bits"])
+    quantizers.check_bits("act_bits", settings["act_bits"])
+    quantizers.check_granularity("act_granularity", settings["act_granularity"], quantizers.ACTIVATION_GRANULARITIES)
+    quantizers.check_weight_groups(settings["weight_granularity"], settings["group_size"], in_features)
     if static and settings["act_granularity"] != "per_tensor":
         raise ValueError(
             f"act_granularity={settings['act_granularity']!r} does not go with a static activation range, which is one "
@@ -51,7 +51,7 @@ def _resolve(in_features: int, given: Mapping[str, Any]) -> dict[str, Any]:
         if settings["act_range"] != "static":
             raise ValueError(f"act_range={settings['act_range']!r} must be None, 'static' or a pair (min, max)")
     else:
-        quant_ops.check_value_range("act_range", settings["act_range"], torch.empty(0, 0), "per_tensor")
+        quantizers.check_value_range("act_range", settings["act_range"], torch.empty(0, 0), "per_tensor")
     if settings["impl"] is not None and settings["impl"] not in ops.IMPLS:
         raise ValueError(f"impl={settings['impl']!r} is none of {ops.IMPLS} (or None to choose by device)")
     return settings

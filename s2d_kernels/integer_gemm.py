@@ -1,0 +1,202 @@
+"""The exact integer linear layer on quantized operands: `integer_accumulator` and `integer_linear`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s2d_kernels import ops, reference
+from s2d_kernels.quantizers import QuantizedOperand, code_span, exact_chunk, row_sums
+
+_OPERAND = "Tensor {0}_codes, Tensor {0}_scale, Tensor {0}_zero_point, Tensor {0}_row_sum"
+_OPERANDS = f"{_OPERAND.format('x')}, {_OPERAND.format('w')}"
+_KINDS = "int x_bits, bool x_symmetric, int w_bits, bool w_symmetric"
+ops.define(
+    "integer_accumulator",
+    f"{_OPERANDS}, {_KINDS} -> Tensor",
+    lambda x, _xs, _xz, _xr, w, _ws, _wz, w_row_sum, *_: x.new_empty(
+        (w_row_sum.shape[1], x.shape[0], w.shape[0]), dtype=torch.int32
+    ),
+)
+ops.define(
+    "integer_linear",
+    f"{_OPERANDS}, Tensor? bias, {_KINDS}, ScalarType out_dtype -> Tensor",
+    lambda x, _xs, _xz, _xr, w, _ws, _wz, _wr, _bias, _xb, _xy, _wb, _wy, out_dtype: x.new_empty(
+        (x.shape[0], w.shape[0]), dtype=out_dtype
+    ),
+)
+
+
+def reference_operand(codes: Tensor, scale: Tensor, zero_point: Tensor) -> reference.QuantizedTensor:
+    """Stored codes as `reference.py` takes them, on the CPU and without a mask."""
+    return reference.QuantizedTensor(codes.cpu().long(), scale.cpu(), zero_point.cpu().long(), torch.empty(0))
+
+
+@ops.implements("integer_accumulator", "reference")
+def _accumulator_reference(*arguments: Any) -> Tensor:
+    xc, xs, xz, _, wc, ws, wz, *_ = arguments
+    qx, qw = reference_operand(xc, xs, xz), reference_operand(wc, ws, wz)
+    return reference.integer_accumulator(qx, qw).to(xc.device, torch.int32)
+
+
+@ops.implements("integer_linear", "reference")
+def _linear_reference(*arguments: Any) -> Tensor:
+    xc, xs, xz, _, wc, ws, wz, _, bias, *_, out_dtype = arguments
+    qx, qw = reference_operand(xc, xs, xz), reference_operand(wc, ws, wz)
+    y, _ = reference.integer_linear(qx, qw, None if bias is None else bias.cpu(), out_dtype)
+    return y.to(xc.device)
+
+
+def by_group(values: Tensor, parameter: Tensor) -> Tensor:
+    """View of `values [rows, K]` as `[rows, groups, size]`, against which `parameter.unsqueeze(2)` broadcasts."""
+    (rows, K), groups = values.shape, parameter.shape[1]
+    return values.view(rows, groups, K // groups if groups else 0)
+
+
+def centred(codes: Tensor, zero_point: Tensor, symmetric: bool, dtype: torch.dtype) -> Tensor:
+    """codes - zero_point `[rows, K]` in `dtype`, exact."""
+    values = codes.to(dtype, memory_format=torch.contiguous_format)  # a copy that may be written
+    if symmetric:
+        return values
+    by_group(values, zero_point).sub_(zero_point.unsqueeze(2))
+    return values
+
+
+def _exact_products(
+    xc: Tensor, xz: Tensor, wc: Tensor, wz: Tensor, groups: int, kinds: Sequence[Any]
+) -> Iterator[Tensor]:
+    """Per group the accumulator `[M, N]`: fp32 where one exact GEMM makes it, int32 where chunks are added up.
+
+    Zero points are taken off the operands, not off the product: |code - zero_point| has no more bits than the code.
+    """
+    x_bits, x_symmetric, w_bits, w_symmetric = kinds
+    x = centred(xc, xz, x_symmetric, torch.float32)
+    w = centred(wc, wz, w_symmetric, torch.float32).mT
+    chunk = exact_chunk(code_span(x_bits, x_symmetric), code_span(w_bits, w_symmetric))
+    size = x.shape[1] // groups if groups else 0
+    for first in range(0, groups * size, size) if size else range(groups):
+        last = first + size
+        total = x[:, first : min(first + chunk, last)] @ w[first : min(first + chunk, last)]
+        if size > chunk:
+            total = total.to(torch.int32)
+            for start in range(first + chunk, last, chunk):
+                stop = min(start + chunk, last)
+                total += (x[:, start:stop] @ w[start:stop]).to(torch.int32)
+        yield total
+
+
+@ops.implements("integer_accumulator", "torch")
+def _accumulator_torch(*arguments: Any) -> Tensor:
+    xc, _, xz, _, wc, _, wz, w_row_sum, *kinds = arguments
+    out = xc.new_empty((w_row_sum.shape[1], xc.shape[0], wc.shape[0]), dtype=torch.int32)
+    for group, product in enumerate(_exact_products(xc, xz, wc, wz, len(out), kinds)):
+        out[group] = product
+    return out
+
+
+@ops.implements("integer_linear", "torch")
+def _linear_torch(*arguments: Any) -> Tensor:
+    xc, x_scale, xz, _, wc, w_scale, wz, w_row_sum, bias, *kinds, out_dtype = arguments
+    dtype = x_scale.dtype
+    y = None
+    # One rounding an operation: a fused multiply-add would give other bits than the definition.
+    for group, product in enumerate(_exact_products(xc, xz, wc, wz, w_row_sum.shape[1], kinds)):
+        term = product.to(dtype).mul_(x_scale).mul_(w_scale[:, group])
+        y = term if y is None else y.add_(term)
+    if y is None:
+        y = x_scale.new_zeros((xc.shape[0], wc.shape[0]))
+    if bias is not None:
+        y.add_(bias.to(dtype))
+    return y.to(out_dtype)
+
+
+# --- Public functions -------------------------------------------------------------------------------------------------
+
+
+def _check_operands(qx: QuantizedOperand, qw: QuantizedOperand) -> tuple[QuantizedOperand, QuantizedOperand]:
+    (M, K), (N, w_K) = qx.codes.shape, qw.codes.shape
+    if w_K != K:
+        raise ValueError(f"qx.codes is [{M}, {K}] but qw.codes is [{N}, {w_K}]: both need the same K")
+    if qx.codes.device != qw.codes.device:
+        raise ValueError(f"qx is on {qx.codes.device} but qw on {qw.codes.device}: move both to one device")
+    if qx.scale.dtype != qw.scale.dtype:
+        raise TypeError(f"qx was quantized in {qx.scale.dtype} but qw in {qw.scale.dtype}: convert one input first")
+    groups = qw.row_sum.shape[1]
+    check_accumulator_range(K // groups if groups else 0, (qx.bits, qx.symmetric), (qw.bits, qw.symmetric))
+    if qx.row_sum.shape[1] != groups:
+        qx = qx._replace(row_sum=row_sums(qx.codes, groups))
+    return qx, qw
+
+
+def check_accumulator_range(size: int, x_kind: tuple[int, bool], w_kind: tuple[int, bool]) -> None:
+    """Raise if an accumulator over `size` columns could overflow int32."""
+    limit = (2**31 - 1) // (code_span(*x_kind) * code_span(*w_kind))
+    if size > limit:
+        raise ValueError(
+            f"K={size} at {x_kind[0]}-bit activations and {w_kind[0]}-bit weights can overflow the int32 accumulator "
+            f"(K <= {limit}): use fewer bits or weight_granularity='per_group'"
+        )
+
+
+def integer_accumulator(qx: QuantizedOperand, qw: QuantizedOperand, *, impl: str | None = None) -> Tensor:
+    """Exact integer products with the zero points removed: sum_k (qx - z_x)(qw - z_w) per group.
+
+    Args:
+        qx: activations, codes `[M, K]`.
+        qw: weight, codes `[N, K]`.
+        impl: "reference", "torch", or None to choose.
+
+    Returns:
+        `[groups, M, N]` int32, one group unless the weight is quantized per group.
+
+    Raises:
+        ValueError: K or device differ, or K is so large that int32 could overflow.
+        TypeError: one operand comes from fp64 and the other does not.
+
+    Accuracy: exact, hence equal on every impl.
+    """
+    qx, qw = _check_operands(qx, qw)
+    kinds = (qx.bits, qx.symmetric, qw.bits, qw.symmetric)
+    return torch.ops.s2d.integer_accumulator(*qx[:4], *qw[:4], *kinds, impl)
+
+
+def integer_linear(
+    qx: QuantizedOperand,
+    qw: QuantizedOperand,
+    bias: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """y = s_x s_w sum_k (qx - z_x)(qw - z_w) + bias, the sum in exact integers.
+
+    Args:
+        qx: activations, codes `[M, K]`.
+        qw: weight, codes `[N, K]`.
+        bias: `[N]`, floating.
+        out_dtype: of the result; default the scales' dtype.
+        impl: "reference", "torch", or None to choose.
+
+    Returns:
+        `[M, N]`: (acc * s_x) * s_w, summed over groups in ascending order, + bias, one rounding each, then the cast.
+
+    Raises:
+        TypeError, ValueError: as `integer_accumulator`; a bias that is not `[N]`.
+
+    Accuracy: same bits from every impl.
+    """
+    qx, qw = _check_operands(qx, qw)
+    check_bias(bias, qw.codes.shape[0], qx.codes.device)
+    kinds = (qx.bits, qx.symmetric, qw.bits, qw.symmetric)
+    return torch.ops.s2d.integer_linear(*qx[:4], *qw[:4], bias, *kinds, out_dtype or qx.scale.dtype, impl)
+
+
+def check_bias(bias: Tensor | None, N: int, device: torch.device) -> None:
+    """Raise unless `bias` is None or a dense `[N]` tensor on `device`."""
+    if bias is not None:
+        ops.check_tensor("bias", bias, ndim=1, device=device)
+        if bias.shape[0] != N:
+            raise ValueError(f"bias has shape {tuple(bias.shape)}, but the weight has {N} output channels: pass [{N}]")
