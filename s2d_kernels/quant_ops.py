@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from s2d_kernels import ops, reference
+from s2d_kernels import fixed_point, ops, reference
 from s2d_kernels.integer_gemm import (
     by_group,
     centred,
@@ -28,6 +28,7 @@ from s2d_kernels.quantizers import (
     check_granularity,
     check_value_range,
     check_weight_groups,
+    code_span,
     pack_codes,
     quantize_activation,
     quantize_operand,
@@ -87,9 +88,14 @@ def _grad_torch(
 ) -> Tensor:
     if bits <= 4:
         codes = unpack_codes(codes, K, symmetric)
+    if scale.shape[1] == 1 and fixed_point.serves(grad, len(codes), code_span(bits, symmetric)):
+        values = centred(codes, zero_point, symmetric, torch.int8)
+        product = fixed_point.product(grad, scale.mT, values, mask, out_dtype)
+        if product is not None:
+            return product
     operand = centred(codes, zero_point, symmetric, scale.dtype)
     by_group(operand, scale).mul_(scale.unsqueeze(2))
-    return (grad.to(scale.dtype) @ operand).mul_(unpack_mask(mask, K)).to(out_dtype)
+    return (grad.to(scale.dtype) @ operand).mul_(fixed_point.mask_factor(mask, K, scale.dtype)).to(out_dtype)
 
 
 class _Settings(NamedTuple):
@@ -215,7 +221,8 @@ def fake_quant_linear(
 
     Accuracy: codes, scales, zero points, accumulator and y have the same bits on every impl. Per token a NaN or Inf
         makes its own output row NaN and no other; per tensor all of them.
-    Cost: impl="torch" is one fp32 GEMM plus elementwise passes (GEMMs of `exact_chunk` columns where K is larger).
+    Cost: impl="torch" on a CPU with VNNI or AMX is one int8 GEMM forward and six (of digits, see `fixed_point.py`)
+        backward, plus elementwise passes; elsewhere fp32 GEMMs (of `exact_chunk` columns forward where K is larger).
         Saved for backward: packed codes and mask bits of both operands, 0.63 B an element at 4 bits or fewer, 1.13 B
         above, plus 8 B a row. Not differentiable twice.
     Determinism: the forward does not depend on tiling; gradients are as deterministic as torch's GEMM.
