@@ -45,6 +45,7 @@ __all__ = [
     "integer_linear",
     "quantize_activation",
     "quantize_weight",
+    "quantized_linear",
 ]
 
 ops.define(
@@ -177,6 +178,58 @@ class _FakeQuantLinear(torch.autograd.Function):
         return grad_x, grad_w, grad_bias, None, None, None, None, None
 
 
+def _out_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's dtype where it is on and `x` is not fp64, else that of `x`."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def quantized_linear(
+    x: Tensor,
+    weight: QuantizedOperand,
+    bias: Tensor | None = None,
+    *,
+    act_bits: int = 4,
+    act_granularity: str = "per_token",
+    act_symmetric: bool = False,
+    act_range: ValueRange | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """`fake_quant_linear` on a weight that is quantized already, for inference.
+
+    Args:
+        x: `[..., K]`, fp32, bf16 or fp16 (fp64 if the weight was fp64).
+        weight: of `quantize_weight`, codes `[N, K]`.
+        bias: `[N]`.
+        act_bits, act_granularity, act_symmetric, act_range, impl: as in `fake_quant_linear`.
+
+    Returns:
+        `[..., N]`, bit for bit what `fake_quant_linear` returns for the weight that these codes were made from.
+
+    Raises:
+        TypeError, ValueError: as `fake_quant_linear`.
+        ValueError: a gradient would be needed.
+    """
+    x = ops.check_tensor("x", x, device=weight.codes.device)
+    N, K = weight.codes.shape
+    if x.ndim == 0 or x.shape[-1] != K:
+        raise ValueError(f"x has shape {tuple(x.shape)} but the weight {(N, K)}: the last sizes must be equal")
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        raise ValueError("quantized_linear has no gradient: call it under torch.no_grad(), or use fake_quant_linear")
+    groups = weight.row_sum.shape[1]
+    qx = quantize_activation(
+        x.reshape(math.prod(x.shape[:-1]), K),
+        bits=act_bits,
+        granularity=act_granularity,
+        symmetric=act_symmetric,
+        value_range=act_range,
+        group_size=K // groups if groups > 1 else None,
+        impl=impl,
+    )
+    return integer_linear(qx, weight, bias, out_dtype=_out_dtype(x), impl=impl).reshape(*x.shape[:-1], N)
+
+
 def fake_quant_linear(
     x: Tensor,
     weight: Tensor,
@@ -243,9 +296,6 @@ def fake_quant_linear(
     rows = x.reshape(math.prod(x.shape[:-1]), K)
     x_range = check_value_range("act_range", act_range, rows, act_kind)
     w_range = check_value_range("weight_range", weight_range, weight, WEIGHT_GRANULARITIES[weight_granularity])
-    out_dtype = x.dtype
-    if out_dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        out_dtype = torch.get_autocast_dtype(x.device.type)
     settings = _Settings(
         act_bits,
         act_symmetric,
@@ -254,7 +304,7 @@ def fake_quant_linear(
         weight_symmetric,
         WEIGHT_GRANULARITIES[weight_granularity],
         groups,
-        out_dtype,
+        _out_dtype(x),
         impl,
     )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
