@@ -27,6 +27,7 @@ _DEFAULTS: dict[str, Any] = {
     "act_symmetric": False,
     "act_range": None,
     "group_size": None,
+    "learn_range": False,
     "impl": None,
 }
 
@@ -48,6 +49,11 @@ def _resolve(in_features: int, given: Mapping[str, Any]) -> dict[str, Any]:
             f"act_granularity={settings['act_granularity']!r} does not go with a static activation range, which is one "
             "for the tensor: use 'per_tensor', or dynamic ranges (no calibration, act_range=None)"
         )
+    if settings["learn_range"]:
+        if not static:
+            raise ValueError("learn_range=True needs a range to start from: give act_range, or calibration batches")
+        if settings["weight_granularity"] == "per_group":
+            raise ValueError("learn_range=True does not go with weight_granularity='per_group': use 'per_channel'")
     if isinstance(settings["act_range"], str):
         if settings["act_range"] != "static":
             raise ValueError(f"act_range={settings['act_range']!r} must be None, 'static' or a pair (min, max)")
@@ -72,9 +78,12 @@ class _FakeQuantized(nn.Module):
     group_size: int | None
     impl: str | None
     static: bool
+    learn_range: bool
     reuse_codes: bool
     act_min: Tensor
     act_max: Tensor
+    weight_min: Tensor
+    weight_max: Tensor
 
     @classmethod
     def _convert(cls, layer: nn.Module, resolved: Mapping[str, Any]) -> Self:
@@ -91,9 +100,41 @@ class _FakeQuantized(nn.Module):
         self.reuse_codes = False
         self.static = act_range is not None
         if act_range is not None:
-            values = (math.nan, math.nan) if act_range == "static" else act_range
-            for name, value in zip(("act_min", "act_max"), values, strict=True):
-                self.register_buffer(name, torch.full((), float(value), device=self.weight.device))
+            low, high = (math.nan, math.nan) if act_range == "static" else (float(v) for v in act_range)
+            self._set_range("act", torch.tensor(low), torch.tensor(high), self.act_symmetric)
+        if self.learn_range:
+            rows = self.weight.detach().flatten(1).float()
+            dims = (1,) if self.weight_granularity == "per_channel" else (0, 1)
+            self._set_range("weight", rows.amin(dims).view(-1), rows.amax(dims).view(-1), self.weight_symmetric)
+
+    def _set_range(self, which: str, low: Tensor, high: Tensor, symmetric: bool) -> None:
+        """Buffers or parameters `which`_min and `which`_max; a learned symmetric range is one number, its end."""
+        values = {"min": low, "max": high}
+        if self.learn_range and symmetric:
+            values = {"max": torch.maximum(low.abs(), high.abs())}
+        for end, value in values.items():
+            value = value.to(self.weight.device)
+            if self.learn_range:
+                self.register_parameter(f"{which}_{end}", nn.Parameter(value))
+            else:
+                self.register_buffer(f"{which}_{end}", value)
+
+    def _range_names(self) -> tuple[str, ...]:
+        names = ("act_min", "act_max", "weight_min", "weight_max")
+        return tuple(name for name in names if name in self._buffers or name in self._parameters)
+
+    def act_range(self) -> tuple[Tensor, Tensor] | None:
+        """(min, max) of a static range."""
+        if not self.static:
+            return None
+        return (self.act_min, self.act_max) if "act_min" in self._range_names() else (-self.act_max, self.act_max)
+
+    def weight_range(self) -> tuple[Tensor, Tensor] | None:
+        """(min, max) of a learned range, else None: the weight's own."""
+        if not self.learn_range:
+            return None
+        low = self.weight_min if "weight_min" in self._range_names() else -self.weight_max
+        return low, self.weight_max
 
     def act_settings(self) -> dict[str, Any]:
         """How the input is quantized, as `fake_quant_linear` and `quantized_linear` take it."""
@@ -101,7 +142,7 @@ class _FakeQuantized(nn.Module):
             "act_bits": self.act_bits,
             "act_granularity": self.act_granularity,
             "act_symmetric": self.act_symmetric,
-            "act_range": (self.act_min, self.act_max) if self.static else None,
+            "act_range": self.act_range(),
             "impl": self.impl,
         }
 
@@ -116,15 +157,28 @@ class _FakeQuantized(nn.Module):
 
     def quantized_weight(self) -> QuantizedOperand:
         """The weight, as `[out, in]`, in codes."""
-        return quant_ops.quantize_weight(self.weight.detach().flatten(1), **self.weight_settings(), impl=self.impl)
+        rows = self.weight.detach().flatten(1)
+        settings = self.weight_settings()
+        return quant_ops.quantize_weight(rows, **settings, value_range=self.weight_range(), impl=self.impl)
 
     def _rows(self, rows: Tensor) -> Tensor:
         """The layer on `rows [..., in]`."""
-        if self.reuse_codes and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        if (
+            self.reuse_codes
+            and not self.learn_range
+            and not torch.compiler.is_compiling()
+            and not torch.is_grad_enabled()
+        ):
             return quant_ops.quantized_linear(rows, self._kept_codes(), self.bias, **self.act_settings())
         weight = {f"weight_{name}": value for name, value in self.weight_settings().items() if name != "group_size"}
         return quant_ops.fake_quant_linear(
-            rows, self.weight.flatten(1), self.bias, **self.act_settings(), **weight, group_size=self.group_size
+            rows,
+            self.weight.flatten(1),
+            self.bias,
+            **self.act_settings(),
+            **weight,
+            weight_range=self.weight_range(),
+            group_size=self.group_size,
         )
 
     def _kept_codes(self) -> QuantizedOperand:
@@ -148,24 +202,24 @@ class _FakeQuantized(nn.Module):
             f"{super().extra_repr()}, W{self.weight_bits}A{self.act_bits}, "
             f"weight={self.weight_granularity}{group} {'symmetric' if self.weight_symmetric else 'asymmetric'}, "
             f"act={self.act_granularity} {'symmetric' if self.act_symmetric else 'asymmetric'} "
-            f"{'static' if self.static else 'dynamic'}"
+            f"{'static' if self.static else 'dynamic'}{', learned' if self.learn_range else ''}"
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        ranges = (self.act_min, self.act_max) if self.static else ()
+        ranges = {name: getattr(self, name).detach() for name in self._range_names()}
         super()._apply(fn, recurse)
         # A range rounded to bf16 would change codes. Moving is allowed, casting is undone.
-        for name, value in zip(("act_min", "act_max"), ranges, strict=False):
+        for name, value in ranges.items():
             moved = getattr(self, name)
             if moved.dtype != torch.float32:
-                setattr(self, name, value.to(moved.device))
+                moved.data = value.to(moved.device)
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         missing_keys = args[2]
-        ranges = [prefix + "act_min", prefix + "act_max"]
-        if self.static and not any(key in state_dict for key in ranges):  # an nn.Linear's checkpoint
+        ranges = [prefix + name for name in self._range_names()]
+        if not any(key in state_dict for key in ranges):  # an nn.Linear's checkpoint
             missing_keys[:] = [key for key in missing_keys if key not in ranges]
 
 
@@ -182,13 +236,17 @@ class FakeQuantLinear(_FakeQuantized, nn.Linear):
         act_range: None: dynamic, from each input. (min, max): static, in the fp32 buffers `act_min` and `act_max`.
             "static": the same buffers, NaN until a state_dict fills them.
         group_size: columns a group, for "per_group"; divides `in_features`.
+        learn_range: make `act_min`, `act_max` parameters, and `weight_min`, `weight_max` `[out_features]` (`[1]` per
+            tensor), which start at the weight's own range: learned step size quantization. Symmetric ranges have the
+            maximum only. Needs `act_range`.
         impl: "reference", "torch", or None to choose.
 
     Raises:
         TypeError, ValueError: an argument that `fake_quant_linear` would refuse.
 
     State: with dynamic ranges exactly `nn.Linear`'s keys; static ones add `act_min` and `act_max`, which stay fp32
-    under `.to(dtype)`. An `nn.Linear`'s state_dict loads into either and leaves the ranges as they are.
+    under `.to(dtype)`, learned ones also `weight_min` and `weight_max`. An `nn.Linear`'s state_dict loads into any and
+    leaves the ranges as they are.
     """
 
     def __init__(
@@ -205,6 +263,7 @@ class FakeQuantLinear(_FakeQuantized, nn.Linear):
         act_symmetric: bool = False,
         act_range: tuple[float, float] | str | None = None,
         group_size: int | None = None,
+        learn_range: bool = False,
         impl: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -218,6 +277,7 @@ class FakeQuantLinear(_FakeQuantized, nn.Linear):
             "act_symmetric": act_symmetric,
             "act_range": act_range,
             "group_size": group_size,
+            "learn_range": learn_range,
             "impl": impl,
         }
         settings = _resolve(in_features, given)
@@ -336,6 +396,7 @@ def quantize_(
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     mode: str = "qat",
+    learn_range: bool = False,
     impl: str | None = None,
     show_progress: bool = False,
 ) -> list[LayerDecision]:
@@ -363,6 +424,8 @@ def quantize_(
         mode: "qat": the weights are trained on, and rounded in each forward. "ptq": they are finished; each weight is
             rounded to nearest once and its codes are used again in forwards without gradients until it changes (a write
             through `.data` goes unnoticed). Both give the same bits.
+        learn_range: as `FakeQuantLinear`; the calibrated ranges are where learning starts. Hand the new parameters to
+            the optimizer.
         show_progress: show a progress bar of the calibration; needs rich.
 
     Returns:
@@ -383,6 +446,7 @@ def quantize_(
         "act_symmetric": act_symmetric,
         "act_range": None if calibration is None else "static",
         "group_size": group_size,
+        "learn_range": learn_range,
         "impl": impl,
     }
     if percentile is not None:

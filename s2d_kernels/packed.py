@@ -36,6 +36,7 @@ from s2d_kernels.integer_gemm import by_group, centred
 from s2d_kernels.quantizers import QuantizedOperand, pack_codes, row_sums, unpack_codes
 
 FORMAT = "s2d_kernels packed codes, version 1"
+_REPLACED = ("weight", "bias", "act_min", "act_max", "weight_min", "weight_max")
 _OPERAND = ("weight_codes", "weight_scale", "weight_zero_point")
 
 
@@ -58,7 +59,7 @@ class _Packed(nn.Module):
         module.__class__ = cls
         module.settings = dict(settings)
         device = cast(Tensor, layer.weight).device
-        for name in ("weight", "bias", "act_min", "act_max"):
+        for name in _REPLACED:
             module._parameters.pop(name, None)
             module._buffers.pop(name, None)
         symmetric, columns = settings["weight_symmetric"], settings["in_features"]
@@ -156,7 +157,7 @@ def export(model: nn.Module, path: str | Path) -> None:
         if not isinstance(module, FakeQuantLinear | FakeQuantPatchEmbedding):
             continue
         prefix = f"{name}." if name else ""
-        inside |= {prefix + key for key in ("weight", "bias", "act_min", "act_max")}
+        inside |= {prefix + key for key in _REPLACED}
         if module in seen:
             continue
         seen.add(module)
@@ -191,10 +192,11 @@ def _pack(name: str, module: FakeQuantLinear | FakeQuantPatchEmbedding) -> tuple
         values["weight_zero_point"] = q.zero_point
     if module.bias is not None:
         values["bias"] = module.bias
-    if module.static:
-        if not (module.act_min.isfinite() and module.act_max.isfinite()):
+    act_range = module.act_range()
+    if act_range is not None:
+        if not all(end.isfinite() for end in act_range):
             raise ValueError(f"layer {name!r} has no activation range yet: calibrate it, or load its state_dict")
-        values |= {"act_min": module.act_min, "act_max": module.act_max}
+        values |= dict(zip(("act_min", "act_max"), act_range, strict=True))
     settings = {
         "kind": "linear" if isinstance(module, FakeQuantLinear) else "patch",
         "in_features": q.codes.shape[1],
@@ -240,10 +242,7 @@ def load_(model: nn.Module, path: str | Path) -> nn.Module:
         _check_layer(name, modules.get(name), settings)
     found = {id(modules[name]) for name in layers}
     inside = {
-        f"{name}.{key}" if name else key
-        for name, module in modules.items()
-        if id(module) in found
-        for key in ("weight", "bias", "act_min", "act_max")
+        f"{name}.{key}" if name else key for name, module in modules.items() if id(module) in found for key in _REPLACED
     }
     expected = {name: value for name, value in model.state_dict().items() if name not in inside}
     packed = {f"{n}.{key}" if n else key for n in layers for key in (*_OPERAND, "bias", "act_min", "act_max")}

@@ -84,16 +84,19 @@ def pack_mask(mask: Tensor) -> Tensor:
     return words.view(torch.uint8)[7::8].contiguous().view(rows, (K + 7) // 8)
 
 
-@functools.cache
 def _bits_of_bytes(device: torch.device) -> Tensor:
     """The eight bits of each byte as eight 0/1 bytes in an int64, `[256]`."""
     byte = torch.arange(256, device=device)
     return torch.stack([byte >> bit & 1 for bit in range(8)], dim=1).to(torch.uint8).view(torch.int64).squeeze(1)
 
 
+_kept_bits_of_bytes = functools.cache(_bits_of_bytes)
+
+
 def unpack_mask(mask: Tensor, K: int) -> Tensor:
     """Bits, uint8 `[rows, ceil(K / 8)]`, to bool `[rows, K]`."""
-    words = _bits_of_bytes(mask.device).index_select(0, mask.reshape(-1).int())
+    table = (_bits_of_bytes if torch.compiler.is_compiling() else _kept_bits_of_bytes)(mask.device)
+    words = table.index_select(0, mask.reshape(-1).int())
     return words.view(torch.bool).view(mask.shape[0], 8 * mask.shape[1])[:, :K]
 
 
@@ -211,7 +214,7 @@ def _quantize_torch(
         if unclamped is not None:
             unclamped.masked_fill_(bad, False)
     codes = codes.view(rows, K)
-    mask = _full_mask(rows, K, x.device) if unclamped is None else pack_mask(unclamped.view(rows, K))
+    mask = full_mask(rows, K, x.device) if unclamped is None else pack_mask(unclamped.view(rows, K))
     shape = (1, 1) if granularity == "per_tensor" else (rows, parameters)
     stored_zero_point = (zero_point - shift).to(torch.int32).view(shape)
     return codes, scale.view(shape), stored_zero_point, row_sums(codes, groups), mask
@@ -271,7 +274,7 @@ def _write_codes(
         codes.copy_(inside.sub_(code_shift(bits, symmetric)))
 
 
-def _full_mask(rows: int, K: int, device: torch.device) -> Tensor:
+def full_mask(rows: int, K: int, device: torch.device) -> Tensor:
     """`pack_mask` of `[rows, K]` ones."""
     mask = torch.full((rows, (K + 7) // 8), 255, dtype=torch.uint8, device=device)
     if K % 8:
@@ -319,9 +322,11 @@ def check_weight_groups(granularity: str, group_size: int | None, K: int) -> int
 
 
 def check_value_range(
-    name: str, value_range: ValueRange | None, x: Tensor, granularity: str
+    name: str, value_range: ValueRange | None, x: Tensor, granularity: str, *, learned: bool = False
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """(min, max) as `[1]` or `[rows]` tensors in the dtype and on the device in which `x` is quantized.
+
+    They are detached unless `learned`.
 
     Numbers and CPU tensors are checked for NaN and min > max; a device's tensors are not read (that would wait for
     the device), and NaN in them gives NaN outputs.
@@ -337,14 +342,14 @@ def check_value_range(
             if not value.is_floating_point() or value.numel() not in (1, rows):
                 wanted = f"1 or {rows}" if granularity == "per_row" else "1"
                 raise ValueError(f"{name} must hold {wanted} floating values, got {value.dtype} {tuple(value.shape)}")
-            pair.append(value.detach().reshape(-1).to(x.device, working_dtype(x)))
+            pair.append((value if learned else value.detach()).reshape(-1).to(x.device, working_dtype(x)))
         elif isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"{name} must be a pair (min, max) of numbers or tensors, got {value_range!r}")
         else:
             pair.append(x.new_full((1,), value, dtype=working_dtype(x)))
     readable = all(not isinstance(v, Tensor) or v.device.type == "cpu" for v in value_range)
     if readable and not torch.compiler.is_compiling():
-        low, high = (torch.as_tensor(v, dtype=torch.float64) for v in value_range)
+        low, high = (torch.as_tensor(v, dtype=torch.float64).detach() for v in value_range)
         if not bool((low <= high).all()):
             raise ValueError(f"{name}=({low.tolist()}, {high.tolist()}) must have min <= max and no NaN: calibrate it")
     return pair[0], pair[1]
