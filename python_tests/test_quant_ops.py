@@ -588,6 +588,46 @@ def test_same_bits_twice_and_in_any_batch() -> None:
     assert_same(y[5:6], fake_quant_linear(x[5:6], w, b))
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_non_finite_inputs_of_the_layer(bits: int, value: float, impl: str) -> None:
+    """Per token a row poisons itself; per tensor everything; a weight's row its output channel."""
+    x, w, b = torch.randn(6, 64), torch.randn(5, 64), torch.randn(5)
+    kinds = {"act_bits": bits, "weight_bits": bits, "impl": impl}
+    clean = fake_quant_linear(x, w, b, **kinds)
+    bad_x, bad_w = x.clone(), w.clone()
+    bad_x[2, 7], bad_w[3, 5] = value, value
+    row, column = torch.zeros(6, 5, dtype=torch.bool), torch.zeros(6, 5, dtype=torch.bool)
+    row[2], column[:, 3] = True, True
+    for inputs, weight, poisoned in ((bad_x, w, row), (x, bad_w, column)):
+        y = fake_quant_linear(inputs, weight, b, **kinds)
+        assert_same(y.isnan(), poisoned)
+        assert_same(y[~poisoned], clean[~poisoned])
+    per_tensor = {"act_granularity": "per_tensor", **kinds}
+    assert fake_quant_linear(bad_x, w, b, **per_tensor).isnan().all()
+    assert fake_quant_linear(bad_x, w, b, act_range=(-1.0, 1.0), **per_tensor).isnan().all()
+    assert fake_quant_linear(x, bad_w, b, weight_granularity="per_tensor", **kinds).isnan().all()
+    leaves = [t.requires_grad_() for t in (bad_x, w)]
+    grad_x, _ = torch.autograd.grad(fake_quant_linear(*leaves, b, **kinds).nan_to_num().sum(), leaves)
+    assert not grad_x[2].any()  # nothing of that row was within the bounds
+    assert grad_x[[0, 1, 3, 4, 5]].isfinite().all()
+
+
+@pytest.mark.parametrize(("x_bits", "w_bits", "w_symmetric"), [(8, 8, True), (8, 8, False), (7, 8, True)])
+def test_the_longest_sums_do_not_overflow(x_bits: int, w_bits: int, w_symmetric: bool) -> None:
+    limit = (2**31 - 1) // (code_span(x_bits, False) * code_span(w_bits, w_symmetric))
+    x = torch.full((2, limit), 2**x_bits - 1)
+    w = torch.full((2, limit), 127 if w_symmetric else 255)
+    w[1] = -127 if w_symmetric else 0
+    qx, qw = operand(x, x_bits, False), operand(w, w_bits, w_symmetric)
+    for impl in IMPLS:
+        assert_same(integer_accumulator(qx, qw, impl=impl)[0], (x @ w.mT).int())
+    longer = [operand(torch.cat((t, t[:, :1]), 1), *k) for t, k in ((x, (x_bits, False)), (w, (w_bits, w_symmetric)))]
+    with pytest.raises(ValueError, match=rf"K={limit + 1} .*K <= {limit}.*per_group"):
+        integer_accumulator(*longer)
+
+
 X, W = torch.zeros(3, 8), torch.zeros(5, 8)
 NAN = math.nan
 
