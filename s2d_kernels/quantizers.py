@@ -199,11 +199,12 @@ def _quantize_torch(
     codes = torch.empty(parts.shape, dtype=torch.int8, device=x.device)
     never_clamped = symmetric and minimum is None and clean  # |x| / scale rounds to at most quant_max
     unclamped = None if never_clamped else torch.empty(parts.shape, dtype=torch.bool, device=x.device)
-    step = block_rows(parts.shape[1], x.device, len(parts))
-    for start in range(0, len(parts), step):
+    step = min(block_rows(parts.shape[1], x.device, len(parts)), len(parts))
+    buffer = torch.empty((step, parts.shape[1]), dtype=x.dtype, device=x.device)  # one, that stays in the cache
+    for start in range(0, len(parts), step or 1):
         block = slice(start, start + step)
         own = slice(None) if len(scale) == 1 else block
-        q = torch.div(parts[block], scale[own]).round_()
+        q = torch.div(parts[block], scale[own], out=buffer[: len(parts) - start]).round_()
         if minimum is not None:
             q.clamp_(-(2**bits), 2**bits)  # what integers can hold; clamped codes stay clamped, q + zero_point too
         _write_codes(q, zero_point[own], bits, symmetric, codes[block], None if unclamped is None else unclamped[block])
