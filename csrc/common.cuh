@@ -263,6 +263,30 @@ __device__ __forceinline__ void grid_sync(unsigned* barrier) {
 }
 #endif
 
+__device__ __forceinline__ unsigned load_acquire(const unsigned* pointer) {
+#ifdef S2D_EMULATED
+  return *static_cast<const volatile unsigned*>(pointer);
+#else
+  unsigned value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory");
+  return value;
+#endif
+}
+
+// A barrier of some blocks of a cooperative launch, a team, with the guarantee of grid_sync. Each block of the team adds
+// one to *arrived, which was 0 before the first barrier of the team; `target` is the number of barriers so far, this one
+// included, times the blocks of the team. The count only grows, so that nothing is reset and no block can miss its end.
+__device__ __forceinline__ void team_sync(unsigned* arrived, unsigned target) {
+  __syncthreads();
+  if (threadIdx.x == 0 && threadIdx.y == 0 && threadIdx.z == 0) {
+    __threadfence();
+    atomicAdd(arrived, 1u);
+    while (load_acquire(arrived) < target) __nanosleep(20);
+    __threadfence();
+  }
+  __syncthreads();
+}
+
 struct LaunchShape {
   dim3 grid, block;
   size_t shared_bytes = 0;

@@ -1,0 +1,362 @@
+// The resident form of topk_svd: all reads of a matrix from shared memory, which is filled from global memory once.
+//
+// A team of T blocks of one cooperative launch takes a matrix. T follows from the matrix and the device's shared memory
+// alone: the fewest blocks whose shared memory holds A. Block `rank` of the team keeps a slab of whole 16-row panels of A
+// for all reads, and owns a slice of the d columns of K and Z in all sums over the team, so that each sum is formed once
+// and in the order of the ranks. What follows are phases between barriers of the team; what a block reads from another
+// one was written before the barrier above it. b rows a step, p = (step + 1) b.
+//
+//   load       slab <- A, cp.async. largest[rank] = max |slab|
+//   barrier    scale, the same in all blocks
+//   per step:
+//     product  Y_step[:, slab] = Q_step (scale slab)^T,  partial[rank] = Y_step[:, slab] (scale slab)
+//              gram[rank] rows of the step = Y_0..step[:, slab] Y_step[:, slab]^T, in fp64
+//     barrier  A
+//     sums     Z_step[:, slice] = sum of partial;  C = sum of gram = K Z_step^T, for it is Y Y_step^T
+//              F = Z_step - C^T K on the slice, in fp64; stored in the place of Q_{step+1}
+//     parts    exchange[rank] = [K; F] F^T over the slice, in fp64
+//     barrier  B
+//     combine  M = the inverse of the Cholesky factor of F F^T - (K F^T)^T (K F^T), by every block alike
+//              Q_{step+1}[:, slice] = M (F - (K F^T)^T K)
+//     barrier  D, or, where a row depends on those before it or much was cancelled, once more from `parts`
+//
+// The coefficients C cost no pass: they come with the Gram matrix that Rayleigh-Ritz needs. F is nearly orthogonal to K
+// already, so one projection with coefficients measured on the stored F is exact to fp32, and the Gram matrix of the
+// stored F in fp64 makes a single Cholesky do (orthonormal to 1e-16 / pivot, pivots below kPoorPivot go again).
+//
+// Order of the shared buffers: partial is written in the product and read in the sums, A before and B after that; gram
+// has a place of its own for each step; exchange alternates between two, and a block writes one of them again only after
+// a barrier that all blocks reached after reading it. Q_{step+1} is read by others after D only.
+//
+// No deadlock: a block takes its matrices in the order of the table, so of the matrices not yet done the first one has
+// all its blocks; and all blocks of the launch are resident, since it is cooperative.
+//
+// From memory a matrix costs one read of A, without the pass for its largest element. Y, K, Z and the parts are written
+// beside it: for d = 768, b = 8 and 4 reads in fp32 these are 4 % + 1/8 + ... of A, which the L2 mostly absorbs. Barriers:
+// 1 + 3 (reads - 1) + 1 for a team of more than one block.
+#pragma once
+
+#include "svd_product.cuh"
+
+namespace s2d {
+namespace {
+
+constexpr int kTeamThreads = 512;
+constexpr int kTeamWarps = kTeamThreads / kWarpSize;
+constexpr int kTeamTiles = 4;  // of 16 columns, of a warp
+constexpr int kTeamMaxD = kTeamWarps * kTeamTiles * 16;
+constexpr double kDependent = 1e-10;  // of a pivot, rows having length one: torch_svd._svqb's drop
+constexpr double kPoorPivot = 1e-6;
+
+// What of |A| < 2^exponent, the largest bit pattern of an |element| being `largest`.
+struct Prescale {
+  bool finite;
+  int exponent;
+  float scale;
+};
+__device__ __forceinline__ Prescale prescale_of(unsigned largest) {
+  const bool finite = largest < 0x7f800000u;
+  // frexp's exponent: |A| < 2^exponent; clamped so that 2^exponent and 2^-exponent are normal numbers
+  int exponent = 1;
+  if (finite && largest >= 0x00800000u) exponent = static_cast<int>(largest >> 23) - 126;
+  if (finite && largest < 0x00800000u) exponent = largest == 0 ? 0 : -126;
+  exponent = max(-126, min(126, exponent));
+  return {finite, exponent, __uint_as_float(static_cast<unsigned>(127 - exponent) << 23)};
+}
+
+// --- shapes, also for the host ------------------------------------------------------------------------------------
+
+__host__ __device__ inline int panels_of(const Layer& layer) {
+  return static_cast<int>(divide_up<int64_t>(layer.D, kPanel));
+}
+// Strides and elements of a slab of so many panels: row by row, or column by column where A lies so in memory. The pads
+// keep the fragments' reads on different banks.
+__host__ __device__ inline int slab_pitch(const Layer& layer, int panels) {
+  return layer.vector_cols ? panels * kPanel + 8 : round_up(layer.d, 16) + kColumnPad;
+}
+__host__ __device__ inline int64_t slab_elements(const Layer& layer, int panels) {
+  return static_cast<int64_t>(slab_pitch(layer, panels)) * (layer.vector_cols ? round_up(layer.d, 16) : panels * kPanel);
+}
+
+// Shared memory of the small dense part, in doubles. The product's Meeting lies in the same place: never at once.
+struct Dense {
+  double* coefficient;  // [rows, block]: row i holds those of the i-th row of K, then of F
+  double* work;         // [block, 2 block]
+  double *before, *normalize;
+
+  static __host__ __device__ size_t doubles(const Layer& layer) {
+    return static_cast<size_t>(layer.block) * (layer.rows + 2 * layer.block + 2);
+  }
+  __device__ Dense(void* memory, const Layer& layer) {
+    coefficient = static_cast<double*>(memory);
+    work = coefficient + layer.rows * layer.block;
+    before = work + 2 * layer.block * layer.block;
+    normalize = before + layer.block;
+  }
+};
+
+// --- one block's part ---------------------------------------------------------------------------------------------
+
+struct Team {
+  unsigned* arrived;
+  unsigned size, target;
+
+  __device__ __forceinline__ void sync() {
+    target += size;
+    if (size == 1) {
+      __syncthreads();
+    } else {
+      team_sync(arrived, target);
+    }
+  }
+};
+
+// out[i * out_row + c * out_col] = X[i, :] . B[c, :] in fp64 for `rows` rows of X and b of B: a warp a row of X.
+__device__ void row_products(const float* X, int rows, const float* B, int b, int64_t pitch, int length, double* out,
+                             int out_row, int out_col) {
+  constexpr int kAtOnce = 8;
+  const int lane = threadIdx.x % kWarpSize;
+  for (int i = threadIdx.x / kWarpSize; i < rows; i += kTeamWarps) {
+    for (int first = 0; first < b; first += kAtOnce) {
+      double sum[kAtOnce] = {};
+      for (int j = lane; j < length; j += kWarpSize) {
+        const double x = X[i * pitch + j];
+#pragma unroll
+        for (int e = 0; e < kAtOnce; ++e) {
+          if (first + e < b) sum[e] = fma(x, static_cast<double>(B[(first + e) * pitch + j]), sum[e]);
+        }
+      }
+#pragma unroll
+      for (int e = 0; e < kAtOnce; ++e) {
+        sum[e] = warp_reduce(sum[e], Sum());
+        if (lane == 0 && first + e < b) out[i * out_row + (first + e) * out_col] = sum[e];
+      }
+    }
+  }
+}
+
+// In `dense.coefficient`: rows i < p are K F^T, the b behind them F F^T. Makes M, the inverse of the Cholesky factor of
+// the part of F F^T that is orthogonal to K, in the right half of `dense.work`; rows and columns of dependent rows of F are
+// zero in it, and so is dense.normalize there. `before`: squares of the rows' lengths before anything was taken off them,
+// or null for those of F. Returns whether the result needs another round.
+__device__ bool eliminate(const Dense& dense, int p, int b, const double* before, bool last) {
+  constexpr double kEpsilon = 1.1920929e-7;
+  const int tid = static_cast<int>(threadIdx.x), pitch = 2 * b;
+  double* W = dense.work;
+  for (int pair = tid; pair < b * b; pair += kTeamThreads) {
+    const int r = pair / b, c = pair % b;
+    double sum = dense.coefficient[(p + r) * b + c];
+    for (int i = 0; i < p; ++i) sum -= dense.coefficient[i * b + r] * dense.coefficient[i * b + c];
+    W[r * pitch + c] = sum;
+    W[r * pitch + b + c] = r == c ? 1.0 : 0.0;
+  }
+  __syncthreads();
+  bool poor = false;
+  if (tid < b) {
+    const double own = dense.coefficient[(p + tid) * b + tid], left = W[tid * pitch + tid];
+    const bool kept = left > 64.0 * kEpsilon * kEpsilon * (before ? before[tid] + own : own);
+    dense.normalize[tid] = kept ? 1.0 / sqrt(left) : 0.0;
+    poor = kept && left < 0.5 * own;
+  }
+  __syncthreads();
+  for (int pair = tid; pair < b * b; pair += kTeamThreads) {
+    W[pair / b * pitch + pair % b] *= dense.normalize[pair / b] * dense.normalize[pair % b];
+  }
+  __syncthreads();
+  // Gauss without row exchanges on [W | I]: row j of the right half is that of the inverse times the root of its pivot
+  for (int j = 0; j + 1 < b; ++j) {
+    const double pivot = W[j * pitch + j];
+    if (pivot > kDependent) {
+      for (int item = tid; item < (b - 1 - j) * b; item += kTeamThreads) {
+        const int i = j + 1 + item / b, k = j + 1 + item % b;
+        W[i * pitch + k] -= W[i * pitch + j] / pivot * W[j * pitch + k];
+      }
+    }
+    __syncthreads();
+  }
+  for (int pair = tid; pair < b * b; pair += kTeamThreads) {
+    const int r = pair / b, c = pair % b;
+    const double pivot = W[r * pitch + r];
+    const bool kept = pivot > kDependent;
+    W[r * pitch + b + c] = kept && c <= r ? W[r * pitch + b + c] * dense.normalize[c] / sqrt(pivot) : 0.0;
+    if (r == c) poor |= kept ? pivot < kPoorPivot : before != nullptr;
+  }
+  const bool again = __syncthreads_or(poor) != 0 && !last;
+  if (tid < b && !(W[tid * pitch + tid] > kDependent)) dense.normalize[tid] = 0.0;
+  // coefficient[i] <- -M coefficient[i], so that Q = M F + coefficient^T K needs one pass over K
+  const int at_once = kTeamThreads / b;
+  for (int first = 0; first < p; first += at_once) {
+    const int i = first + tid / b, r = tid % b;
+    const bool active = tid < at_once * b && i < p;
+    double sum = 0.0;
+    for (int c = 0; active && c <= r; ++c) sum -= W[r * pitch + b + c] * dense.coefficient[i * b + c];
+    __syncthreads();
+    if (active) dense.coefficient[i * b + r] = sum;
+  }
+  __syncthreads();
+  return again;
+}
+
+// Calls value(r, column) for the b rows and the columns [first, end), all of some columns before the first of them is
+// stored in out[r, column].
+template <typename Value>
+__device__ __forceinline__ void replace_columns(float* out, int pitch, int b, int first, int end, Value value) {
+  const int tid = static_cast<int>(threadIdx.x), across = kTeamThreads / b;
+  for (int begin = first; begin < end; begin += across) {
+    const int r = tid / across, column = begin + tid % across;
+    const bool active = r < b && column < end;
+    const float result = active ? value(r, column) : 0.0f;
+    __syncthreads();
+    if (active) out[r * pitch + column] = result;
+  }
+}
+
+// All reads of one matrix, by block `rank` of its team.
+template <typename T, int kN>
+__device__ __forceinline__ void iterate(const Layer& layer, int rank, unsigned char* shared) {
+  constexpr int kRows = 8 * kN, kRounds = 3;
+  const int tid = static_cast<int>(threadIdx.x), lane = tid % kWarpSize;
+  const int b = layer.block, d = layer.d, n = layer.rows, size = layer.team, pitch = pitch_d(layer);
+  const int all = panels_of(layer), most = divide_up(all, size);
+  const int first_panel = min(rank * most, all), panels = min(most, all - first_panel);
+  const int64_t first_row = static_cast<int64_t>(first_panel) * kPanel;
+  const int slice = round_up(divide_up(d, size), 8);
+  const int first_col = min(rank * slice, d), end_col = min(first_col + slice, d);
+  const Columns columns = columns_of_warp<kTeamWarps>(d);
+  Team team{&layer.state->arrived, static_cast<unsigned>(size), 0};
+
+  T* slab = reinterpret_cast<T*>(shared);
+  const int across = slab_pitch(layer, most);
+  const auto tile_of = [&](int panel) {
+    return layer.vector_cols ? Tile<T>{slab + panel * kPanel, 1, across}
+                             : Tile<T>{slab + panel * kPanel * across, across, 1};
+  };
+  void* scratch = slab + slab_elements(layer, most);
+  auto& meeting = *static_cast<Meeting<kTeamWarps, kN>*>(scratch);
+  const Dense dense(scratch, layer);
+
+  for (int panel = 0; panel < panels; ++panel) tile_of(panel).load(layer, first_row + panel * kPanel, columns);
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncwarp();
+  // |elements|, as bit patterns: a float maximum would drop NaN
+  unsigned largest = 0;
+  {
+    const Tile<T> whole = tile_of(0);
+    const bool by_cols = layer.vector_cols;
+    const int outer = by_cols ? columns.end - columns.first : panels * kPanel;
+    const int inner = by_cols ? panels * kPanel : columns.end - columns.first;
+    for (int i = 0; i < outer; ++i) {
+      for (int j = lane; j < inner; j += kWarpSize) {
+        const T value = by_cols ? whole(j, columns.first + i) : whole(i, columns.first + j);
+        largest = max(largest, __float_as_uint(widen<T>(value, layer.dtype)) & 0x7fffffffu);
+      }
+    }
+  }
+  largest = block_reduce<kTeamThreads>(largest, Maximum());
+  if (tid == 0) layer.largest[rank] = largest;
+  team.sync();
+  for (int i = lane; i < size; i += kWarpSize) largest = max(largest, layer.largest[i]);
+  const Prescale prescale = prescale_of(warp_reduce(largest, Maximum()));
+  if (rank == 0 && tid == 0) {
+    layer.state->finite = prescale.finite;
+    layer.state->exponent = prescale.exponent;
+    layer.state->scale = prescale.scale;
+  }
+  if (!prescale.finite) return;  // all blocks of the team do
+
+  for (int step = 0; step < layer.reads; ++step) {
+    const int p = (step + 1) * b;
+    const int64_t pitch_y = pitch_D(layer);
+    float* Y = layer.Y + step * b * pitch_y + first_row;
+    for (int first_r = 0; first_r < b; first_r += kRows) {
+      const int rows = min(kRows, b - first_r);
+      float sum[kTeamTiles][kN][4] = {};
+      for (int panel = 0; panel < panels; ++panel) {
+        multiply_panel(layer, tile_of(panel), prescale.scale, layer.K + (step * b + first_r) * pitch, rows, columns,
+                       meeting, Y + first_r * pitch_y + panel * kPanel, sum);
+      }
+      store_columns(layer.partial + (static_cast<int64_t>(rank) * b + first_r) * pitch, pitch, rows, columns, sum);
+    }
+    __syncthreads();  // Y is read by other threads, and the meeting's memory taken
+    row_products(layer.Y + first_row, p, Y, b, pitch_y, panels * kPanel,
+                 layer.gram + static_cast<int64_t>(rank) * n * n + step * b * n, 1, n);
+    team.sync();  // A
+
+    const bool last_step = step + 1 == layer.reads;
+    if (!last_step) {
+      for (int pair = tid; pair < b * p; pair += kTeamThreads) {
+        const double* part = layer.gram + (step * b + pair / p) * n + pair % p;
+        double sum = 0.0;
+        for (int i = 0; i < size; ++i) sum += part[static_cast<int64_t>(i) * n * n];
+        dense.coefficient[pair % p * b + pair / p] = sum;
+      }
+      __syncthreads();
+      if (tid < b) {
+        double sum = 0.0;
+        for (int i = 0; i < p; ++i) sum += dense.coefficient[i * b + tid] * dense.coefficient[i * b + tid];
+        dense.before[tid] = sum;
+      }
+    }
+    float *Z = layer.Z + step * b * pitch, *Q = layer.K + p * pitch;
+    replace_columns(Z, pitch, b, first_col, end_col, [&](int r, int column) {
+      float sum = 0.0f;
+      for (int i = 0; i < size; ++i) sum += layer.partial[(static_cast<int64_t>(i) * b + r) * pitch + column];
+      if (!last_step) {
+        double rest = sum;
+        for (int i = 0; i < p; ++i) {
+          rest -= dense.coefficient[i * b + r] * static_cast<double>(layer.K[i * pitch + column]);
+        }
+        Q[r * pitch + column] = static_cast<float>(rest);
+      }
+      return sum;
+    });
+    if (last_step) break;
+    __syncthreads();
+
+    for (int round = 0; round < kRounds; ++round) {
+      const int64_t part = static_cast<int64_t>(p + b) * b;
+      double* exchange = layer.exchange + static_cast<int64_t>(round % 2) * size * n * b;
+      row_products(layer.K + first_col, p + b, Q + first_col, b, pitch, end_col - first_col, exchange + rank * part, b, 1);
+      team.sync();  // B
+      for (int pair = tid; pair < part; pair += kTeamThreads) {
+        double sum = 0.0;
+        for (int i = 0; i < size; ++i) sum += exchange[i * part + pair];
+        dense.coefficient[pair] = sum;
+      }
+      __syncthreads();
+      const bool again = eliminate(dense, p, b, round == 0 ? dense.before : nullptr, round + 1 == kRounds);
+      replace_columns(Q, pitch, b, first_col, end_col, [&](int r, int column) {
+        if (round == 0 && dense.normalize[r] == 0.0) {  // a dependent row: a random one in its place
+          return gaussian_of(layer)[(column - (p + r + 1) % d + d) % d];
+        }
+        double sum = 0.0;
+        for (int i = 0; i < p; ++i) {
+          sum = fma(dense.coefficient[i * b + r], static_cast<double>(layer.K[i * pitch + column]), sum);
+        }
+        for (int c = 0; c <= r; ++c) {
+          sum = fma(dense.work[r * 2 * b + b + c], static_cast<double>(Q[c * pitch + column]), sum);
+        }
+        return static_cast<float>(sum);
+      });
+      if (!again) break;
+      __syncthreads();
+    }
+    team.sync();  // D
+  }
+}
+
+// `table.first` is the first block of each matrix's team, not ascending.
+template <typename T, int kN>
+__global__ void __launch_bounds__(kTeamThreads, 1) resident(S2D_GRID_CONSTANT(Table) table) {
+  S2D_DYNAMIC_SHARED(unsigned char, shared);
+  for (int index = 0; index < table.count; ++index) {
+    const int rank = static_cast<int>(blockIdx.x) - static_cast<int>(table.first[index]);
+    if (rank < 0 || rank >= table.layers[index].team) continue;
+    iterate<T, kN>(table.layers[index], rank, shared);
+    __syncthreads();  // the next matrix takes the same shared memory
+  }
+}
+
+}  // namespace
+}  // namespace s2d
