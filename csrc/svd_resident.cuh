@@ -48,20 +48,17 @@ constexpr int kTeamMaxD = kTeamWarps * kTeamTiles * 16;
 constexpr double kDependent = 1e-10;  // of a pivot, rows having length one: torch_svd._svqb's drop
 constexpr double kPoorPivot = 1e-6;
 
-// What of |A| < 2^exponent, the largest bit pattern of an |element| being `largest`.
-struct Prescale {
-  bool finite;
-  int exponent;
-  float scale;
-};
-__device__ __forceinline__ Prescale prescale_of(unsigned largest) {
-  const bool finite = largest < 0x7f800000u;
+__device__ __forceinline__ bool is_finite(unsigned largest) { return largest < 0x7f800000u; }
+
+// scale and exponent for a matrix whose largest |element| has this bit pattern.
+__device__ __forceinline__ void set_prescale(State& state, unsigned largest) {
   // frexp's exponent: |A| < 2^exponent; clamped so that 2^exponent and 2^-exponent are normal numbers
   int exponent = 1;
-  if (finite && largest >= 0x00800000u) exponent = static_cast<int>(largest >> 23) - 126;
-  if (finite && largest < 0x00800000u) exponent = largest == 0 ? 0 : -126;
+  if (is_finite(largest)) exponent = largest >= 0x00800000u ? static_cast<int>(largest >> 23) - 126 : largest == 0 ? 0 : -126;
   exponent = max(-126, min(126, exponent));
-  return {finite, exponent, __uint_as_float(static_cast<unsigned>(127 - exponent) << 23)};
+  state.finite = is_finite(largest);
+  state.exponent = exponent;
+  state.scale = __uint_as_float(static_cast<unsigned>(127 - exponent) << 23);
 }
 
 // --- shapes, also for the host ------------------------------------------------------------------------------------
@@ -97,19 +94,47 @@ struct Dense {
 
 // --- one block's part ---------------------------------------------------------------------------------------------
 
-struct Team {
-  unsigned* arrived;
-  unsigned size, target;
+// A block's part of a matrix, in shared memory: what all threads hold alike would not fit their registers.
+struct Work {
+  int index;  // in the table
+  int rank, panels, slab_pitch, first_col, end_col;
+  int step, reads;  // no reads of a matrix with NaN or Inf
+  unsigned target;  // of the last barrier of the team
+  float scale;
+  int64_t first_row;
+  int64_t scratch;  // bytes of the slab
 
-  __device__ __forceinline__ void sync() {
-    target += size;
-    if (size == 1) {
-      __syncthreads();
-    } else {
-      team_sync(arrived, target);
-    }
+  __device__ void set(const Layer& layer, int index_in_table, int rank_in_team, size_t element_bytes) {
+    index = index_in_table;
+    rank = rank_in_team;
+    const int all = panels_of(layer), most = divide_up(all, layer.team), first = min(rank * most, all);
+    panels = min(most, all - first);
+    first_row = static_cast<int64_t>(first) * kPanel;
+    slab_pitch = s2d::slab_pitch(layer, most);
+    scratch = slab_elements(layer, most) * static_cast<int64_t>(element_bytes);
+    const int slice = round_up(divide_up(layer.d, layer.team), 8);
+    first_col = min(rank * slice, layer.d);
+    end_col = min(first_col + slice, layer.d);
+    target = 0;
   }
 };
+
+// Waits for the team.
+__device__ __forceinline__ void sync(const Layer& layer, Work& work) {
+  if (layer.team == 1) {
+    __syncthreads();
+  } else {
+    // of thread 0 alone: the others would read the target while it is changed
+    team_sync(&layer.state->arrived, threadIdx.x == 0 ? work.target += static_cast<unsigned>(layer.team) : 0u);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ Tile<T> tile_of(const Layer& layer, const Work& work, unsigned char* shared, int panel) {
+  T* slab = reinterpret_cast<T*>(shared);
+  return layer.vector_cols ? Tile<T>{slab + panel * kPanel, 1, work.slab_pitch}
+                                : Tile<T>{slab + panel * kPanel * work.slab_pitch, work.slab_pitch, 1};
+}
 
 // out[i * out_row + c * out_col] = X[i, :] . B[c, :] in fp64 for `rows` rows of X and b of B: a warp a row of X.
 __device__ void row_products(const float* X, int rows, const float* B, int b, int64_t pitch, int length, double* out,
@@ -197,8 +222,8 @@ __device__ bool eliminate(const Dense& dense, int p, int b, const double* before
   return again;
 }
 
-// Calls value(r, column) for the b rows and the columns [first, end), all of some columns before the first of them is
-// stored in out[r, column].
+// out[r, column] = value(r, column) for the b rows and the columns [first, end). Values of a column are all there before
+// the first of them is stored.
 template <typename Value>
 __device__ __forceinline__ void replace_columns(float* out, int pitch, int b, int first, int end, Value value) {
   const int tid = static_cast<int>(threadIdx.x), across = kTeamThreads / b;
@@ -211,149 +236,165 @@ __device__ __forceinline__ void replace_columns(float* out, int pitch, int b, in
   }
 }
 
-// All reads of one matrix, by block `rank` of its team.
-template <typename T, int kN>
-__device__ __forceinline__ void iterate(const Layer& layer, int rank, unsigned char* shared) {
-  constexpr int kRows = 8 * kN, kRounds = 3;
-  const int tid = static_cast<int>(threadIdx.x), lane = tid % kWarpSize;
-  const int b = layer.block, d = layer.d, n = layer.rows, size = layer.team, pitch = pitch_d(layer);
-  const int all = panels_of(layer), most = divide_up(all, size);
-  const int first_panel = min(rank * most, all), panels = min(most, all - first_panel);
-  const int64_t first_row = static_cast<int64_t>(first_panel) * kPanel;
-  const int slice = round_up(divide_up(d, size), 8);
-  const int first_col = min(rank * slice, d), end_col = min(first_col + slice, d);
-  const Columns columns = columns_of_warp<kTeamWarps>(d);
-  Team team{&layer.state->arrived, static_cast<unsigned>(size), 0};
-
-  T* slab = reinterpret_cast<T*>(shared);
-  const int across = slab_pitch(layer, most);
-  const auto tile_of = [&](int panel) {
-    return layer.vector_cols ? Tile<T>{slab + panel * kPanel, 1, across}
-                             : Tile<T>{slab + panel * kPanel * across, across, 1};
-  };
-  void* scratch = slab + slab_elements(layer, most);
-  auto& meeting = *static_cast<Meeting<kTeamWarps, kN>*>(scratch);
-  const Dense dense(scratch, layer);
-
-  for (int panel = 0; panel < panels; ++panel) tile_of(panel).load(layer, first_row + panel * kPanel, columns);
+// Fills the slab; returns the largest |element| of all slabs of the team, as a bit pattern: a float maximum would drop NaN.
+template <typename T>
+__device__ __forceinline__ unsigned load_slab(const Table& table, Work& work, unsigned char* shared) {
+  const Layer& layer = table.layers[work.index];
+  const Columns columns = columns_of_warp<kTeamWarps>(layer.d);
+  for (int panel = 0; panel < work.panels; ++panel) {
+    tile_of<T>(layer, work, shared, panel).load(layer, work.first_row + panel * kPanel, columns);
+  }
   cp_async_commit();
   cp_async_wait<0>();
   __syncwarp();
-  // |elements|, as bit patterns: a float maximum would drop NaN
+  const Tile<T> slab = tile_of<T>(layer, work, shared, 0);
+  const int lane = threadIdx.x % kWarpSize, rows = work.panels * kPanel, across = columns.end - columns.first;
+  const bool by_cols = layer.vector_cols;
   unsigned largest = 0;
-  {
-    const Tile<T> whole = tile_of(0);
-    const bool by_cols = layer.vector_cols;
-    const int outer = by_cols ? columns.end - columns.first : panels * kPanel;
-    const int inner = by_cols ? panels * kPanel : columns.end - columns.first;
-    for (int i = 0; i < outer; ++i) {
-      for (int j = lane; j < inner; j += kWarpSize) {
-        const T value = by_cols ? whole(j, columns.first + i) : whole(i, columns.first + j);
-        largest = max(largest, __float_as_uint(widen<T>(value, layer.dtype)) & 0x7fffffffu);
-      }
+  for (int i = 0; i < (by_cols ? across : rows); ++i) {
+    for (int j = lane; j < (by_cols ? rows : across); j += kWarpSize) {
+      const T value = by_cols ? slab(j, columns.first + i) : slab(i, columns.first + j);
+      largest = max(largest, __float_as_uint(widen<T>(value, layer.dtype)) & 0x7fffffffu);
     }
   }
   largest = block_reduce<kTeamThreads>(largest, Maximum());
-  if (tid == 0) layer.largest[rank] = largest;
-  team.sync();
-  for (int i = lane; i < size; i += kWarpSize) largest = max(largest, layer.largest[i]);
-  const Prescale prescale = prescale_of(warp_reduce(largest, Maximum()));
-  if (rank == 0 && tid == 0) {
-    layer.state->finite = prescale.finite;
-    layer.state->exponent = prescale.exponent;
-    layer.state->scale = prescale.scale;
+  if (threadIdx.x == 0) layer.largest[work.rank] = largest;
+  sync(layer, work);
+  for (int i = lane; i < layer.team; i += kWarpSize) largest = max(largest, layer.largest[i]);
+  return warp_reduce(largest, Maximum());
+}
+
+// Y of the step, this block's parts of Z and of the step's rows of the Gram matrix; ends with barrier A.
+template <typename T, int kN>
+__device__ __forceinline__ void multiply_slab(const Table& table, Work& work, unsigned char* shared) {
+  constexpr int kRows = 8 * kN;
+  const Layer& layer = table.layers[work.index];
+  const int b = layer.block, pitch = pitch_d(layer), step = work.step;
+  const Columns columns = columns_of_warp<kTeamWarps>(layer.d);
+  auto& meeting = *reinterpret_cast<Meeting<kTeamWarps, kN>*>(shared + work.scratch);
+  float* Y = layer.Y + step * b * pitch_D(layer) + work.first_row;
+  for (int first_r = 0; first_r < b; first_r += kRows) {
+    const int rows = min(kRows, b - first_r);
+    float sum[kTeamTiles][kN][4] = {};
+#pragma unroll 1
+    for (int panel = 0; panel < work.panels; ++panel) {
+      multiply_panel(layer, tile_of<T>(layer, work, shared, panel), work.scale, layer.K + (step * b + first_r) * pitch, rows, columns,
+                     meeting, Y + first_r * pitch_D(layer) + panel * kPanel, sum);
+    }
+    store_columns(layer.partial + (static_cast<int64_t>(work.rank) * b + first_r) * pitch, pitch, rows, columns, sum);
   }
-  if (!prescale.finite) return;  // all blocks of the team do
+  __syncthreads();  // Y is read by other threads, and the meeting's memory taken
+  const int n = layer.rows;
+  row_products(layer.Y + work.first_row, (step + 1) * b, Y, b, pitch_D(layer), work.panels * kPanel,
+               layer.gram + static_cast<int64_t>(work.rank) * n * n + step * b * n, 1, n);
+  sync(layer, work);
+}
 
-  for (int step = 0; step < layer.reads; ++step) {
-    const int p = (step + 1) * b;
-    const int64_t pitch_y = pitch_D(layer);
-    float* Y = layer.Y + step * b * pitch_y + first_row;
-    for (int first_r = 0; first_r < b; first_r += kRows) {
-      const int rows = min(kRows, b - first_r);
-      float sum[kTeamTiles][kN][4] = {};
-      for (int panel = 0; panel < panels; ++panel) {
-        multiply_panel(layer, tile_of(panel), prescale.scale, layer.K + (step * b + first_r) * pitch, rows, columns,
-                       meeting, Y + first_r * pitch_y + panel * kPanel, sum);
-      }
-      store_columns(layer.partial + (static_cast<int64_t>(rank) * b + first_r) * pitch, pitch, rows, columns, sum);
+// Z of the step on this block's slice of columns, and, unless it is the last, F in the place of the next Q.
+__device__ __forceinline__ void sum_slice(const Table& table, Work& work, const Dense& dense) {
+  const Layer& layer = table.layers[work.index];
+  const int tid = static_cast<int>(threadIdx.x), b = layer.block, n = layer.rows, step = work.step;
+  const int p = (step + 1) * b;
+  const int pitch = pitch_d(layer);
+  const bool last = step + 1 == layer.reads;
+  if (!last) {
+    for (int pair = tid; pair < b * p; pair += kTeamThreads) {
+      const double* part = layer.gram + (step * b + pair / p) * n + pair % p;
+      double sum = 0.0;
+      for (int i = 0; i < layer.team; ++i) sum += part[static_cast<int64_t>(i) * n * n];
+      dense.coefficient[pair % p * b + pair / p] = sum;
     }
-    __syncthreads();  // Y is read by other threads, and the meeting's memory taken
-    row_products(layer.Y + first_row, p, Y, b, pitch_y, panels * kPanel,
-                 layer.gram + static_cast<int64_t>(rank) * n * n + step * b * n, 1, n);
-    team.sync();  // A
-
-    const bool last_step = step + 1 == layer.reads;
-    if (!last_step) {
-      for (int pair = tid; pair < b * p; pair += kTeamThreads) {
-        const double* part = layer.gram + (step * b + pair / p) * n + pair % p;
-        double sum = 0.0;
-        for (int i = 0; i < size; ++i) sum += part[static_cast<int64_t>(i) * n * n];
-        dense.coefficient[pair % p * b + pair / p] = sum;
-      }
-      __syncthreads();
-      if (tid < b) {
-        double sum = 0.0;
-        for (int i = 0; i < p; ++i) sum += dense.coefficient[i * b + tid] * dense.coefficient[i * b + tid];
-        dense.before[tid] = sum;
-      }
-    }
-    float *Z = layer.Z + step * b * pitch, *Q = layer.K + p * pitch;
-    replace_columns(Z, pitch, b, first_col, end_col, [&](int r, int column) {
-      float sum = 0.0f;
-      for (int i = 0; i < size; ++i) sum += layer.partial[(static_cast<int64_t>(i) * b + r) * pitch + column];
-      if (!last_step) {
-        double rest = sum;
-        for (int i = 0; i < p; ++i) {
-          rest -= dense.coefficient[i * b + r] * static_cast<double>(layer.K[i * pitch + column]);
-        }
-        Q[r * pitch + column] = static_cast<float>(rest);
-      }
-      return sum;
-    });
-    if (last_step) break;
     __syncthreads();
-
-    for (int round = 0; round < kRounds; ++round) {
-      const int64_t part = static_cast<int64_t>(p + b) * b;
-      double* exchange = layer.exchange + static_cast<int64_t>(round % 2) * size * n * b;
-      row_products(layer.K + first_col, p + b, Q + first_col, b, pitch, end_col - first_col, exchange + rank * part, b, 1);
-      team.sync();  // B
-      for (int pair = tid; pair < part; pair += kTeamThreads) {
-        double sum = 0.0;
-        for (int i = 0; i < size; ++i) sum += exchange[i * part + pair];
-        dense.coefficient[pair] = sum;
-      }
-      __syncthreads();
-      const bool again = eliminate(dense, p, b, round == 0 ? dense.before : nullptr, round + 1 == kRounds);
-      replace_columns(Q, pitch, b, first_col, end_col, [&](int r, int column) {
-        if (round == 0 && dense.normalize[r] == 0.0) {  // a dependent row: a random one in its place
-          return gaussian_of(layer)[(column - (p + r + 1) % d + d) % d];
-        }
-        double sum = 0.0;
-        for (int i = 0; i < p; ++i) {
-          sum = fma(dense.coefficient[i * b + r], static_cast<double>(layer.K[i * pitch + column]), sum);
-        }
-        for (int c = 0; c <= r; ++c) {
-          sum = fma(dense.work[r * 2 * b + b + c], static_cast<double>(Q[c * pitch + column]), sum);
-        }
-        return static_cast<float>(sum);
-      });
-      if (!again) break;
-      __syncthreads();
+    if (tid < b) {
+      double sum = 0.0;
+      for (int i = 0; i < p; ++i) sum += dense.coefficient[i * b + tid] * dense.coefficient[i * b + tid];
+      dense.before[tid] = sum;
     }
-    team.sync();  // D
   }
+  const int across = work.end_col - work.first_col;
+  for (int item = tid; item < b * across; item += kTeamThreads) {
+    const int r = item / across, column = work.first_col + item % across;
+    const float* part = layer.partial + r * pitch + column;
+    float sum = 0.0f;
+    for (int i = 0; i < layer.team; ++i) sum += part[static_cast<int64_t>(i) * b * pitch];
+    layer.Z[(step * b + r) * pitch + column] = sum;
+    if (last) continue;
+    double rest = sum;
+    for (int i = 0; i < p; ++i) {
+      rest -= dense.coefficient[i * b + r] * static_cast<double>(layer.K[i * pitch + column]);
+    }
+    layer.K[(p + r) * pitch + column] = static_cast<float>(rest);
+  }
+  __syncthreads();
+}
+
+// The next Q from F, both in the same place: `parts`, barrier B and `combine`, as often as it takes; ends with barrier D.
+__device__ __forceinline__ void orthonormalize_slice(const Table& table, Work& work, const Dense& dense) {
+  constexpr int kRounds = 3;
+  const Layer& layer = table.layers[work.index];
+  const int b = layer.block, p = (work.step + 1) * b, pitch = pitch_d(layer), part = (p + b) * b;
+  float* Q = layer.K + p * pitch;
+  for (int round = 0; round < kRounds; ++round) {
+    double* exchange = layer.exchange + static_cast<int64_t>(round % 2) * layer.team * layer.rows * b;
+    row_products(layer.K + work.first_col, p + b, Q + work.first_col, b, pitch, work.end_col - work.first_col,
+                 exchange + static_cast<int64_t>(work.rank) * part, b, 1);
+    sync(layer, work);
+    for (int pair = threadIdx.x; pair < part; pair += kTeamThreads) {
+      double sum = 0.0;
+      for (int i = 0; i < layer.team; ++i) sum += exchange[static_cast<int64_t>(i) * part + pair];
+      dense.coefficient[pair] = sum;
+    }
+    __syncthreads();
+    const bool again = eliminate(dense, p, b, round == 0 ? dense.before : nullptr, round + 1 == kRounds);
+    replace_columns(Q, pitch, b, work.first_col, work.end_col, [&](int r, int column) {
+      if (round == 0 && dense.normalize[r] == 0.0) {  // a dependent row: a random one in its place
+        return gaussian_of(layer)[(column - (p + r + 1) % layer.d + layer.d) % layer.d];
+      }
+      double sum = 0.0;
+      for (int i = 0; i < p; ++i) {
+        sum = fma(dense.coefficient[i * b + r], static_cast<double>(layer.K[i * pitch + column]), sum);
+      }
+      for (int c = 0; c <= r; ++c) {
+        sum = fma(dense.work[r * 2 * b + b + c], static_cast<double>(Q[c * pitch + column]), sum);
+      }
+      return static_cast<float>(sum);
+    });
+    if (!again) break;
+    __syncthreads();
+  }
+  sync(layer, work);
 }
 
 // `table.first` is the first block of each matrix's team, not ascending.
 template <typename T, int kN>
 __global__ void __launch_bounds__(kTeamThreads, 1) resident(S2D_GRID_CONSTANT(Table) table) {
   S2D_DYNAMIC_SHARED(unsigned char, shared);
+  S2D_SHARED(Work, works, [1]);
+  Work& work = works[0];
   for (int index = 0; index < table.count; ++index) {
     const int rank = static_cast<int>(blockIdx.x) - static_cast<int>(table.first[index]);
     if (rank < 0 || rank >= table.layers[index].team) continue;
-    iterate<T, kN>(table.layers[index], rank, shared);
+    if (threadIdx.x == 0) work.set(table.layers[index], index, rank, sizeof(T));
+    __syncthreads();
+    const unsigned largest = load_slab<T>(table, work, shared);
+    if (threadIdx.x == 0) {
+      State state;
+      set_prescale(state, largest);
+      work.scale = state.scale;
+      work.step = 0;
+      work.reads = state.finite ? table.layers[index].reads : 0;
+      if (rank == 0) set_prescale(*table.layers[index].state, largest);
+    }
+    __syncthreads();
+    while (work.step < work.reads) {
+      multiply_slab<T, kN>(table, work, shared);
+      const Dense dense(shared + work.scratch, table.layers[work.index]);
+      sum_slice(table, work, dense);
+      if (work.step + 1 < work.reads) orthonormalize_slice(table, work, dense);
+      __syncthreads();
+      if (threadIdx.x == 0) ++work.step;
+      __syncthreads();
+    }
     __syncthreads();  // the next matrix takes the same shared memory
   }
 }

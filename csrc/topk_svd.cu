@@ -86,12 +86,7 @@ __global__ void __launch_bounds__(kThreads, 1) begin(S2D_GRID_CONSTANT(Table) ta
     unsigned largest = 0;
     for (int i = threadIdx.x; i < chunks; i += kThreads) largest = max(largest, layer.largest[i]);
     largest = block_reduce<kThreads>(largest, Maximum());
-    if (threadIdx.x == 0) {
-      const Prescale prescale = prescale_of(largest);
-      layer.state->finite = prescale.finite;
-      layer.state->exponent = prescale.exponent;
-      layer.state->scale = prescale.scale;
-    }
+    if (threadIdx.x == 0) set_prescale(*layer.state, largest);
   }
   const int pitch = pitch_d(layer);
   for (int i = threadIdx.x; i < layer.block * pitch; i += kThreads) {
