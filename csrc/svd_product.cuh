@@ -6,15 +6,14 @@
 namespace s2d {
 namespace {
 
-// The bits of to_tf32 for finite numbers below 2^127, in two instructions instead of four.
-__device__ __forceinline__ uint32_t to_tf32_finite(float value) {
-  return (__float_as_uint(value) + 0x1000u) & 0xffffe000u;
-}
-
-// x as the sum of two tf32 numbers: 22 bits of it.
+// x as the sum of two tf32 numbers, 21 bits of it, in three instructions (four if the first is rounded). The second is
+// rounded by half a unit added to it; the tensor cores leave out the bits behind its tf32 ones. Of the two factors of a
+// product one is split with rounding: the product of the two small parts is left out, and with the first parts
+// truncated in both it would always have the sign of the whole.
+template <bool kRounded>
 __device__ __forceinline__ void split(float x, uint32_t& big, uint32_t& small) {
-  big = to_tf32_finite(x);
-  small = to_tf32_finite(x - __uint_as_float(big));
+  big = (__float_as_uint(x) + (kRounded ? 0x1000u : 0u)) & 0xffffe000u;
+  small = __float_as_uint(x - __uint_as_float(big)) + 0x1000u;
 }
 
 // d += a b to nearly fp32: the product of the two small parts, 2^-22 of the whole, is left out. 16-bit numbers are
@@ -100,42 +99,78 @@ struct Meeting {
   float whole[8 * kN][kPanel + 4];
 };
 
-// One panel: Y[r, :] = Q[r, :] (scale A)^T for `rows` <= 8 kN rows, and its part of Z^T, added to `sum`.
+// The fragment of Q^T [8 columns from j on, rows n * 8 to n * 8 + 7] of which `rows` rows count.
+__device__ __forceinline__ void fragment_of_Q(uint32_t (&q)[2][2], const float* Q, const Layer& layer, int rows, int n,
+                                              int j) {
+  const int lane = threadIdx.x % kWarpSize, r = n * 8 + lane / 4;
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const int column = j + lane % 4 + e * 4;
+    split<true>(r < rows && column < layer.d ? Q[r * pitch_d(layer) + column] : 0.0f, q[0][e], q[1][e]);
+  }
+}
+
+// Q as multiply_panel takes it: read and split for each panel, or once for all panels where registers hold it.
+template <int kTiles, int kN, bool kHeld>
+struct Fragments {
+  const float* Q;
+  int rows, first;
+  uint32_t held[kHeld ? 2 * kTiles : 1][kN][2][2];
+
+  __device__ __forceinline__ Fragments(const float* Q, const Layer& layer, int rows, Columns columns)
+      : Q(Q), rows(rows), first(columns.first) {
+    if constexpr (kHeld) {
+#pragma unroll
+      for (int s = 0; s < 2 * kTiles; ++s) {
+#pragma unroll
+        for (int n = 0; n < kN; ++n) fragment_of_Q(held[s][n], Q, layer, columns.first + 8 * s < columns.end ? rows : 0, n, columns.first + 8 * s);
+      }
+    }
+  }
+  // Columns [first + 8 s, first + 8 s + 8).
+  __device__ __forceinline__ void get(uint32_t (&q)[2][2], const Layer& layer, int s, int n) const {
+    if constexpr (kHeld) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) q[i / 2][i % 2] = held[s][n][i / 2][i % 2];
+    } else {
+      fragment_of_Q(q, Q, layer, rows, n, first + 8 * s);
+    }
+  }
+};
+
+// One panel: Y[r, :] = Q[r, :] (scale A)^T for up to 8 kN rows, and its part of Z^T, added to `sum`.
 //
 // A warp owns up to kTiles * 16 columns of A: it multiplies them for its part of Y (summed over the warps in a fixed
 // order), and then, with the whole Y, for its columns of Z. The accumulators of the tensor cores truncate, so they never
 // hold more than a short sum; those go to registers that round.
-template <typename T, int kWarps, int kTiles, int kN>
-__device__ __forceinline__ void multiply_panel(const Layer& layer, const Tile<T>& A, float scale, const float* Q,
-                                               int rows, Columns columns, Meeting<kWarps, kN>& meeting, float* Y,
-                                               float (&sum)[kTiles][kN][4]) {
+template <typename T, int kWarps, int kTiles, int kN, bool kHeld>
+__device__ __forceinline__ void multiply_panel(const Layer& layer, const Tile<T>& A, float scale,
+                                               const Fragments<kTiles, kN, kHeld>& Q, Columns columns,
+                                               Meeting<kWarps, kN>& meeting, float* Y, float (&sum)[kTiles][kN][4]) {
   constexpr int kRows = 8 * kN;
   constexpr bool kExactA = sizeof(T) == 2;
   constexpr int kStepsAtOnce = 4;
-  const int d = layer.d, pitch = pitch_d(layer);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int g = lane / 4, t = lane % 4;
   const int first_col = columns.first, end_col = columns.end;
   // Y^T [16 rows of A, kRows] = A Q^T over this warp's columns
   float y[kN][4] = {};
-  for (int begin = first_col; begin < end_col; begin += 8 * kStepsAtOnce) {
+  constexpr int kSteps = 2 * kTiles;
+#pragma unroll(kHeld ? kSteps : 1)
+  for (int begin = 0; begin < kSteps; begin += kStepsAtOnce) {
+    if (first_col + 8 * begin >= end_col) break;
     float fresh[kN][4] = {};
 #pragma unroll
-    for (int s = 0; s < kStepsAtOnce; ++s) {
-      const int j = begin + 8 * s;
+    for (int s = begin; s < begin + kStepsAtOnce; ++s) {
+      const int j = first_col + 8 * s;
       if (j >= end_col) break;
       uint32_t a[2][4];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) split(scale * widen<T>(A(g + e % 2 * 8, j + t + e / 2 * 4), layer.dtype), a[0][e], a[1][e]);
+      for (int e = 0; e < 4; ++e) split<false>(scale * widen<T>(A(g + e % 2 * 8, j + t + e / 2 * 4), layer.dtype), a[0][e], a[1][e]);
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
         uint32_t q[2][2];
-        const int r = n * 8 + g;
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int column = j + t + e * 4;
-          split(r < rows && column < d ? Q[r * pitch + column] : 0.0f, q[0][e], q[1][e]);
-        }
+        Q.get(q, layer, s, n);
         mma_fp32<kExactA>(fresh[n], a, q);
       }
     }
@@ -157,7 +192,7 @@ __device__ __forceinline__ void multiply_panel(const Layer& layer, const Tile<T>
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) total += meeting.part[w][r][row];
     meeting.whole[r][row] = total;
-    if (r < rows) Y[r * pitch_D(layer) + row] = total;
+    if (r < Q.rows) Y[r * pitch_D(layer) + row] = total;
   }
   __syncthreads();
 
@@ -169,7 +204,7 @@ __device__ __forceinline__ void multiply_panel(const Layer& layer, const Tile<T>
     for (int n = 0; n < kN; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e)
-        split(meeting.whole[n * 8 + g][half * 8 + t + e * 4], yt[half][n][0][e], yt[half][n][1][e]);
+        split<true>(meeting.whole[n * 8 + g][half * 8 + t + e * 4], yt[half][n][0][e], yt[half][n][1][e]);
     }
   }
 #pragma unroll
@@ -182,7 +217,7 @@ __device__ __forceinline__ void multiply_panel(const Layer& layer, const Tile<T>
       uint32_t a[2][4];
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        split(scale * widen<T>(A(half * 8 + t + e / 2 * 4, j + g + e % 2 * 8), layer.dtype), a[0][e], a[1][e]);
+        split<false>(scale * widen<T>(A(half * 8 + t + e / 2 * 4, j + g + e % 2 * 8), layer.dtype), a[0][e], a[1][e]);
 #pragma unroll
       for (int n = 0; n < kN; ++n) mma_fp32<kExactA>(fresh[n], a, yt[half][n]);
     }
@@ -216,7 +251,7 @@ __device__ __forceinline__ void store_columns(float* Z, int pitch, int rows, Col
 
 // Y[group, slab] and this slab's part of Z[group, :] for one slab of rows and one group of up to 8 kN rows of Q.
 template <typename T, int kWarps, int kTiles, int kN>
-__global__ void __launch_bounds__(kWarps* kWarpSize, 1)
+__global__ void __launch_bounds__(kWarps* kWarpSize, kWarps == 8 && (kN == 1 || sizeof(T) == 2) ? 2 : 1)
     product(S2D_GRID_CONSTANT(Table) table, int step, int stages) {
   constexpr int kRows = 8 * kN;
   const int index = layer_of(table, blockIdx.x);
@@ -247,6 +282,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1)
     return layer.vector_cols ? Tile<T>{memory, 1, kRowPitch} : Tile<T>{memory, round_up(d, 16) + kColumnPad, 1};
   };
 
+  const Fragments<kTiles, kN, false> fragments(Q, layer, rows, columns);
   float sum[kTiles][kN][4] = {};
   const int panels = static_cast<int>(divide_up<int64_t>(min(static_cast<int64_t>(kSlab), layer.D - first_row), kPanel));
   if (stages == 2) {
@@ -268,7 +304,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1)
     }
     __syncwarp();
 
-    multiply_panel(layer, A, scale, Q, rows, columns, meeting[0], Y + panel * kPanel, sum);
+    multiply_panel(layer, A, scale, fragments, columns, meeting[0], Y + panel * kPanel, sum);
     __syncwarp();  // before the tile is overwritten
   }
   store_columns(partial, pitch, rows, columns, sum);

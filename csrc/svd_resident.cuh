@@ -275,11 +275,12 @@ __device__ __forceinline__ void multiply_slab(const Table& table, Work& work, un
   float* Y = layer.Y + step * b * pitch_D(layer) + work.first_row;
   for (int first_r = 0; first_r < b; first_r += kRows) {
     const int rows = min(kRows, b - first_r);
+    const Fragments<kTeamTiles, kN, kN == 1> Q(layer.K + (step * b + first_r) * pitch, layer, rows, columns);
     float sum[kTeamTiles][kN][4] = {};
 #pragma unroll 1
     for (int panel = 0; panel < work.panels; ++panel) {
-      multiply_panel(layer, tile_of<T>(layer, work, shared, panel), work.scale, layer.K + (step * b + first_r) * pitch, rows, columns,
-                     meeting, Y + first_r * pitch_D(layer) + panel * kPanel, sum);
+      multiply_panel(layer, tile_of<T>(layer, work, shared, panel), work.scale, Q, columns, meeting,
+                     Y + first_r * pitch_D(layer) + panel * kPanel, sum);
     }
     store_columns(layer.partial + (static_cast<int64_t>(work.rank) * b + first_r) * pitch, pitch, rows, columns, sum);
   }
