@@ -99,41 +99,40 @@ struct Meeting {
   float whole[8 * kN][kPanel + 4];
 };
 
-// The fragment of Q^T [8 columns from j on, rows n * 8 to n * 8 + 7] of which `rows` rows count.
-__device__ __forceinline__ void fragment_of_Q(uint32_t (&q)[2][2], const float* Q, const Layer& layer, int rows, int n,
-                                              int j) {
-  const int lane = threadIdx.x % kWarpSize, r = n * 8 + lane / 4;
-#pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    const int column = j + lane % 4 + e * 4;
-    split<true>(r < rows && column < layer.d ? Q[r * pitch_d(layer) + column] : 0.0f, q[0][e], q[1][e]);
-  }
-}
-
-// Q as multiply_panel takes it: read and split for each panel, or once for all panels where registers hold it.
+// The rows of Q that a read takes, as multiply_panel wants them: from memory for each panel, or from registers.
 template <int kTiles, int kN, bool kHeld>
 struct Fragments {
   const float* Q;
-  int rows, first;
-  uint32_t held[kHeld ? 2 * kTiles : 1][kN][2][2];
+  int rows;
+  float held[kHeld ? 2 * kTiles : 1][kN][2];
 
-  __device__ __forceinline__ Fragments(const float* Q, const Layer& layer, int rows, Columns columns)
-      : Q(Q), rows(rows), first(columns.first) {
+  __device__ __forceinline__ Fragments(const float* Q, const Layer& layer, int rows, Columns columns) : Q(Q), rows(rows) {
     if constexpr (kHeld) {
 #pragma unroll
       for (int s = 0; s < 2 * kTiles; ++s) {
 #pragma unroll
-        for (int n = 0; n < kN; ++n) fragment_of_Q(held[s][n], Q, layer, columns.first + 8 * s < columns.end ? rows : 0, n, columns.first + 8 * s);
+        for (int n = 0; n < kN; ++n) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) held[s][n][e] = element(layer, columns, s, n, e);
+        }
       }
     }
   }
-  // Columns [first + 8 s, first + 8 s + 8).
-  __device__ __forceinline__ void get(uint32_t (&q)[2][2], const Layer& layer, int s, int n) const {
-    if constexpr (kHeld) {
+  // Of the lane: Q^T [columns.first + 8 s + t + 4 e, 8 n + g].
+  __device__ __forceinline__ float element(const Layer& layer, Columns columns, int s, int n, int e) const {
+    const int lane = threadIdx.x % kWarpSize, r = n * 8 + lane / 4, column = columns.first + 8 * s + lane % 4 + e * 4;
+    return r < rows && column < (kHeld ? min(layer.d, columns.end) : layer.d) ? Q[r * pitch_d(layer) + column] : 0.0f;
+  }
+  __device__ __forceinline__ void get(uint32_t (&q)[2][2], const Layer& layer, Columns columns, int s, int n) const {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) q[i / 2][i % 2] = held[s][n][i / 2][i % 2];
-    } else {
-      fragment_of_Q(q, Q, layer, rows, n, first + 8 * s);
+    for (int e = 0; e < 2; ++e) {
+      float value;
+      if constexpr (kHeld) {
+        value = held[s][n][e];
+      } else {
+        value = element(layer, columns, s, n, e);
+      }
+      split<true>(value, q[0][e], q[1][e]);
     }
   }
 };
@@ -155,22 +154,20 @@ __device__ __forceinline__ void multiply_panel(const Layer& layer, const Tile<T>
   const int first_col = columns.first, end_col = columns.end;
   // Y^T [16 rows of A, kRows] = A Q^T over this warp's columns
   float y[kN][4] = {};
-  constexpr int kSteps = 2 * kTiles;
-#pragma unroll(kHeld ? kSteps : 1)
-  for (int begin = 0; begin < kSteps; begin += kStepsAtOnce) {
-    if (first_col + 8 * begin >= end_col) break;
+  const int steps = (end_col - first_col) / 8;
+  const auto add_steps = [&](int begin) {
     float fresh[kN][4] = {};
 #pragma unroll
     for (int s = begin; s < begin + kStepsAtOnce; ++s) {
       const int j = first_col + 8 * s;
-      if (j >= end_col) break;
+      if (s >= steps) break;
       uint32_t a[2][4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) split<false>(scale * widen<T>(A(g + e % 2 * 8, j + t + e / 2 * 4), layer.dtype), a[0][e], a[1][e]);
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
         uint32_t q[2][2];
-        Q.get(q, layer, s, n);
+        Q.get(q, layer, columns, s, n);
         mma_fp32<kExactA>(fresh[n], a, q);
       }
     }
@@ -179,6 +176,15 @@ __device__ __forceinline__ void multiply_panel(const Layer& layer, const Tile<T>
 #pragma unroll
       for (int e = 0; e < 4; ++e) y[n][e] += fresh[n][e];
     }
+  };
+  if constexpr (kHeld) {
+#pragma unroll
+    for (int begin = 0; begin < 2 * kTiles; begin += kStepsAtOnce) {
+      if (begin < steps) add_steps(begin);
+    }
+  } else {
+#pragma unroll 1
+    for (int begin = 0; begin < steps; begin += kStepsAtOnce) add_steps(begin);
   }
 #pragma unroll
   for (int n = 0; n < kN; ++n) {
@@ -251,7 +257,7 @@ __device__ __forceinline__ void store_columns(float* Z, int pitch, int rows, Col
 
 // Y[group, slab] and this slab's part of Z[group, :] for one slab of rows and one group of up to 8 kN rows of Q.
 template <typename T, int kWarps, int kTiles, int kN>
-__global__ void __launch_bounds__(kWarps* kWarpSize, kWarps == 8 && (kN == 1 || sizeof(T) == 2) ? 2 : 1)
+__global__ void __launch_bounds__(kWarps* kWarpSize, 1)
     product(S2D_GRID_CONSTANT(Table) table, int step, int stages) {
   constexpr int kRows = 8 * kN;
   const int index = layer_of(table, blockIdx.x);

@@ -104,9 +104,10 @@ struct Work {
   int64_t first_row;
   int64_t scratch;  // bytes of the slab
 
-  __device__ void set(const Layer& layer, int index_in_table, int rank_in_team, size_t element_bytes) {
+  __device__ void set(const Table& table, int index_in_table, size_t element_bytes) {
+    const Layer& layer = table.layers[index_in_table];
     index = index_in_table;
-    rank = rank_in_team;
+    rank = static_cast<int>(blockIdx.x - table.first[index]);
     const int all = panels_of(layer), most = divide_up(all, layer.team), first = min(rank * most, all);
     panels = min(most, all - first);
     first_row = static_cast<int64_t>(first) * kPanel;
@@ -136,6 +137,22 @@ __device__ __forceinline__ Tile<T> tile_of(const Layer& layer, const Work& work,
                                 : Tile<T>{slab + panel * kPanel * work.slab_pitch, work.slab_pitch, 1};
 }
 
+// Sums of eight values each over a warp: lane l gets that of value l / 4. In nine exchanges instead of forty.
+__device__ __forceinline__ double reduce_8(double (&value)[8]) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int half = 4; half > 0; half /= 2) {
+    const bool upper = (lane & 4 * half) != 0;  // keeps the upper half of the values and gives the lower
+#pragma unroll
+    for (int e = 0; e < half; ++e) {
+      const double given = upper ? value[e] : value[e + half], kept = upper ? value[e + half] : value[e];
+      value[e] = kept + __shfl_xor_sync(kAllLanes, given, 4 * half);
+    }
+  }
+  value[0] += __shfl_xor_sync(kAllLanes, value[0], 2);
+  return value[0] + __shfl_xor_sync(kAllLanes, value[0], 1);
+}
+
 // out[i * out_row + c * out_col] = X[i, :] . B[c, :] in fp64 for `rows` rows of X and b of B: a warp a row of X.
 __device__ void row_products(const float* X, int rows, const float* B, int b, int64_t pitch, int length, double* out,
                              int out_row, int out_col) {
@@ -151,11 +168,9 @@ __device__ void row_products(const float* X, int rows, const float* B, int b, in
           if (first + e < b) sum[e] = fma(x, static_cast<double>(B[(first + e) * pitch + j]), sum[e]);
         }
       }
-#pragma unroll
-      for (int e = 0; e < kAtOnce; ++e) {
-        sum[e] = warp_reduce(sum[e], Sum());
-        if (lane == 0 && first + e < b) out[i * out_row + (first + e) * out_col] = sum[e];
-      }
+      const double result = reduce_8(sum);
+      const int c = first + lane / 4;
+      if (lane % 4 == 0 && c < b) out[i * out_row + c * out_col] = result;
     }
   }
 }
@@ -264,7 +279,7 @@ __device__ __forceinline__ unsigned load_slab(const Table& table, Work& work, un
   return warp_reduce(largest, Maximum());
 }
 
-// Y of the step, this block's parts of Z and of the step's rows of the Gram matrix; ends with barrier A.
+// Y of the step and this block's part of Z.
 template <typename T, int kN>
 __device__ __forceinline__ void multiply_slab(const Table& table, Work& work, unsigned char* shared) {
   constexpr int kRows = 8 * kN;
@@ -273,7 +288,7 @@ __device__ __forceinline__ void multiply_slab(const Table& table, Work& work, un
   const Columns columns = columns_of_warp<kTeamWarps>(layer.d);
   auto& meeting = *reinterpret_cast<Meeting<kTeamWarps, kN>*>(shared + work.scratch);
   float* Y = layer.Y + step * b * pitch_D(layer) + work.first_row;
-  for (int first_r = 0; first_r < b; first_r += kRows) {
+  for (int first_r = 0; first_r < (kN == 1 ? 1 : b); first_r += kRows) {  // kN = 1 is for b <= 8
     const int rows = min(kRows, b - first_r);
     const Fragments<kTeamTiles, kN, kN == 1> Q(layer.K + (step * b + first_r) * pitch, layer, rows, columns);
     float sum[kTeamTiles][kN][4] = {};
@@ -285,23 +300,30 @@ __device__ __forceinline__ void multiply_slab(const Table& table, Work& work, un
     store_columns(layer.partial + (static_cast<int64_t>(work.rank) * b + first_r) * pitch, pitch, rows, columns, sum);
   }
   __syncthreads();  // Y is read by other threads, and the meeting's memory taken
-  const int n = layer.rows;
-  row_products(layer.Y + work.first_row, (step + 1) * b, Y, b, pitch_D(layer), work.panels * kPanel,
-               layer.gram + static_cast<int64_t>(work.rank) * n * n + step * b * n, 1, n);
+}
+
+// This block's part of the step's rows of the Gram matrix; ends with barrier A.
+__device__ __forceinline__ void gram_of_slab(const Table& table, Work& work) {
+  const Layer& layer = table.layers[work.index];
+  const int b = layer.block, n = layer.rows;
+  const float* Y = layer.Y + work.first_row;
+  row_products(Y, (work.step + 1) * b, Y + work.step * b * pitch_D(layer), b, pitch_D(layer), work.panels * kPanel,
+               layer.gram + static_cast<int64_t>(work.rank) * n * n + work.step * b * n, 1, n);
   sync(layer, work);
 }
 
 // Z of the step on this block's slice of columns, and, unless it is the last, F in the place of the next Q.
-__device__ __forceinline__ void sum_slice(const Table& table, Work& work, const Dense& dense) {
+__device__ __forceinline__ void sum_slice(const Table& table, Work& work, unsigned char* shared) {
   const Layer& layer = table.layers[work.index];
+  const Dense dense(shared + work.scratch, layer);
   const int tid = static_cast<int>(threadIdx.x), b = layer.block, n = layer.rows, step = work.step;
-  const int p = (step + 1) * b;
-  const int pitch = pitch_d(layer);
+  const int p = (step + 1) * b, pitch = pitch_d(layer);
   const bool last = step + 1 == layer.reads;
   if (!last) {
     for (int pair = tid; pair < b * p; pair += kTeamThreads) {
       const double* part = layer.gram + (step * b + pair / p) * n + pair % p;
       double sum = 0.0;
+#pragma unroll 8
       for (int i = 0; i < layer.team; ++i) sum += part[static_cast<int64_t>(i) * n * n];
       dense.coefficient[pair % p * b + pair / p] = sum;
     }
@@ -317,10 +339,12 @@ __device__ __forceinline__ void sum_slice(const Table& table, Work& work, const 
     const int r = item / across, column = work.first_col + item % across;
     const float* part = layer.partial + r * pitch + column;
     float sum = 0.0f;
+#pragma unroll 8
     for (int i = 0; i < layer.team; ++i) sum += part[static_cast<int64_t>(i) * b * pitch];
     layer.Z[(step * b + r) * pitch + column] = sum;
     if (last) continue;
     double rest = sum;
+#pragma unroll 8
     for (int i = 0; i < p; ++i) {
       rest -= dense.coefficient[i * b + r] * static_cast<double>(layer.K[i * pitch + column]);
     }
@@ -329,41 +353,47 @@ __device__ __forceinline__ void sum_slice(const Table& table, Work& work, const 
   __syncthreads();
 }
 
-// The next Q from F, both in the same place: `parts`, barrier B and `combine`, as often as it takes; ends with barrier D.
-__device__ __forceinline__ void orthonormalize_slice(const Table& table, Work& work, const Dense& dense) {
-  constexpr int kRounds = 3;
+// `parts`, barrier B and `combine`: the next Q from F, in the same place. Returns whether it takes another round.
+__device__ __forceinline__ bool orthonormalize_slice(const Table& table, Work& work, unsigned char* shared, int round,
+                                                     bool last) {
   const Layer& layer = table.layers[work.index];
+  const Dense dense(shared + work.scratch, layer);
   const int b = layer.block, p = (work.step + 1) * b, pitch = pitch_d(layer), part = (p + b) * b;
   float* Q = layer.K + p * pitch;
-  for (int round = 0; round < kRounds; ++round) {
-    double* exchange = layer.exchange + static_cast<int64_t>(round % 2) * layer.team * layer.rows * b;
-    row_products(layer.K + work.first_col, p + b, Q + work.first_col, b, pitch, work.end_col - work.first_col,
-                 exchange + static_cast<int64_t>(work.rank) * part, b, 1);
-    sync(layer, work);
-    for (int pair = threadIdx.x; pair < part; pair += kTeamThreads) {
-      double sum = 0.0;
-      for (int i = 0; i < layer.team; ++i) sum += exchange[static_cast<int64_t>(i) * part + pair];
-      dense.coefficient[pair] = sum;
-    }
-    __syncthreads();
-    const bool again = eliminate(dense, p, b, round == 0 ? dense.before : nullptr, round + 1 == kRounds);
-    replace_columns(Q, pitch, b, work.first_col, work.end_col, [&](int r, int column) {
-      if (round == 0 && dense.normalize[r] == 0.0) {  // a dependent row: a random one in its place
-        return gaussian_of(layer)[(column - (p + r + 1) % layer.d + layer.d) % layer.d];
-      }
-      double sum = 0.0;
-      for (int i = 0; i < p; ++i) {
-        sum = fma(dense.coefficient[i * b + r], static_cast<double>(layer.K[i * pitch + column]), sum);
-      }
-      for (int c = 0; c <= r; ++c) {
-        sum = fma(dense.work[r * 2 * b + b + c], static_cast<double>(Q[c * pitch + column]), sum);
-      }
-      return static_cast<float>(sum);
-    });
-    if (!again) break;
-    __syncthreads();
+  double* exchange = layer.exchange + static_cast<int64_t>(round % 2) * layer.team * layer.rows * b;
+  row_products(layer.K + work.first_col, p + b, Q + work.first_col, b, pitch, work.end_col - work.first_col,
+               exchange + static_cast<int64_t>(work.rank) * part, b, 1);
+  sync(layer, work);  // B
+  for (int pair = threadIdx.x; pair < part; pair += kTeamThreads) {
+    double sum = 0.0;
+#pragma unroll 8
+    for (int i = 0; i < layer.team; ++i) sum += exchange[static_cast<int64_t>(i) * part + pair];
+    dense.coefficient[pair] = sum;
   }
-  sync(layer, work);
+  __syncthreads();
+  const bool again = eliminate(dense, p, b, round == 0 ? dense.before : nullptr, last);
+  replace_columns(Q, pitch, b, work.first_col, work.end_col, [&](int r, int column) {
+    if (round == 0 && dense.normalize[r] == 0.0) {  // a dependent row: a random one in its place
+      return gaussian_of(layer)[(column - (p + r + 1) % layer.d + layer.d) % layer.d];
+    }
+    double sum = 0.0;
+#pragma unroll 8
+    for (int i = 0; i < p; ++i) {
+      sum = fma(dense.coefficient[i * b + r], static_cast<double>(layer.K[i * pitch + column]), sum);
+    }
+    for (int c = 0; c <= r; ++c) {
+      sum = fma(dense.work[r * 2 * b + b + c], static_cast<double>(Q[c * pitch + column]), sum);
+    }
+    return static_cast<float>(sum);
+  });
+  __syncthreads();
+  return again;
+}
+
+// The first matrix of the table from `index` on in whose team this block is.
+__device__ __forceinline__ int matrix_of_block(const Table& table, int index) {
+  while (index < table.count && blockIdx.x - table.first[index] >= static_cast<unsigned>(table.layers[index].team)) ++index;
+  return index;
 }
 
 // `table.first` is the first block of each matrix's team, not ascending.
@@ -372,10 +402,8 @@ __global__ void __launch_bounds__(kTeamThreads, 1) resident(S2D_GRID_CONSTANT(Ta
   S2D_DYNAMIC_SHARED(unsigned char, shared);
   S2D_SHARED(Work, works, [1]);
   Work& work = works[0];
-  for (int index = 0; index < table.count; ++index) {
-    const int rank = static_cast<int>(blockIdx.x) - static_cast<int>(table.first[index]);
-    if (rank < 0 || rank >= table.layers[index].team) continue;
-    if (threadIdx.x == 0) work.set(table.layers[index], index, rank, sizeof(T));
+  for (int index = matrix_of_block(table, 0); index < table.count;) {
+    if (threadIdx.x == 0) work.set(table, index, sizeof(T));
     __syncthreads();
     const unsigned largest = load_slab<T>(table, work, shared);
     if (threadIdx.x == 0) {
@@ -383,19 +411,26 @@ __global__ void __launch_bounds__(kTeamThreads, 1) resident(S2D_GRID_CONSTANT(Ta
       set_prescale(state, largest);
       work.scale = state.scale;
       work.step = 0;
-      work.reads = state.finite ? table.layers[index].reads : 0;
-      if (rank == 0) set_prescale(*table.layers[index].state, largest);
+      work.reads = state.finite ? table.layers[work.index].reads : 0;
+      if (work.rank == 0) set_prescale(*table.layers[work.index].state, largest);
     }
     __syncthreads();
     while (work.step < work.reads) {
       multiply_slab<T, kN>(table, work, shared);
-      const Dense dense(shared + work.scratch, table.layers[work.index]);
-      sum_slice(table, work, dense);
-      if (work.step + 1 < work.reads) orthonormalize_slice(table, work, dense);
+      gram_of_slab(table, work);
+      sum_slice(table, work, shared);
+      if (work.step + 1 < work.reads) {
+        constexpr int kRounds = 3;
+#pragma unroll 1
+        for (int round = 0; orthonormalize_slice(table, work, shared, round, round + 1 == kRounds); ++round) {
+        }
+        sync(table.layers[work.index], work);  // D
+      }
       __syncthreads();
       if (threadIdx.x == 0) ++work.step;
       __syncthreads();
     }
+    index = matrix_of_block(table, work.index + 1);
     __syncthreads();  // the next matrix takes the same shared memory
   }
 }
