@@ -54,6 +54,31 @@ def _product(scalar: str, warps: int, tiles: int, n: int) -> Declared:
     )
 
 
+def _resident(scalar: str, n: int) -> Declared:
+    """All reads of a warm refresh from shared memory, a block's slab being what fits sm_80."""
+    bits16 = scalar == "t"
+    weight_bytes = 2 if bits16 else 4
+    rows = 48 if n == 1 else 32
+    meeting = 4 * (16 * 8 * n * 16 + 8 * n * 20)
+    return Declared(
+        threads=512,
+        dynamic_shared=rows * (_d + 8) * weight_bytes + meeting,
+        instructions={
+            # Q's fragments are held in registers, and so all 8 steps of the first product unrolled, for b <= 8
+            "HMMA.1688.TF32": (2 if bits16 else 3) * n * ((8 if n == 1 else 4) + 2 * 4),
+            "LDGSTS.128": 2,
+            "LDG.STRONG.GPU": 4,  # the team's barriers
+            "LDG.CONSTANT": 0,  # none: what other blocks wrote must not come from the read-only cache
+            "DFMA": 8,
+        },
+        shape=_SHAPE,
+        traffic=lambda _: (
+            weight_bytes * _D * _d + 4 * _ALL * (_D + 2 * _d) + 4 * (_D // rows) * _B * _d,
+            4 * _ALL * _D * _d,
+        ),
+    )
+
+
 CUDA_KERNELS = {
     mangled("add_penalty_grad"): Declared(
         threads=256,
@@ -79,6 +104,10 @@ CUDA_KERNELS = {
     mangled("product", "t", 8, 8, 1): _product("t", 8, 8, 1),
     mangled("product", "t", 8, 8, 2): _product("t", 8, 8, 2),
     mangled("product", "t", 16, 16, 1): _product("t", 16, 16, 1),
+    mangled("resident", "f", 1): _resident("f", 1),
+    mangled("resident", "f", 2): _resident("f", 2),
+    mangled("resident", "t", 1): _resident("t", 1),
+    mangled("resident", "t", 2): _resident("t", 2),
     mangled("sum_partials"): Declared(256, 0, {}, _SHAPE, lambda _: (4 * (_SLABS + 1) * _B * _d, _SLABS * _B * _d)),
     # two rounds of projection, Gram matrix and rotation, against the blocks before the last
     mangled("orthonormalize"): Declared(

@@ -263,6 +263,41 @@ __device__ __forceinline__ void grid_sync(unsigned* barrier) {
 }
 #endif
 
+// What a thread, or by a barrier its block, wrote before add_release is seen by whoever load_acquire lets see the sum.
+__device__ __forceinline__ void add_release(unsigned* address, unsigned value) {
+#ifdef S2D_EMULATED
+  atomicAdd(address, value);
+#else
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(address)), "r"(value)
+               : "memory");
+#endif
+}
+__device__ __forceinline__ unsigned load_acquire(const unsigned* address) {
+#ifdef S2D_EMULATED
+  return *static_cast<const volatile unsigned*>(address);
+#else
+  unsigned value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+               : "=r"(value)
+               : "l"(__cvta_generic_to_global(address))
+               : "memory");
+  return value;
+#endif
+}
+
+// A barrier of some blocks of a cooperative launch, a team, with the guarantee of grid_sync. Each block of the team adds
+// one to *arrived, which was 0 before the first barrier of the team; `target`, of which thread 0's counts, is the number
+// of barriers so far, this one included, times the blocks of the team. The count only grows: nothing is reset, and no
+// block can miss the end of a barrier.
+__device__ __forceinline__ void team_sync(unsigned* arrived, unsigned target) {
+  __syncthreads();
+  if (threadIdx.x == 0 && threadIdx.y == 0 && threadIdx.z == 0) {
+    add_release(arrived, 1u);
+    while (load_acquire(arrived) < target) __nanosleep(20);
+  }
+  __syncthreads();
+}
+
 struct LaunchShape {
   dim3 grid, block;
   size_t shared_bytes = 0;

@@ -17,7 +17,7 @@ extern "C" {
 #pragma GCC visibility push(default)
 
 /* Raised with every change of a signature or struct below; the loader refuses another value. */
-#define S2D_ABI_VERSION 3
+#define S2D_ABI_VERSION 4
 
 /* The stream type without CUDA's headers: a cudaStream_t is a pointer to this. */
 typedef struct CUstream_st* s2d_stream;
@@ -84,6 +84,8 @@ typedef struct s2d_svd_layer {
   int32_t width;              /* rows of a block, <= 32 */
   int32_t k;                  /* triplets wanted, <= width */
   int32_t reads;              /* passes over W; with reads * width >= d one pass with Q = identity is exact */
+  int32_t team;               /* 0: the form is chosen for W and the device; > 0: so many blocks keep W on chip; < 0: W is
+                                 read from memory in each pass. Not for a W with one exact pass, which is streamed */
 } s2d_svd_layer;
 
 /* The primitives of topk_svd (s2d_kernels/svd.py holds the algorithm), each for all matrices at once; a matrix takes
@@ -91,11 +93,20 @@ typedef struct s2d_svd_layer {
  * returns; the workspace carries the run's state and must not be shared with another.
  *
  * s2d_topk_svd_check: S2D_OK, S2D_BAD_ARGUMENT, or S2D_UNSUPPORTED where d > 4096 (2048 in fp32), min(d, reads * width) > 256,
- * width > 32, or 16 rows of W do not fit the shared memory of a block on the current device. */
+ * width > 32, 16 rows of W do not fit the shared memory of a block on the current device, or a given team does not hold W
+ * or has more blocks than the device has multiprocessors.
+ * s2d_topk_svd_team: blocks that keep a matrix in their shared memory on the current device, 0 where it is streamed. Of the
+ * matrix and the device alone; so are the bits of its factors, whatever else is in the call.
+ * s2d_topk_svd_resident: after begin, all passes over the matrices with a team, which product and orthonormalize leave out.
+ * One cooperative launch a dtype and width class; it occupies up to max_blocks multiprocessors (0: all; never fewer than
+ * the largest team) until it is done, and no stream's priority takes them away. The bits do not depend on max_blocks. */
 int s2d_topk_svd_check(const s2d_svd_layer* layers, int32_t count);
+int s2d_topk_svd_team(const s2d_svd_layer* layer);
 size_t s2d_topk_svd_workspace(const s2d_svd_layer* layers, int32_t count);
 int s2d_topk_svd_begin(const s2d_svd_layer* layers, int32_t count, void* workspace, size_t workspace_bytes,
                        s2d_stream stream);
+int s2d_topk_svd_resident(const s2d_svd_layer* layers, int32_t count, int32_t max_blocks, void* workspace,
+                          size_t workspace_bytes, s2d_stream stream);
 int s2d_topk_svd_product(const s2d_svd_layer* layers, int32_t count, int32_t step, void* workspace,
                          size_t workspace_bytes, s2d_stream stream);
 int s2d_topk_svd_orthonormalize(const s2d_svd_layer* layers, int32_t count, int32_t step, void* workspace,

@@ -22,7 +22,8 @@ struct State {
   float scale;  // a power of two
   int32_t exponent;
   int32_t finite;
-  int32_t bad;  // of finish: factors are zeros
+  int32_t bad;       // of finish: factors are zeros
+  unsigned arrived;  // of the resident form: blocks at the team's barriers, all its barriers together
 };
 
 // Of one matrix, as all kernels see it. `row` and `col` strides are those of A, not of W.
@@ -34,14 +35,16 @@ struct Layer {
   int64_t row_stride, col_stride;
   int64_t D;
   State* state;
-  unsigned* largest;  // [chunks] bit patterns
+  unsigned* largest;  // [chunks or team] bit patterns
   float *K, *Y, *Z;   // [rows, pitch_d], [rows, pitch_D], [rows, pitch_d]
-  float* partial;     // [slabs, block, pitch_d]
-  double* gram;       // [gram slabs, rows, rows]
+  float* partial;     // [slabs or team, block, pitch_d]
+  double* gram;       // [gram slabs or team, rows, rows]
+  double* exchange;   // [2, team, rows, block]
   double* vectors;    // [rows, rows]: row i is the i-th eigenvector
   double* scratch;    // [2, rows, rows]
   double* theta;      // [rows] descending
   int32_t d, width, block, reads, rows, k;
+  int32_t team;  // blocks that keep A on chip, 0 where it is streamed
   uint8_t dtype;
   bool wide, dense, vector_rows, vector_cols;
 };
@@ -64,6 +67,9 @@ __host__ __device__ inline int gram_slabs(const Layer& layer) {
   return static_cast<int>(divide_up<int64_t>(layer.D, gram_slab(layer)));
 }
 
+// Parts of the Gram matrix of Y.
+__host__ __device__ inline int gram_parts(const Layer& layer) { return layer.team > 0 ? layer.team : gram_slabs(layer); }
+
 // The start's last row, which is random in every start.
 __device__ inline const float* gaussian_of(const Layer& layer) {
   return layer.start + static_cast<int64_t>(layer.width - 1) * layer.d;
@@ -72,7 +78,9 @@ __device__ inline const float* gaussian_of(const Layer& layer) {
 constexpr int kMaxLayers = 128;
 struct Table {
   int32_t count;
-  uint32_t first[kMaxLayers + 1];  // ascending: the first block of each layer; [count] is the number of blocks
+  // The first block of each layer; ascending but in the resident form, where blocks take several layers in turn. [count]
+  // is the number of blocks.
+  uint32_t first[kMaxLayers + 1];
   Layer layers[kMaxLayers];
 };
 static_assert(sizeof(Table) <= 32764 - 16, "the table is a kernel parameter");

@@ -6,9 +6,16 @@
 //   finish           eigh of the fp64 Gram matrix of all Y, rotation of Q, Y, Z into triplets and residuals
 //
 // A [D, d] is W, or W^T when W is wide, so that D >= d; blocks are kept as rows. Everything is summed in a fixed order
-// that depends on the matrix's own shape alone. Nothing is decided on the host.
+// that depends on the matrix itself and the device alone. Nothing is decided on the host by data.
+//
+// A matrix takes one of two forms, by its shape and the device alone. Streamed: each step is a launch for all matrices and
+// reads them from memory. Resident (svd_resident.cuh): one launch does all reads, a team of blocks keeping the matrix in
+// shared memory; finish is the same for both, less the Gram matrix.
+#include <algorithm>
+
 #include "svd_layer.cuh"
 #include "svd_product.cuh"
+#include "svd_resident.cuh"
 #include "svd_small.cuh"
 
 namespace s2d {
@@ -72,21 +79,14 @@ __global__ void __launch_bounds__(kThreads, 2) find_largest(S2D_GRID_CONSTANT(Ta
 
 __global__ void __launch_bounds__(kThreads, 1) begin(S2D_GRID_CONSTANT(Table) table) {
   const Layer& layer = table.layers[blockIdx.x];
-  const int chunks = static_cast<int>(divide_up<int64_t>(layer.D * layer.d, kChunk));
-  unsigned largest = 0;
-  for (int i = threadIdx.x; i < chunks; i += kThreads) largest = max(largest, layer.largest[i]);
-  largest = block_reduce<kThreads>(largest, Maximum());
-  if (threadIdx.x == 0) {
-    const bool finite = largest < 0x7f800000u;
-    // frexp's exponent: |A| < 2^exponent; clamped so that 2^exponent and 2^-exponent are normal numbers
-    int exponent = 1;
-    if (finite && largest >= 0x00800000u) exponent = static_cast<int>(largest >> 23) - 126;
-    if (finite && largest < 0x00800000u) exponent = largest == 0 ? 0 : -126;
-    exponent = max(-126, min(126, exponent));
-    layer.state->finite = finite;
-    layer.state->exponent = exponent;
-    layer.state->scale = __uint_as_float(static_cast<unsigned>(127 - exponent) << 23);
-    layer.state->bad = 0;
+  if (layer.team > 0) {  // the resident form finds the largest element itself
+    if (threadIdx.x == 0) layer.state->arrived = 0;
+  } else {
+    const int chunks = static_cast<int>(divide_up<int64_t>(layer.D * layer.d, kChunk));
+    unsigned largest = 0;
+    for (int i = threadIdx.x; i < chunks; i += kThreads) largest = max(largest, layer.largest[i]);
+    largest = block_reduce<kThreads>(largest, Maximum());
+    if (threadIdx.x == 0) set_prescale(*layer.state, largest);
   }
   const int pitch = pitch_d(layer);
   for (int i = threadIdx.x; i < layer.block * pitch; i += kThreads) {
@@ -177,11 +177,23 @@ __global__ void __launch_bounds__(kThreads, 1) ritz(S2D_GRID_CONSTANT(Table) tab
   S2D_SHARED(double, on_chip, [2 * kShared * kShared]);
   const Layer& layer = table.layers[blockIdx.x];
   const int n = layer.rows, d = layer.d, pitch = pitch_d(layer), lane = threadIdx.x % kWarpSize;
+  float* vectors_d = layer.wide ? layer.U : layer.Vh;
+  if (!layer.state->finite) {
+    for (int64_t i = threadIdx.x; i < static_cast<int64_t>(layer.width) * d; i += kThreads) vectors_d[i] = 0.0f;
+    for (int i = threadIdx.x; i < layer.width; i += kThreads) layer.S[i] = layer.residual[i] = 0.0f;
+    if (threadIdx.x == 0) {
+      layer.theta[0] = 0.0;
+      layer.state->bad = 1;
+      *layer.status = kNonFinite;
+      *layer.missed = 0.0f;
+    }
+    return;
+  }
   double *H = n <= kShared ? on_chip : layer.scratch, *V = H + n * n;
   for (int i = threadIdx.x; i < n * n; i += kThreads) {
     const int r = max(i / n, i % n), c = min(i / n, i % n);
     double sum = 0.0;
-    for (int slab = 0; slab < gram_slabs(layer); ++slab) sum += layer.gram[static_cast<int64_t>(slab) * n * n + r * n + c];
+    for (int slab = 0; slab < gram_parts(layer); ++slab) sum += layer.gram[static_cast<int64_t>(slab) * n * n + r * n + c];
     H[i] = sum;
   }
   __syncthreads();
@@ -217,7 +229,7 @@ __global__ void __launch_bounds__(kThreads, 1) ritz(S2D_GRID_CONSTANT(Table) tab
       const float difference = static_cast<float>(z * inverse - s * right);
       square = fmaf(difference, difference, square);
       const int64_t place = layer.wide ? static_cast<int64_t>(j) * layer.width + i : static_cast<int64_t>(i) * d + j;
-      (layer.wide ? layer.U : layer.Vh)[place] = counts ? static_cast<float>(right) : 0.0f;
+      vectors_d[place] = counts ? static_cast<float>(right) : 0.0f;
     }
     square = warp_sum(square);
     if (lane == 0) {
@@ -274,10 +286,10 @@ __global__ void __launch_bounds__(kThreads, 1) ritz(S2D_GRID_CONSTANT(Table) tab
     const bool converged = criterion <= tolerance * (layer.S[0] * layer.S[0]);
     const int exponent = layer.state->exponent;
     const float largest = scaled(layer.S[0], exponent);
-    const bool overflow = !(largest <= 3.4028235e38f), finite = layer.state->finite;
-    layer.state->bad = overflow || !finite;
-    *layer.status = !finite ? kNonFinite : overflow ? kOverflow : converged ? kConverged : kNotConverged;
-    *layer.missed = layer.state->bad ? 0.0f : scaled(static_cast<float>(missed), exponent);
+    const bool overflow = !(largest <= 3.4028235e38f);
+    layer.state->bad = overflow;
+    *layer.status = overflow ? kOverflow : converged ? kConverged : kNotConverged;
+    *layer.missed = overflow ? 0.0f : scaled(static_cast<float>(missed), exponent);
   }
   __syncthreads();
   const bool bad = layer.state->bad;
@@ -286,9 +298,7 @@ __global__ void __launch_bounds__(kThreads, 1) ritz(S2D_GRID_CONSTANT(Table) tab
     layer.residual[i] = bad ? 0.0f : scaled(residual[i], layer.state->exponent);
   }
   if (bad) {
-    for (int64_t i = threadIdx.x; i < static_cast<int64_t>(layer.width) * d; i += kThreads) {
-      (layer.wide ? layer.U : layer.Vh)[i] = 0.0f;
-    }
+    for (int64_t i = threadIdx.x; i < static_cast<int64_t>(layer.width) * d; i += kThreads) vectors_d[i] = 0.0f;
   }
 }
 
@@ -348,19 +358,61 @@ size_t place(Layer& layer, char* base) {
   };
   const int64_t n = layer.rows, pitch = pitch_d(layer);
   take(layer.state, 1);
-  take(layer.largest, divide_up<int64_t>(layer.D * layer.d, kChunk));
+  take(layer.largest, layer.team > 0 ? layer.team : divide_up<int64_t>(layer.D * layer.d, kChunk));
   take(layer.K, n * pitch);
   take(layer.Y, n * pitch_D(layer));
   take(layer.Z, n * pitch);
-  take(layer.partial, static_cast<int64_t>(slabs(layer)) * layer.block * pitch);
-  take(layer.gram, gram_slabs(layer) * n * n);
+  take(layer.partial, static_cast<int64_t>(layer.team > 0 ? layer.team : slabs(layer)) * layer.block * pitch);
+  take(layer.gram, gram_parts(layer) * n * n);
+  take(layer.exchange, 2 * layer.team * n * layer.block);
   take(layer.vectors, n * n);
   take(layer.scratch, 2 * n * n);
   take(layer.theta, n);
   return used;
 }
 
-Layer described(const s2d_svd_layer& given) {
+// What the choice of a form depends on beside the matrix.
+struct Device {
+  size_t shared_limit;  // bytes of a block, static and dynamic
+  int multiprocessors;  // blocks of a cooperative launch, one on each; 0 where there is none
+};
+
+Device this_device() {
+#ifdef S2D_EMULATED
+  return {s2d_emulation_set_shared_limit(0), s2d_emulation_set_multiprocessors(0)};
+#else
+  int device = 0, bytes = 0, multiprocessors = 0, cooperative = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device) != cudaSuccess) {
+    cudaGetLastError();
+    return {0, 0};
+  }
+  return {static_cast<size_t>(bytes), cooperative ? multiprocessors : 0};
+#endif
+}
+
+// Of a block of the resident form: the slab of so many panels, and beside it what product and dense part take in turn.
+size_t resident_bytes(const Layer& layer, int panels) {
+  const size_t meeting = layer.block > 8 ? sizeof(Meeting<kTeamWarps, 2>) : sizeof(Meeting<kTeamWarps, 1>);
+  return static_cast<size_t>(slab_elements(layer, panels)) * (layer.dtype == S2D_FLOAT32 ? 4 : 2) +
+         max(meeting, Dense::doubles(layer) * sizeof(double));
+}
+
+// The fewest blocks that hold the matrix, 0 where it is streamed: it has one read only, or none would do.
+int least_team(const Layer& layer, const Device& device) {
+  constexpr size_t kStatic = 1024;  // few bytes, and what the compiler aligns
+  if (layer.dense || layer.d > kTeamMaxD || layer.block > kMaxBlock || device.shared_limit < kStatic) return 0;
+  const int panels = panels_of(layer);
+  const size_t most = device.shared_limit - kStatic, one = resident_bytes(layer, 1);
+  if (one > most) return 0;
+  const int fit = 1 + static_cast<int>((most - one) / (resident_bytes(layer, 2) - one));
+  const int team = divide_up(panels, fit);
+  return team <= device.multiprocessors ? team : 0;
+}
+
+Layer described(const s2d_svd_layer& given, const Device& device) {
   Layer layer{};
   layer.A = given.weight;
   layer.start = given.start;
@@ -387,6 +439,8 @@ Layer described(const s2d_svd_layer& given) {
   layer.vector_rows = start && layer.col_stride == 1 && layer.d % per_16 == 0 && layer.row_stride % per_16 == 0;
   layer.vector_cols =
       !layer.vector_rows && start && layer.row_stride == 1 && layer.D % per_16 == 0 && layer.col_stride % per_16 == 0;
+  layer.team = given.team < 0 ? 0 : least_team(layer, device);
+  if (given.team > 0 && layer.team > 0) layer.team = given.team;
   return layer;
 }
 
@@ -413,23 +467,8 @@ size_t tile_bytes(const Layer& layer) {
   return static_cast<size_t>(tile_elements(layer.d, layer.vector_cols)) * (layer.dtype == S2D_FLOAT32 ? 4 : 2);
 }
 
-size_t shared_limit() {
-#ifdef S2D_EMULATED
-  return s2d_emulation_set_shared_limit(0);
-#else
-  int device = 0, bytes = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) {
-    cudaGetLastError();
-    return 0;
-  }
-  return static_cast<size_t>(bytes);
-#endif
-}
-
-int status_of(const s2d_svd_layer* layers, int32_t count) {
+int status_of(const s2d_svd_layer* layers, int32_t count, const Device& device) {
   if (count < 0 || (count > 0 && layers == nullptr)) return S2D_BAD_ARGUMENT;
-  const size_t limit = shared_limit();
   for (int32_t i = 0; i < count; ++i) {
     if (!is_valid(layers[i])) return S2D_BAD_ARGUMENT;
     const int64_t d = min(layers[i].rows, layers[i].cols), D = max(layers[i].rows, layers[i].cols);
@@ -437,20 +476,24 @@ int status_of(const s2d_svd_layer* layers, int32_t count) {
     if (d > (layers[i].dtype == S2D_FLOAT32 ? 2048 : 4096) || D > (int64_t{1} << 31) - 2 * kSlab || layers[i].width > kMaxBlock) return S2D_UNSUPPORTED;
     const int64_t all = static_cast<int64_t>(layers[i].reads) * layers[i].width;
     if (min(all, d) > kMaxRows) return S2D_UNSUPPORTED;
-    const Layer layer = described(layers[i]);
-    if (tile_bytes(layer) + form_of(layer).static_shared() > limit) return S2D_UNSUPPORTED;
+    const Layer layer = described(layers[i], device);
+    if (layers[i].team > 0 && !layer.dense) {
+      const int least = least_team(layer, device);
+      if (least == 0 || layer.team < least || layer.team > device.multiprocessors) return S2D_UNSUPPORTED;
+    }
+    if (layer.team == 0 && tile_bytes(layer) + form_of(layer).static_shared() > device.shared_limit) return S2D_UNSUPPORTED;
   }
   return S2D_OK;
 }
 
 // Calls launch_one(table, members) for the layers that `wanted` picks, blocks(layer) blocks for each.
 template <typename Wanted, typename Blocks, typename LaunchTable>
-int for_tables(const s2d_svd_layer* layers, int32_t count, void* workspace, Wanted wanted, Blocks blocks,
-               LaunchTable launch_table) {
+int for_tables(const s2d_svd_layer* layers, int32_t count, const Device& device, void* workspace, Wanted wanted,
+               Blocks blocks, LaunchTable launch_table) {
   Table table{};
   size_t used = 0;
   for (int32_t i = 0; i < count; ++i) {
-    Layer layer = described(layers[i]);
+    Layer layer = described(layers[i], device);
     used += place(layer, static_cast<char*>(workspace) + used);
     if (!wanted(layer)) continue;
     const int64_t needed = blocks(layer);
@@ -465,31 +508,87 @@ int for_tables(const s2d_svd_layer* layers, int32_t count, void* workspace, Want
   return table.count ? launch_table(table) : static_cast<int>(S2D_OK);
 }
 
-int check(const s2d_svd_layer* layers, int32_t count, const void* workspace, size_t bytes) {
-  if (const int status = status_of(layers, count)) return status;
+size_t workspace_of(const s2d_svd_layer* layers, int32_t count, const Device& device) {
+  size_t used = 0;
+  for (int32_t i = 0; i < count; ++i) {
+    Layer layer = described(layers[i], device);
+    used += place(layer, nullptr);
+  }
+  return used;
+}
+
+int check(const s2d_svd_layer* layers, int32_t count, const Device& device, const void* workspace, size_t bytes) {
+  if (const int status = status_of(layers, count, device)) return status;
   if (count == 0) return S2D_OK;
-  if (workspace == nullptr || !aligned(workspace, 256) || bytes < s2d_topk_svd_workspace(layers, count)) {
+  if (workspace == nullptr || !aligned(workspace, 256) || bytes < workspace_of(layers, count, device)) {
     return S2D_BAD_WORKSPACE;
   }
   return S2D_OK;
 }
 
+bool streamed(const Layer& layer) { return layer.team == 0; }
+
 template <typename T, int kWarps, int kTiles, int kN>
-int launch_product(const s2d_svd_layer* layers, int32_t count, void* workspace, int32_t step, s2d_stream stream,
-                   const Form& form) {
+int launch_product(const s2d_svd_layer* layers, int32_t count, const Device& device, void* workspace, int32_t step,
+                   s2d_stream stream, const Form& form) {
   size_t largest = 0;
-  const auto wanted = [&](const Layer& layer) { return step < layer.reads && form_of(layer) == form; };
+  const auto wanted = [&](const Layer& layer) { return streamed(layer) && step < layer.reads && form_of(layer) == form; };
   const auto blocks = [&](const Layer& layer) {
     largest = max(largest, tile_bytes(layer));
     return static_cast<int64_t>(slabs(layer)) * divide_up(layer.block, 8 * kN);
   };
-  return for_tables(layers, count, workspace, wanted, blocks, [&](const Table& table) {
+  return for_tables(layers, count, device, workspace, wanted, blocks, [&](const Table& table) {
     // two where two blocks of them fit a multiprocessor of sm_90
     const size_t two = 2 * largest + form.static_shared();
-    const int stages = two <= shared_limit() && two <= 112 * 1024 ? 2 : 1;
+    const int stages = two <= device.shared_limit && two <= 112 * 1024 ? 2 : 1;
     return launch(product<T, kWarps, kTiles, kN>,
                   {dim3(table.first[table.count]), dim3(kWarps * kWarpSize), stages * largest}, stream, table, step,
                   stages);
+  });
+}
+
+// The teams of a table among so many blocks, each a range of them: wave by wave the largest that still fit. Which blocks a
+// team gets does not change what it computes.
+Table scheduled(const Table& table, int blocks) {
+  Table result{};
+  int order[kMaxLayers];
+  for (int i = 0; i < table.count; ++i) order[i] = i;
+  std::stable_sort(order, order + table.count, [&](int a, int b) { return table.layers[a].team > table.layers[b].team; });
+  int used = 0, most = 0, wave_used = 0;
+  bool placed[kMaxLayers] = {};
+  while (used < table.count) {
+    wave_used = 0;
+    for (int place = 0; place < table.count; ++place) {
+      const Layer& layer = table.layers[order[place]];
+      if (placed[place] || wave_used + layer.team > blocks) continue;
+      placed[place] = true;
+      result.layers[used] = layer;
+      result.first[used++] = static_cast<uint32_t>(wave_used);
+      wave_used += layer.team;
+    }
+    most = max(most, wave_used);
+  }
+  result.count = used;
+  result.first[used] = static_cast<uint32_t>(most);
+  return result;
+}
+
+template <typename T, int kN>
+int launch_resident(const s2d_svd_layer* layers, int32_t count, const Device& device, void* workspace,
+                    int32_t max_blocks, s2d_stream stream) {
+  size_t largest = 0;
+  int blocks = max_blocks > 0 ? min(max_blocks, device.multiprocessors) : device.multiprocessors;
+  const auto wanted = [&](const Layer& layer) {
+    return !streamed(layer) && (layer.dtype != S2D_FLOAT32) == (sizeof(T) == 2) && (layer.block > 8) == (kN == 2);
+  };
+  const auto team = [&](const Layer& layer) {
+    largest = max(largest, resident_bytes(layer, divide_up(panels_of(layer), layer.team)));
+    blocks = max(blocks, layer.team);
+    return int64_t{layer.team};
+  };
+  return for_tables(layers, count, device, workspace, wanted, team, [&](const Table& table) {
+    const Table plan = scheduled(table, blocks);
+    return launch(resident<T, kN>, {dim3(plan.first[plan.count]), dim3(kTeamThreads), largest, true}, stream, plan);
   });
 }
 
@@ -499,7 +598,9 @@ int load_topk_svd() {
   for (const int status : {load(find_largest), load(begin), load(sum_partials), load(orthonormalize), load(gram),
                            load(ritz), load(rotate_left), load(product<float, 8, 8, 1>), load(product<float, 8, 8, 2>),
                            load(product<float, 16, 8, 1>), load(product<uint16_t, 8, 8, 1>),
-                           load(product<uint16_t, 8, 8, 2>), load(product<uint16_t, 16, 16, 1>)}) {
+                           load(product<uint16_t, 8, 8, 2>), load(product<uint16_t, 16, 16, 1>),
+                           load(resident<float, 1>), load(resident<float, 2>), load(resident<uint16_t, 1>),
+                           load(resident<uint16_t, 2>)}) {
     if (status) return status;
   }
   return S2D_OK;
@@ -509,80 +610,99 @@ int load_topk_svd() {
 
 using namespace s2d;
 
-int s2d_topk_svd_check(const s2d_svd_layer* layers, int32_t count) { return status_of(layers, count); }
+int s2d_topk_svd_check(const s2d_svd_layer* layers, int32_t count) { return status_of(layers, count, this_device()); }
+
+int s2d_topk_svd_team(const s2d_svd_layer* layer) {
+  const Device device = this_device();
+  return status_of(layer, 1, device) ? 0 : described(*layer, device).team;
+}
 
 size_t s2d_topk_svd_workspace(const s2d_svd_layer* layers, int32_t count) {
-  size_t used = 0;
-  for (int32_t i = 0; i < count; ++i) {
-    Layer layer = described(layers[i]);
-    used += place(layer, nullptr);
-  }
-  return used;
+  return workspace_of(layers, count, this_device());
 }
 
 int s2d_topk_svd_begin(const s2d_svd_layer* layers, int32_t count, void* workspace, size_t workspace_bytes,
                        s2d_stream stream) {
-  if (const int status = check(layers, count, workspace, workspace_bytes)) return status;
+  const Device device = this_device();
+  if (const int status = check(layers, count, device, workspace, workspace_bytes)) return status;
   const auto all = [](const Layer&) { return true; };
   const auto chunks = [](const Layer& layer) { return divide_up<int64_t>(layer.D * layer.d, kChunk); };
-  int status = for_tables(layers, count, workspace, all, chunks, [&](const Table& table) {
+  int status = for_tables(layers, count, device, workspace, streamed, chunks, [&](const Table& table) {
     return launch(find_largest, {dim3(table.first[table.count]), dim3(kThreads)}, stream, table);
   });
   if (status) return status;
-  return for_tables(layers, count, workspace, all, [](const Layer&) { return int64_t{1}; }, [&](const Table& table) {
+  return for_tables(layers, count, device, workspace, all, [](const Layer&) { return int64_t{1}; }, [&](const Table& table) {
     return launch(begin, {dim3(table.count), dim3(kThreads)}, stream, table);
   });
 }
 
+int s2d_topk_svd_resident(const s2d_svd_layer* layers, int32_t count, int32_t max_blocks, void* workspace,
+                          size_t workspace_bytes, s2d_stream stream) {
+  const Device device = this_device();
+  if (const int status = check(layers, count, device, workspace, workspace_bytes)) return status;
+  for (const int status : {
+           launch_resident<float, 1>(layers, count, device, workspace, max_blocks, stream),
+           launch_resident<float, 2>(layers, count, device, workspace, max_blocks, stream),
+           launch_resident<uint16_t, 1>(layers, count, device, workspace, max_blocks, stream),
+           launch_resident<uint16_t, 2>(layers, count, device, workspace, max_blocks, stream),
+       }) {
+    if (status) return status;
+  }
+  return S2D_OK;
+}
+
 int s2d_topk_svd_product(const s2d_svd_layer* layers, int32_t count, int32_t step, void* workspace,
                          size_t workspace_bytes, s2d_stream stream) {
-  if (const int status = check(layers, count, workspace, workspace_bytes)) return status;
+  const Device device = this_device();
+  if (const int status = check(layers, count, device, workspace, workspace_bytes)) return status;
   if (step < 0) return S2D_BAD_ARGUMENT;
   for (const bool by_cols : {false, true}) {
     for (const int status : {
-             launch_product<float, 8, 8, 1>(layers, count, workspace, step, stream, {false, 8, 8, 1, by_cols}),
-             launch_product<float, 8, 8, 2>(layers, count, workspace, step, stream, {false, 8, 8, 2, by_cols}),
-             launch_product<float, 16, 8, 1>(layers, count, workspace, step, stream, {false, 16, 8, 1, by_cols}),
-             launch_product<uint16_t, 8, 8, 1>(layers, count, workspace, step, stream, {true, 8, 8, 1, by_cols}),
-             launch_product<uint16_t, 8, 8, 2>(layers, count, workspace, step, stream, {true, 8, 8, 2, by_cols}),
-             launch_product<uint16_t, 16, 16, 1>(layers, count, workspace, step, stream, {true, 16, 16, 1, by_cols}),
+             launch_product<float, 8, 8, 1>(layers, count, device, workspace, step, stream, {false, 8, 8, 1, by_cols}),
+             launch_product<float, 8, 8, 2>(layers, count, device, workspace, step, stream, {false, 8, 8, 2, by_cols}),
+             launch_product<float, 16, 8, 1>(layers, count, device, workspace, step, stream, {false, 16, 8, 1, by_cols}),
+             launch_product<uint16_t, 8, 8, 1>(layers, count, device, workspace, step, stream, {true, 8, 8, 1, by_cols}),
+             launch_product<uint16_t, 8, 8, 2>(layers, count, device, workspace, step, stream, {true, 8, 8, 2, by_cols}),
+             launch_product<uint16_t, 16, 16, 1>(layers, count, device, workspace, step, stream, {true, 16, 16, 1, by_cols}),
          }) {
       if (status) return status;
     }
   }
-  const auto wanted = [&](const Layer& layer) { return step < layer.reads; };
+  const auto wanted = [&](const Layer& layer) { return streamed(layer) && step < layer.reads; };
   const auto blocks = [](const Layer& layer) {
     return divide_up<int64_t>(static_cast<int64_t>(layer.block) * pitch_d(layer), kThreads);
   };
-  return for_tables(layers, count, workspace, wanted, blocks, [&](const Table& table) {
+  return for_tables(layers, count, device, workspace, wanted, blocks, [&](const Table& table) {
     return launch(sum_partials, {dim3(table.first[table.count]), dim3(kThreads)}, stream, table, step);
   });
 }
 
 int s2d_topk_svd_orthonormalize(const s2d_svd_layer* layers, int32_t count, int32_t step, void* workspace,
                                 size_t workspace_bytes, s2d_stream stream) {
-  if (const int status = check(layers, count, workspace, workspace_bytes)) return status;
+  const Device device = this_device();
+  if (const int status = check(layers, count, device, workspace, workspace_bytes)) return status;
   if (step < 0) return S2D_BAD_ARGUMENT;
-  const auto wanted = [&](const Layer& layer) { return step + 1 < layer.reads; };
-  return for_tables(layers, count, workspace, wanted, [](const Layer&) { return int64_t{1}; }, [&](const Table& table) {
+  const auto wanted = [&](const Layer& layer) { return streamed(layer) && step + 1 < layer.reads; };
+  return for_tables(layers, count, device, workspace, wanted, [](const Layer&) { return int64_t{1}; }, [&](const Table& table) {
     return launch(orthonormalize, {dim3(table.count), dim3(kThreads)}, stream, table, step);
   });
 }
 
 int s2d_topk_svd_finish(const s2d_svd_layer* layers, int32_t count, float tolerance, double failure_probability,
                         void* workspace, size_t workspace_bytes, s2d_stream stream) {
-  if (const int status = check(layers, count, workspace, workspace_bytes)) return status;
+  const Device device = this_device();
+  if (const int status = check(layers, count, device, workspace, workspace_bytes)) return status;
   const auto all = [](const Layer&) { return true; };
-  int status = for_tables(layers, count, workspace, all, [](const Layer& layer) { return int64_t{gram_slabs(layer)}; },
+  int status = for_tables(layers, count, device, workspace, streamed, [](const Layer& layer) { return int64_t{gram_slabs(layer)}; },
                           [&](const Table& table) {
                             return launch(gram, {dim3(table.first[table.count]), dim3(kThreads)}, stream, table);
                           });
   if (status) return status;
-  status = for_tables(layers, count, workspace, all, [](const Layer&) { return int64_t{1}; }, [&](const Table& table) {
+  status = for_tables(layers, count, device, workspace, all, [](const Layer&) { return int64_t{1}; }, [&](const Table& table) {
     return launch(ritz, {dim3(table.count), dim3(kThreads)}, stream, table, tolerance, failure_probability);
   });
   if (status) return status;
-  return for_tables(layers, count, workspace, all,
+  return for_tables(layers, count, device, workspace, all,
                     [](const Layer& layer) { return divide_up<int64_t>(layer.D, kThreads); }, [&](const Table& table) {
                       return launch(rotate_left, {dim3(table.first[table.count]), dim3(kThreads)}, stream, table);
                     });

@@ -165,6 +165,15 @@ def test_no_cuda_kernel_has_a_problem(audits: list[audit.KernelAudit]) -> None:
     assert not [(a.kernel, a.architecture, a.problems) for a in ours if a.problems]
 
 
+def test_the_resident_svd_reads_nothing_through_the_read_only_cache(audits: list[audit.KernelAudit]) -> None:
+    """Blocks exchange K and partial sums through memory: that cache could return what was there before."""
+    if audit.find_tool("nvcc") is None:
+        pytest.skip("needs nvcc (PATH or CUDA_HOME) to compile csrc/*.cu")
+    ours = [a for a in audits if a.kernel.startswith("resident")]
+    assert len(ours) == 4 * len(audit.ARCHITECTURES)
+    assert all(a.found["LDG.CONSTANT"] == 0 and a.found["LDG.STRONG.GPU"] > 0 for a in ours)
+
+
 @pytest.mark.parametrize("architecture", audit.ARCHITECTURES)
 def test_forced_spills_and_a_missing_instruction_are_problems(architecture: str) -> None:
     assert triton_kernels.triton is not None, f"Triton is missing: {triton_kernels.INSTALL_HINT}"

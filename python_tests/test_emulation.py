@@ -193,6 +193,36 @@ def test_grid_sync(kernels: Emulated, order: str) -> None:
     assert "not cooperative" in kernels.refused("grid_totals", x, parts, totals, barrier, blocks, 0)
 
 
+def test_team_sync(kernels: Emulated, order: str) -> None:
+    """Teams of 3, 3 and 1 block, over and over; without the barrier, sums of what is not there yet."""
+    blocks, size, rounds = 7, 3, 4
+    x = torch.randn(blocks, THREADS)
+    parts, totals = torch.full((blocks,), float("nan")), torch.empty(blocks)
+    kernels.run("team_totals", x, parts, totals, torch.zeros(3, dtype=torch.int32), blocks, size, rounds, 1)
+    for first in range(0, blocks, size):
+        team = x[first : first + size]
+        truth = team.double().sum() + len(team) * (rounds - 1)
+        torch.testing.assert_close(totals[first : first + size], truth.float().expand(len(team)))
+    wrong = torch.full((blocks,), float("nan"))
+    kernels.run("team_totals", x, wrong, totals, torch.zeros(3, dtype=torch.int32), blocks, size, 1, 0)
+    assert totals[:6].isnan().any()
+    error = kernels.refused("team_waits", torch.zeros(1, dtype=torch.int32), 3)
+    assert "no running block" in error
+
+
+def test_a_cooperative_launch_must_fit_the_device(kernels: Emulated) -> None:
+    counter = torch.zeros(1, dtype=torch.int32)
+    set_multiprocessors = kernels.library.s2d_emulation_set_multiprocessors
+    before = set_multiprocessors(3)
+    try:
+        kernels.run("cooperative", counter, 3, 200 * 1024)  # one on each
+        kernels.run("cooperative", counter, 6, 100 * 1024)
+        for blocks, shared in ((4, 200 * 1024), (7, 100 * 1024), (49, 0)):
+            assert f"a cooperative grid of {blocks} blocks" in kernels.refused("cooperative", counter, blocks, shared)
+    finally:
+        assert set_multiprocessors(before) == 3
+
+
 def test_a_missing_barrier_is_seen(kernels: Emulated) -> None:
     x = torch.randn(THREADS)
     for name in ("reversed", "rotated"):

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 MAX_RANK = 64
 ROOT = Path(__file__).parent
@@ -62,6 +62,7 @@ class SvdLayer(ctypes.Structure):
         ("width", c_int32),
         ("k", c_int32),
         ("reads", c_int32),
+        ("team", c_int32),
     )
 
 
@@ -75,8 +76,10 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "s2d_check_device": (c_int, []),
     "s2d_add_penalty_grad": (c_int, [POINTER(PenaltyLayer), c_int32, *_WORKSPACE_AND_STREAM]),
     "s2d_topk_svd_check": (c_int, _SVD_TABLE),
+    "s2d_topk_svd_team": (c_int, [POINTER(SvdLayer)]),
     "s2d_topk_svd_workspace": (c_size_t, _SVD_TABLE),
     "s2d_topk_svd_begin": (c_int, [*_SVD_TABLE, *_WORKSPACE_AND_STREAM]),
+    "s2d_topk_svd_resident": (c_int, [*_SVD_TABLE, c_int32, *_WORKSPACE_AND_STREAM]),
     "s2d_topk_svd_product": (c_int, [*_SVD_TABLE, c_int32, *_WORKSPACE_AND_STREAM]),
     "s2d_topk_svd_orthonormalize": (c_int, [*_SVD_TABLE, c_int32, *_WORKSPACE_AND_STREAM]),
     "s2d_topk_svd_finish": (c_int, [*_SVD_TABLE, c_float, c_double, *_WORKSPACE_AND_STREAM]),
@@ -207,6 +210,11 @@ class SvdRun:
     def supported(self) -> bool:
         """Whether the kernels take these matrices on the current device."""
         return load().s2d_topk_svd_check(self.table, len(self.table)) == 0
+
+    def teams(self) -> list[int]:
+        """Of each matrix, the blocks that keep it in shared memory on the current device; 0 where it is streamed."""
+        team = load().s2d_topk_svd_team
+        return [team(ctypes.byref(layer)) for layer in self.table]
 
     def workspace_bytes(self) -> int:
         """Bytes of the workspace, which must be aligned to 256; its address and size go to `workspace`."""

@@ -9,6 +9,11 @@ from s2d_kernels import _native, ops
 from s2d_kernels.cuda_ops import DTYPES, current_stream
 from s2d_kernels.svd import FAILURE_PROBABILITY, TOLERANCE, block_krylov
 
+# Of every matrix, `team` of s2d_svd_layer: 0 lets the library choose, -1 streams all, a number is the size of all teams.
+TEAM = 0
+# Multiprocessors that the resident form may occupy, 0 for all. The results do not depend on it.
+MAX_BLOCKS = 0
+
 
 def _layer(weight: Tensor, start: Tensor, k: int, reads: int, outputs: list[Tensor]) -> _native.SvdLayer:
     """A row of the table; `outputs` in the order of the op's results."""
@@ -24,6 +29,7 @@ def _layer(weight: Tensor, start: Tensor, k: int, reads: int, outputs: list[Tens
         width=start.shape[0],
         k=k,
         reads=reads,
+        team=TEAM,
     )
 
 
@@ -49,6 +55,7 @@ class _Table:
         self.workspace = ops.aligned_bytes(self.run.workspace_bytes(), self.weights[0].device)
         self.run.workspace = self.workspace.data_ptr(), self.workspace.numel()
         self.run.call("begin")
+        self.run.call("resident", MAX_BLOCKS)
 
     def product(self, step: int) -> None:
         self.run.call("product", step)

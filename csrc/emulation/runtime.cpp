@@ -23,6 +23,8 @@ constexpr std::size_t kGuardBytes = 4096;
 constexpr std::size_t kSharedAlignment = 1024;
 // Of a block, static and dynamic together: sm_90's unless a test says another; static 48 KiB on every architecture.
 std::size_t shared_limit = 227 * 1024;
+int multiprocessors = 8;
+constexpr std::size_t kThreadsOfMultiprocessor = 2048;
 constexpr std::size_t kStaticSharedLimit = 48 * 1024;
 constexpr std::size_t kResidentThreadLimit = 16384;
 constexpr int kYieldLimit = 10000;
@@ -349,7 +351,15 @@ void check_size(const LaunchSize& size, std::size_t block_threads, std::size_t g
     refuse(text("a grid of (%u,%u,%u) blocks", size.grid.x, size.grid.y, size.grid.z));
   }
   if (size.shared_bytes > shared_limit) refuse(text("%zu bytes of dynamic shared memory", size.shared_bytes));
-  if (size.cooperative && block_threads * grid_blocks > kResidentThreadLimit) {
+  if (!size.cooperative) return;
+  const std::size_t reserved = 1024;  // of shared memory, by the system for each block
+  const std::size_t resident = static_cast<std::size_t>(multiprocessors) *
+                               std::min(kThreadsOfMultiprocessor / block_threads,
+                                        (shared_limit + reserved) / (size.shared_bytes + reserved));
+  if (grid_blocks > resident) {
+    refuse(text("a cooperative grid of %zu blocks, of which %zu are resident together", grid_blocks, resident));
+  }
+  if (block_threads * grid_blocks > kResidentThreadLimit) {
     refuse(text("a cooperative grid of %zu threads: the emulation holds %zu", block_threads * grid_blocks,
                 kResidentThreadLimit));
   }
@@ -516,6 +526,12 @@ void copy_async_wait(unsigned pending_groups) {
 std::size_t s2d_emulation_set_shared_limit(std::size_t bytes) {
   const std::size_t before = s2d::emulation::shared_limit;
   if (bytes > 0) s2d::emulation::shared_limit = bytes;
+  return before;
+}
+
+int s2d_emulation_set_multiprocessors(int count) {
+  const int before = s2d::emulation::multiprocessors;
+  if (count > 0) s2d::emulation::multiprocessors = count;
   return before;
 }
 

@@ -200,6 +200,26 @@ __global__ void grid_totals(const float* in, float* parts, float* totals, unsign
   if (threadIdx.x == 0) totals[blockIdx.x] = total;
 }
 
+// totals[block] = sum over the block's team, teams being ranges of `size` blocks, each with a counter of its own; `rounds`
+// times with parts that change in between. Without the barriers parts are read before they are written.
+template <bool kBarrier>
+__global__ void team_totals(const float* in, float* parts, float* totals, unsigned* arrived, int size, int rounds) {
+  const int team = blockIdx.x / size, members = min(size, static_cast<int>(gridDim.x) - team * size);
+  unsigned target = 0;
+  const float sum = block_reduce<kThreads>(in[blockIdx.x * kThreads + threadIdx.x], Sum());
+  for (int round = 0; round < rounds; ++round) {
+    if (threadIdx.x == 0) parts[blockIdx.x] = sum + static_cast<float>(round);
+    if (kBarrier) team_sync(arrived + team, target += members);
+    float total = 0.0f;
+    for (int b = 0; b < members; ++b) total += parts[team * size + b];
+    if (threadIdx.x == 0) totals[blockIdx.x] = total;
+    if (kBarrier) team_sync(arrived + team, target += members);
+  }
+}
+
+// A team's barrier that expects a block more than there are.
+__global__ void team_waits(unsigned* arrived) { team_sync(arrived, gridDim.x + 1); }
+
 // Waits in a loop for a flag that a block which never runs beside this one would set.
 __global__ void spinning(volatile unsigned* flag) {
   if (threadIdx.x == 0 && blockIdx.x != gridDim.x - 1) {
@@ -276,6 +296,17 @@ int s2d_test_divergent(int kind, float* out, s2d_stream stream) {
 int s2d_test_grid_totals(const float* in, float* parts, float* totals, unsigned* barrier, int blocks, int cooperative,
                          s2d_stream stream) {
   return launch(grid_totals, {dim3(blocks), dim3(kThreads), 0, cooperative != 0}, stream, in, parts, totals, barrier);
+}
+int s2d_test_team_totals(const float* in, float* parts, float* totals, unsigned* arrived, int blocks, int size,
+                         int rounds, int barrier, s2d_stream stream) {
+  return launch(barrier ? team_totals<true> : team_totals<false>, {dim3(blocks), dim3(kThreads), 0, true}, stream, in,
+                parts, totals, arrived, size, rounds);
+}
+int s2d_test_team_waits(unsigned* arrived, int blocks, s2d_stream stream) {
+  return launch(team_waits, {dim3(blocks), dim3(kThreads), 0, true}, stream, arrived);
+}
+int s2d_test_cooperative(unsigned* counter, int blocks, int shared_bytes, s2d_stream stream) {
+  return launch(count_threads, {dim3(blocks), dim3(kThreads), static_cast<size_t>(shared_bytes), true}, stream, counter);
 }
 int s2d_test_spinning(unsigned* flag, int blocks, int cooperative, s2d_stream stream) {
   return launch(spinning, {dim3(blocks), dim3(32), 0, cooperative != 0}, stream, flag);
