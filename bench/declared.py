@@ -25,7 +25,7 @@ class Declared(NamedTuple):
 
 
 def mangled(name: str, *template: str | int) -> str:
-    """The telling part of a mangled name; template arguments are "f" (float), "t" (16 bits) and integers."""
+    """The telling part of a mangled name; template arguments are integers and types as mangled, "f" for float."""
     arguments = "".join(f"Li{argument}E" if isinstance(argument, int) else argument for argument in template)
     return f"{len(name)}{name}" + (f"I{arguments}E" if template else "")
 
@@ -52,6 +52,41 @@ def _product(scalar: str, warps: int, tiles: int, n: int) -> Declared:
         shape=_SHAPE,
         traffic=lambda _: (weight_bytes * _D * _d + 4 * _B * (_d + _D) + 4 * _SLABS * _B * _d, 4 * _B * _D * _d),
     )
+
+
+_SCALARS = {"f": 4, "13__nv_bfloat16": 2, "6__half": 2}
+
+
+def _quantizer(name: str, scalar: str, row_threads: int, units: int, cols: int) -> dict[str, Declared]:
+    """One of csrc/quantize.cu at x [4096, cols]; `units` of eight elements in a thread."""
+    width = _SCALARS[scalar]
+    template = (scalar, row_threads, units) if row_threads else (scalar,)
+    loads_only = name == "tensor_range"
+    written = 0 if loads_only else 4096 * (cols + cols // 8 + 12)
+    return {
+        mangled(name, *template): Declared(
+            threads=256,
+            dynamic_shared=0,
+            # 16 bytes a load, 8 codes a store; poison of every element, and two corrections of its quotient
+            instructions={
+                "LDG.128.CONSTANT": units * width // 2,
+                "FFMA": 8 * units * (1 if loads_only else 5),
+                **({} if loads_only else {"STG.64": units}),
+            },
+            shape=f"[4096, {cols}]",
+            traffic=lambda _: (4096 * cols * width + written, 4096 * cols * (3 if loads_only else 9)),
+        )
+    }
+
+
+def _quantizers() -> dict[str, Declared]:
+    found: dict[str, Declared] = {}
+    for scalar in _SCALARS:
+        for row_threads, units, cols in ((32, 4, 768), (256, 2, 4096), (256, 8, 14336)):
+            found |= _quantizer("quantize_rows", scalar, row_threads, units, cols)
+        found |= _quantizer("quantize_groups", scalar, 0, 1, 4096)
+        found |= _quantizer("tensor_range", scalar, 0, 4, 4096)
+    return found
 
 
 CUDA_KERNELS = {
@@ -95,4 +130,5 @@ CUDA_KERNELS = {
         256, 0, {"DFMA": 1}, _SHAPE, lambda _: (8 * 12 * _ALL**2 + 4 * _d * (2 * _ALL + _B), 4 * _B * _ALL * _d)
     ),
     mangled("rotate_left"): Declared(256, 0, {}, _SHAPE, lambda _: (4 * _D * (_ALL + _B), 2 * _B * _ALL * _D)),
+    **_quantizers(),
 }

@@ -340,5 +340,6 @@ int load(void (*kernel)(Parameters...)) {
 // Of each file, all its kernels; s2d_check_device calls them.
 int load_penalty_grad();
 int load_topk_svd();
+int load_quantize();
 
 }  // namespace s2d

@@ -17,7 +17,7 @@ extern "C" {
 #pragma GCC visibility push(default)
 
 /* Raised with every change of a signature or struct below; the loader refuses another value. */
-#define S2D_ABI_VERSION 3
+#define S2D_ABI_VERSION 4
 
 /* The stream type without CUDA's headers: a cudaStream_t is a pointer to this. */
 typedef struct CUstream_st* s2d_stream;
@@ -102,6 +102,38 @@ int s2d_topk_svd_orthonormalize(const s2d_svd_layer* layers, int32_t count, int3
                                 size_t workspace_bytes, s2d_stream stream);
 int s2d_topk_svd_finish(const s2d_svd_layer* layers, int32_t count, float tolerance, double failure_probability,
                         void* workspace, size_t workspace_bytes, s2d_stream stream);
+
+typedef enum s2d_granularity { S2D_PER_ROW = 0, S2D_PER_TENSOR = 1, S2D_PER_GROUP = 2 } s2d_granularity;
+
+/* The quantization of x [rows, cols] to codes of `bits` bits: -(2^(bits-1)-1)..2^(bits-1)-1 when symmetric, else
+ * 0..2^bits-1. The outputs have no gaps between their elements. With S = the number of scales of a row, 1 for
+ * S2D_PER_ROW and cols / group_size for S2D_PER_GROUP, scale and zero_point are [rows, S], or [1, 1] for S2D_PER_TENSOR;
+ * with G = cols / group_size, or 1 where group_size is 0, row_sum is [rows, G]. */
+typedef struct s2d_quantization {
+  const void* x;              /* [rows, cols] of `dtype`, strides row_stride and col_stride */
+  const float* minimum;       /* null, or the range to use instead of x's: row r's at minimum[r * range_stride] */
+  const float* maximum;
+  int8_t* codes;              /* out or null, [rows, cols]; asymmetric 8-bit codes and zero points are stored less 128 */
+  uint8_t* packed;            /* out or null, [rows, ceil(cols / 2)]: two codes of <= 4 bits, the first in the low half */
+  float* scale;               /* out; NaN where x is not finite, then codes 0 and zero_point 0 */
+  int32_t* zero_point;        /* out */
+  int32_t* row_sum;           /* out: sums of stored codes */
+  uint8_t* mask;              /* out or null, [rows, ceil(cols / 8)], bit i of byte j: element 8 j + i was not clamped */
+  int64_t rows, cols;
+  int64_t row_stride, col_stride;
+  int64_t range_stride;       /* 0: one range for all rows; 1: one each */
+  int64_t group_size;         /* 0: none; divides cols */
+  int32_t dtype;              /* s2d_dtype of x */
+  int32_t bits;               /* 2..8 */
+  int32_t symmetric;
+  int32_t granularity;        /* s2d_granularity of scale and zero_point */
+} s2d_quantization;
+
+/* One launch, two for S2D_PER_TENSOR, which alone needs a workspace.
+ * s2d_quantize_check: S2D_OK, S2D_BAD_ARGUMENT, or S2D_UNSUPPORTED where group_size is none of 0, 8, 16, .. 256. */
+int s2d_quantize_check(const s2d_quantization* quantization);
+size_t s2d_quantize_workspace(const s2d_quantization* quantization);
+int s2d_quantize(const s2d_quantization* quantization, void* workspace, size_t workspace_bytes, s2d_stream stream);
 
 #pragma GCC visibility pop
 #ifdef __cplusplus

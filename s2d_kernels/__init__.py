@@ -3,6 +3,7 @@
 # these enter their implementations
 from s2d_kernels import (
     cuda_ops as _cuda_ops,
+    cuda_quant as _cuda_quant,
     cuda_svd as _cuda_svd,
     torch_svd as _torch_svd,
     triton_kernels as _triton_kernels,

@@ -46,7 +46,7 @@ class _Table:
         self.run = _native.SvdRun(layers, stream)
 
     def begin(self) -> None:
-        self.workspace = _aligned_bytes(self.run.workspace_bytes(), self.weights[0].device)
+        self.workspace = aligned_bytes(self.run.workspace_bytes(), self.weights[0].device)
         self.run.workspace = self.workspace.data_ptr(), self.workspace.numel()
         self.run.call("begin")
 
@@ -61,7 +61,7 @@ class _Table:
         return self.outputs
 
 
-def _aligned_bytes(count: int, device: torch.device) -> Tensor:
+def aligned_bytes(count: int, device: torch.device) -> Tensor:
     """Uninitialized bytes that start at a multiple of 256; torch's CPU allocator promises only 64."""
     alignment = 256
     memory = torch.empty(count + alignment, dtype=torch.uint8, device=device)
