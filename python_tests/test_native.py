@@ -43,7 +43,9 @@ C_TYPES = {
     "const s2d_svd_layer*": ctypes.POINTER(_native.SvdLayer),
     "int8_t*": ctypes.c_void_p,
     "uint8_t*": ctypes.c_void_p,
+    "const int8_t*": ctypes.c_void_p,
     "const s2d_quantization*": ctypes.POINTER(_native.Quantization),
+    "const s2d_integer_product*": ctypes.POINTER(_native.IntegerProduct),
 }
 
 
@@ -62,6 +64,7 @@ def test_every_function_of_the_header_has_its_argument_types() -> None:
         ("penalty_layer", _native.PenaltyLayer),
         ("svd_layer", _native.SvdLayer),
         ("quantization", _native.Quantization),
+        ("integer_product", _native.IntegerProduct),
     ],
 )
 def test_the_structs_match_field_for_field(name: str, struct: type[ctypes.Structure]) -> None:

@@ -92,6 +92,35 @@ class Quantization(ctypes.Structure):
     )
 
 
+class IntegerProduct(ctypes.Structure):
+    """`s2d_integer_product` of csrc/s2d.h, field for field."""
+
+    _fields_ = (
+        ("x_codes", c_void_p),
+        ("w_codes", c_void_p),
+        ("x_scale", c_void_p),
+        ("w_scale", c_void_p),
+        ("x_zero_point", c_void_p),
+        ("w_zero_point", c_void_p),
+        ("x_row_sum", c_void_p),
+        ("w_row_sum", c_void_p),
+        ("bias", c_void_p),
+        ("y", c_void_p),
+        ("accumulator", c_void_p),
+        ("M", c_int64),
+        ("N", c_int64),
+        ("K", c_int64),
+        ("groups", c_int64),
+        ("x_per_tensor", c_int32),
+        ("w_per_tensor", c_int32),
+        ("x_symmetric", c_int32),
+        ("w_symmetric", c_int32),
+        ("packed", c_int32),
+        ("bias_dtype", c_int32),
+        ("out_dtype", c_int32),
+    )
+
+
 _SVD_TABLE = [POINTER(SvdLayer), c_int32]
 _WORKSPACE_AND_STREAM = [c_void_p, c_size_t, c_void_p]
 # name -> (result type, argument types); a test compares it with the header
@@ -110,6 +139,9 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "s2d_quantize_check": (c_int, [POINTER(Quantization)]),
     "s2d_quantize_workspace": (c_size_t, [POINTER(Quantization)]),
     "s2d_quantize": (c_int, [POINTER(Quantization), *_WORKSPACE_AND_STREAM]),
+    "s2d_integer_linear_check": (c_int, [POINTER(IntegerProduct)]),
+    "s2d_integer_linear": (c_int, [POINTER(IntegerProduct), *_WORKSPACE_AND_STREAM]),
+    "s2d_pack_codes": (c_int, [c_void_p, c_void_p, c_int64, c_int64, *_WORKSPACE_AND_STREAM]),
 }
 
 
@@ -248,3 +280,18 @@ def quantize_workspace(quantization: Quantization) -> int:
 def quantize(quantization: Quantization, workspace: tuple[int, int], stream: int) -> None:
     """Enqueue the quantization of a matrix; the workspace's address and size."""
     _call("s2d_quantize", quantization, *workspace, stream)
+
+
+def supports_product(product: IntegerProduct) -> bool:
+    """Whether `integer_linear` takes these sizes."""
+    return load().s2d_integer_linear_check(product) == 0
+
+
+def integer_linear(product: IntegerProduct, stream: int) -> None:
+    """Enqueue the exact product of two quantized matrices."""
+    _call("s2d_integer_linear", product, None, 0, stream)
+
+
+def pack_codes(codes: int, packed: int, rows: int, cols: int, stream: int) -> None:
+    """Enqueue the packing of int8 codes, two a byte; addresses."""
+    _call("s2d_pack_codes", codes, packed, rows, cols, None, 0, stream)
