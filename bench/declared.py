@@ -89,6 +89,42 @@ def _quantizers() -> dict[str, Declared]:
     return found
 
 
+# Tile and warp tile [M, N], stages, resident blocks, groups; of csrc/w4a4_gemm.cu
+_GEMM_SHAPES = ((128, 128, 64, 32, 4, 2, 0), (32, 64, 32, 16, 6, 4, 0), (64, 128, 32, 32, 6, 1, 1))
+
+
+def _products() -> dict[str, Declared]:
+    """The integer GEMM at M = N = K = 4096 (M = 32 for small tiles), of int8, int4 and uint4 codes of x."""
+    found = {}
+    for tile_m, tile_n, warp_m, warp_n, stages, blocks, grouped in _GEMM_SHAPES:
+        threads = tile_m // warp_m * (tile_n // warp_n) * 32
+        M = 32 if tile_m == 32 else 4096
+        # The 4-bit product of sm_90, a function of two 8-bit ones, is all that both architectures have of it.
+        steps = 1 if grouped else 2  # unrolled
+        products = steps * (warp_m // 16) * (warp_n // 8)
+        for codes, packed in (("9Int8Codes", False), ("9Int4Codes", True), ("10UInt4Codes", True)):
+            shape = f"NS0_5ShapeILi{tile_m}ELi{tile_n}ELi{warp_m}ELi{warp_n}ELi{stages}ELi{blocks}ELb{grouped}EEE"
+            found[f"14integer_linearI{shape}NS0_{codes}E"] = Declared(
+                threads=threads,
+                dynamic_shared=stages * (tile_m + tile_n) * 64,
+                instructions={
+                    "IMMA": 2 if packed else products,
+                    "LDSM.4": steps * (warp_m // 16 + warp_n // 16),
+                    "LDGSTS.128": stages * (tile_m + tile_n) * 4 // threads,
+                    "FMUL": 2 * (warp_m // 16) * (warp_n // 8) * 4,
+                },
+                shape=f"M = {M}, N = K = 4096" + (", groups" if grouped else ""),
+                traffic=lambda _, M=M, packed=packed: (  # type: ignore[misc]
+                    (M + 4096) * 4096 // (2 if packed else 1) + 2 * M * 4096,
+                    2 * M * 4096**2,
+                ),
+            )
+    found[mangled("pack_codes")] = Declared(
+        256, 0, {"LDG.64": 1, "STG": 1}, "[4096, 4096]", lambda _: (4096**2 * 3 // 2, 0)
+    )
+    return found
+
+
 CUDA_KERNELS = {
     mangled("add_penalty_grad"): Declared(
         threads=256,
@@ -131,4 +167,5 @@ CUDA_KERNELS = {
     ),
     mangled("rotate_left"): Declared(256, 0, {}, _SHAPE, lambda _: (4 * _D * (_ALL + _B), 2 * _B * _ALL * _D)),
     **_quantizers(),
+    **_products(),
 }

@@ -19,7 +19,25 @@ constexpr int kChunk = 16;    // bytes of a copy
 constexpr int kSliceChunks = kSlice / kChunk;
 constexpr int kBand = 8;      // tiles down before the next column of tiles, so that w's rows are still in L2
 
-enum class Format { kInt8, kInt4, kUInt4 };  // of x's codes; w's have a sign
+// Of the codes: of x and w, or of x while w's are those with a sign.
+struct Int8Codes {
+  static constexpr bool kPacked = false;
+  static __device__ __forceinline__ void multiply(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    mma_m16n8k32_s8(d, a, b);
+  }
+};
+struct Int4Codes {
+  static constexpr bool kPacked = true;
+  static __device__ __forceinline__ void multiply(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    mma_m16n8k64_s4(d, a, b);
+  }
+};
+struct UInt4Codes {
+  static constexpr bool kPacked = true;
+  static __device__ __forceinline__ void multiply(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    mma_m16n8k64_u4s4(d, a, b);
+  }
+};
 
 // kWarpM x kWarpN of the tile belong to a warp.
 template <int kTileM_, int kTileN_, int kWarpM_, int kWarpN_, int kStages_, int kBlocks_, bool kGrouped_>
@@ -60,17 +78,6 @@ __device__ __forceinline__ float load_float(const void* from, uint8_t dtype, int
       return to_float(static_cast<const bf16*>(from)[place]);
     default:
       return to_float(static_cast<const fp16*>(from)[place]);
-  }
-}
-
-template <Format kFormat>
-__device__ __forceinline__ void multiply(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  if constexpr (kFormat == Format::kInt8) {
-    mma_m16n8k32_s8(d, a, b);
-  } else if constexpr (kFormat == Format::kInt4) {
-    mma_m16n8k64_s4(d, a, b);
-  } else {
-    mma_m16n8k64_u4s4(d, a, b);
   }
 }
 
@@ -167,15 +174,15 @@ __device__ __forceinline__ float scaled(int32_t exact, const RowParameters& row,
 }
 
 // Where 4-bit products are made of 8-bit ones, from sm_90 on, they need more registers.
-template <typename S, Format kFormat>
+template <typename S, typename Codes>
 constexpr int kResident =
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    kFormat != Format::kInt8 && S::kBlocks == 2 ? 1 :
+    Codes::kPacked && S::kBlocks == 2 ? 1 :
 #endif
                                                 S::kBlocks;
 
-template <typename S, Format kFormat>
-__global__ void __launch_bounds__(S::kThreads, kResident<S, kFormat>) integer_linear(S2D_GRID_CONSTANT(Product) p) {
+template <typename S, typename Codes>
+__global__ void __launch_bounds__(S::kThreads, kResident<S, Codes>) integer_linear(S2D_GRID_CONSTANT(Product) p) {
   constexpr int kM = S::kWarpM / 16, kN = S::kWarpN / 8;
   S2D_DYNAMIC_SHARED(uint8_t, stages);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -273,7 +280,7 @@ __global__ void __launch_bounds__(S::kThreads, kResident<S, kFormat>) integer_li
 #pragma unroll
         for (int j = 0; j < kN; ++j) {
           const uint32_t half[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
-          multiply<kFormat>(acc[i][j], a[i], half);
+          Codes::multiply(acc[i][j], a[i], half);
         }
       }
       if constexpr (S::kGrouped) {
@@ -419,36 +426,36 @@ Product product_of(const s2d_integer_product& q) {
   return p;
 }
 
-template <typename S, Format kFormat>
+template <typename S, typename Codes>
 int enqueue(Product p, s2d_stream stream) {
   p.tiles_m = static_cast<uint32_t>(divide_up(p.M, S::kTileM));
   p.tiles_n = static_cast<uint32_t>(divide_up(p.N, S::kTileN));
-  return launch(integer_linear<S, kFormat>, {dim3(p.tiles_m * p.tiles_n), dim3(S::kThreads), S::kSharedBytes}, stream,
+  return launch(integer_linear<S, Codes>, {dim3(p.tiles_m * p.tiles_n), dim3(S::kThreads), S::kSharedBytes}, stream,
                 p);
 }
 
-template <Format kFormat>
+template <typename Codes>
 int enqueue_format(const Product& p, s2d_stream stream) {
-  if (p.groups > 1) return enqueue<Grouped, kFormat>(p, stream);
+  if (p.groups > 1) return enqueue<Grouped, Codes>(p, stream);
   const int64_t large_tiles = divide_up(p.M, Large::kTileM) * divide_up(p.N, Large::kTileN);
-  if (p.M <= Small::kTileM || large_tiles < kFewTiles) return enqueue<Small, kFormat>(p, stream);
-  return enqueue<Large, kFormat>(p, stream);
+  if (p.M <= Small::kTileM || large_tiles < kFewTiles) return enqueue<Small, Codes>(p, stream);
+  return enqueue<Large, Codes>(p, stream);
 }
 
-template <Format kFormat>
+template <typename Codes>
 int load_format() {
-  if (const int status = load(integer_linear<Large, kFormat>)) return status;
-  if (const int status = load(integer_linear<Small, kFormat>)) return status;
-  return load(integer_linear<Grouped, kFormat>);
+  if (const int status = load(integer_linear<Large, Codes>)) return status;
+  if (const int status = load(integer_linear<Small, Codes>)) return status;
+  return load(integer_linear<Grouped, Codes>);
 }
 
 }  // namespace
 
 int load_integer_gemm() {
   if (const int status = load(pack_codes)) return status;
-  if (const int status = load_format<Format::kInt8>()) return status;
-  if (const int status = load_format<Format::kInt4>()) return status;
-  return load_format<Format::kUInt4>();
+  if (const int status = load_format<Int8Codes>()) return status;
+  if (const int status = load_format<Int4Codes>()) return status;
+  return load_format<UInt4Codes>();
 }
 
 }  // namespace s2d
@@ -460,8 +467,8 @@ int s2d_integer_linear(const s2d_integer_product* product, void*, size_t, s2d_st
   if (const int status = check(product)) return status;
   if (product->M == 0 || product->N == 0 || (product->groups == 0 && product->y == nullptr)) return S2D_OK;
   const Product p = product_of(*product);
-  if (!product->packed) return enqueue_format<Format::kInt8>(p, stream);
-  return p.x_symmetric ? enqueue_format<Format::kInt4>(p, stream) : enqueue_format<Format::kUInt4>(p, stream);
+  if (!product->packed) return enqueue_format<Int8Codes>(p, stream);
+  return p.x_symmetric ? enqueue_format<Int4Codes>(p, stream) : enqueue_format<UInt4Codes>(p, stream);
 }
 
 int s2d_pack_codes(const int8_t* codes, uint8_t* packed, int64_t rows, int64_t cols, void*, size_t, s2d_stream stream) {
