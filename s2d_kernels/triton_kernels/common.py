@@ -48,6 +48,17 @@ def widen(x: tl.tensor, SUM: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.tens
     return x.to(SUM)
 
 
+@jit()
+def narrow(x: tl.tensor, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.tensor:
+    """`x` rounded to the nearest number of a dtype, ties to even."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        # Triton's interpreter truncates here; the compiled conversion rounds.
+        bits = x.to(tl.uint32, bitcast=True)
+        nearest = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
+        return nearest.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(DTYPE)
+
+
 class Tables:
     """Device tables by device, stream and content: one is copied when a pointer, shape or stride is a new one.
 

@@ -1,0 +1,150 @@
+"""Quantizers, integer GEMM and its gradient in Triton: beside the reference, run by Triton's interpreter.
+
+As in test_triton.py, each test runs a function `run_...` of this file in a process of its own that has
+TRITON_INTERPRET=1; with `--device cuda` they run compiled as well.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from test_cuda_quant import FLOATS, KINDS, SIZES, assert_equal, values
+from torch import Tensor
+
+from s2d_kernels import ops, triton_kernels
+from s2d_kernels.triton_kernels import quantize
+
+ROOT = Path(__file__).parent.parent
+MISSING = f"Triton is missing: {triton_kernels.INSTALL_HINT}"
+
+
+def check_quantizer(x: Tensor, device: torch.device, *arguments: object) -> None:
+    """(minimum, maximum, bits, symmetric, granularity, group_size); the reference's bits in every output."""
+    expected = torch.ops.s2d.quantize(x, *arguments, "reference")
+    there = x if device.type == "cpu" else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+    if there is not x:
+        there.copy_(x)
+    ranges = [a if a is None else a.to(device) for a in arguments[:2]]
+    got = torch.ops.s2d.quantize(there, *ranges, *arguments[2:], "triton")
+    assert_equal(got, expected, (x.shape, x.stride(), x.dtype, *arguments))
+
+
+def run_quantizer(device: torch.device) -> None:
+    """Every granularity, width, dtype and layout; ties, subnormal and infinite numbers; given ranges."""
+
+    @given(data=st.data())
+    @settings(max_examples=150, deadline=None, derandomize=True, phases=[Phase.generate])
+    def examples(data: st.DataObject) -> None:
+        rows, bits = data.draw(st.sampled_from(SIZES)), data.draw(st.integers(2, 8))
+        symmetric = data.draw(st.booleans())
+        granularity = data.draw(st.sampled_from(("per_row", "per_tensor", "per_group")))
+        group_size = 0
+        K = data.draw(st.sampled_from((*SIZES, 64, 256, 264)))
+        if granularity == "per_group" or data.draw(st.booleans()):
+            group_size = data.draw(st.sampled_from(quantize.GROUP_SIZES))
+            K = group_size * data.draw(st.integers(0, 3))
+        generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
+        kind, dtype = data.draw(st.sampled_from(KINDS)), data.draw(st.sampled_from(FLOATS))
+        layout = data.draw(st.sampled_from(("dense", "transposed", "strided", "offset", "rows")))
+        x = values(rows, K, kind, layout, dtype, generator)
+        minimum = maximum = None
+        if data.draw(st.booleans()):
+            wide = granularity == "per_row" and data.draw(st.booleans())
+            scale = data.draw(st.sampled_from((1.0, 1e-3, 1e-37, 1e37)))
+            minimum = -torch.rand(rows if wide else 1, generator=generator) * scale
+            maximum = torch.rand(rows if wide else 1, generator=generator) * scale
+            if data.draw(st.booleans()) and len(minimum):
+                minimum[-1] = data.draw(st.sampled_from((math.nan, -math.inf, 0.5 * scale)))
+        check_quantizer(x, device, minimum, maximum, bits, symmetric, granularity, group_size)
+
+    examples()
+
+
+def run_lengths(device: torch.device) -> None:
+    """Rows that fit a tile, and longer ones that are read twice; tensors of more tiles than programs."""
+    longest, partials = quantize.LONGEST, quantize.PARTIALS
+    x = torch.randn(3, longest + 617, generator=torch.Generator().manual_seed(1)) * 3
+    x[0, -1], x[1, 700] = 40.0, math.nan
+    check_quantizer(x.bfloat16(), device, None, None, 4, False, "per_row", 0)
+    check_quantizer(x[:1, :longest], device, None, None, 8, True, "per_row", 0)
+    quantize.LONGEST, quantize.PARTIALS = 64, 2
+    try:
+        for K in (63, 64, 65, 128, 199, 640):
+            x = torch.randn(70, K, generator=torch.Generator().manual_seed(K)) * 3
+            x[0, -1], x[1, K // 2], x[-1, 0] = 40.0, math.nan, -55.0
+            check_quantizer(x, device, None, None, 8, False, "per_row", 0)
+            x[1, K // 2] = 0
+            check_quantizer(x.half(), device, None, None, 4, False, "per_tensor", 0)
+            check_quantizer(x, device, torch.full((70,), -1.5), torch.ones(1), 4, True, "per_row", 0)
+            if K % 32 == 0:
+                check_quantizer(x, device, None, None, 8, False, "per_row", 32)
+                check_quantizer(x, device, None, None, 4, True, "per_group", 32)
+    finally:
+        quantize.LONGEST, quantize.PARTIALS = longest, partials
+
+
+def run_boundaries(device: torch.device) -> None:
+    """Quotients at and beside every halfway point, scales of all magnitudes: where an approximate division shows."""
+    generator = torch.Generator().manual_seed(0)
+    for exponent in (-126, -125, -20, 0, 40, 100):
+        scale = (torch.rand(16, 1, generator=generator) + 1) * 2.0**exponent
+        span = (scale * 255).clamp(max=3e38)
+        half = (torch.arange(255) + 0.5) * (span / 255)
+        near = torch.stack([half, half.nextafter(half.new_zeros(())), half.nextafter(half.new_full((), math.inf))], 2)
+        x = torch.cat([near.flatten(1).minimum(span), span, torch.zeros_like(span)], 1)
+        check_quantizer(x, device, None, None, 8, False, "per_row", 0)
+        check_quantizer(-x, device, None, None, 8, True, "per_row", 0)
+        check_quantizer(x, device, x.new_zeros(16), span.flatten() * 0.7, 8, False, "per_row", 0)
+
+
+def run_refusals(device: torch.device) -> None:
+    """What is not taken is refused by name, and left to torch where the choice is free."""
+    x = torch.zeros(2, 72, device=device)
+    with pytest.raises(TypeError, match=r"x has dtype torch.float64: impl='triton' quantizes fp32, bf16 and fp16"):
+        torch.ops.s2d.quantize(x.double(), None, None, 4, True, "per_row", 0, "triton")
+    with pytest.raises(ValueError, match=r"group_size=9: impl='triton' takes \(8, 16"):
+        torch.ops.s2d.quantize(x, None, None, 4, True, "per_group", 9, "triton")
+    supports = ops._SUPPORTS["quantize", "triton"]
+    assert supports(x, None, None, 4, True, "per_group", 8)
+    assert not supports(x, None, None, 4, True, "per_group", 9)
+    assert not supports(x.double(), None, None, 4, True, "per_row", 0)
+
+
+RUNS: dict[str, Callable[[torch.device], None]] = {
+    name: value for name, value in dict(globals()).items() if name.startswith("run_")
+}
+
+
+@pytest.mark.parametrize("name", list(RUNS))
+def test_interpreted(name: str) -> None:
+    assert triton_kernels.triton is not None, MISSING
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
+    done = subprocess.run([sys.executable, __file__, name], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.sanitize) for name in RUNS])
+def test_compiled(name: str, device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("compiled Triton needs --device cuda; bench audit compiles the kernels without a GPU")
+    assert triton_kernels.triton is not None, MISSING
+    RUNS[name](device)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    warnings.filterwarnings("ignore", category=RuntimeWarning)  # NumPy's, of overflow and NaN in the interpreter
+    RUNS[sys.argv[1]](torch.device("cpu"))
