@@ -18,11 +18,11 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from test_cuda_quant import FLOATS, KINDS, SIZES, assert_equal, values
+from test_cuda_quant import FLOATS, KINDS, SIZES, assert_equal, operands, values
 from torch import Tensor
 
 from s2d_kernels import ops, triton_kernels
-from s2d_kernels.triton_kernels import quantize
+from s2d_kernels.triton_kernels import linear, quantize
 
 ROOT = Path(__file__).parent.parent
 MISSING = f"Triton is missing: {triton_kernels.INSTALL_HINT}"
@@ -118,6 +118,69 @@ def run_refusals(device: torch.device) -> None:
     assert supports(x, None, None, 4, True, "per_group", 8)
     assert not supports(x, None, None, 4, True, "per_group", 9)
     assert not supports(x.double(), None, None, 4, True, "per_row", 0)
+
+
+def run_products(device: torch.device) -> None:
+    """Accumulator and output have the reference's bits: sizes, kinds, granularities, biases and dtypes."""
+
+    @given(data=st.data())
+    @settings(max_examples=80, deadline=None, derandomize=True, phases=[Phase.generate])
+    def examples(data: st.DataObject) -> None:
+        M, N = data.draw(st.sampled_from(SIZES)), data.draw(st.sampled_from((1, 37, 63, 64, 130)))
+        act = data.draw(st.sampled_from(("per_row", "per_tensor")))
+        weight = data.draw(st.sampled_from(("per_row", "per_tensor", "per_group")))
+        kinds = tuple(data.draw(strategy) for strategy in (st.integers(2, 8), st.booleans()) * 2)
+        group_size = data.draw(st.sampled_from(linear.GROUP_SIZES)) if weight == "per_group" else 0
+        K = data.draw(st.sampled_from((0, 1, 16, 37, 128, 272)))
+        if group_size:
+            K = group_size * data.draw(st.integers(0, 3))
+        bias = None
+        if data.draw(st.booleans()):
+            bias = torch.randn(N).to(data.draw(st.sampled_from((*FLOATS, torch.float64))))
+        out_dtype = data.draw(st.sampled_from((*FLOATS, torch.float64)))
+        tensors = operands(M, N, K, kinds, group_size, data.draw(st.integers(0, 2**20)), act, weight)
+        check_product(tensors, kinds, device, bias, out_dtype)
+
+    examples()
+
+
+def run_tiles(device: torch.device) -> None:
+    """Each choice of blocks, the last ones partly outside."""
+    kinds = (4, False, 4, True)
+    for M, N, K, group_size in (
+        (16, 70, 300, 0),
+        (70, 70, 64, 0),
+        (8 * 128 + 5, 8 * 128 + 3, 96, 0),
+        (70, 140, 256, 64),
+    ):
+        granularity = "per_group" if group_size else "per_row"
+        check_product(
+            operands(M, N, K, kinds, group_size, M, "per_row", granularity), kinds, device, None, torch.bfloat16
+        )
+    # the largest sums there are
+    K, ones, zero = 66000, torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int32)
+    x, w = torch.full((1, K), 127, dtype=torch.int8), torch.full((1, K), -127, dtype=torch.int8)
+    sums = [t.sum(1, keepdim=True, dtype=torch.int32) for t in (x, w)]
+    tensors = (x, ones, zero - 128, sums[0], w, ones, zero, sums[1])
+    got = torch.ops.s2d.integer_accumulator(*(t.to(device) for t in tensors), 8, False, 8, True, "triton")
+    assert got.item() == -255 * 127 * K
+
+
+def check_product(
+    tensors: tuple[Tensor, ...],
+    kinds: tuple[int, bool, int, bool],
+    device: torch.device,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> None:
+    there = tuple(t.to(device) for t in tensors)
+    y, accumulator = linear.integer_product(
+        (*there, *kinds), None if bias is None else bias.to(device), out_dtype=out_dtype, with_accumulator=True
+    )
+    exact = torch.ops.s2d.integer_accumulator(*tensors, *kinds, "reference")
+    expected = torch.ops.s2d.integer_linear(*tensors, bias, *kinds, out_dtype, "reference")
+    note = (tensors[0].shape, tensors[4].shape, tensors[7].shape, kinds, out_dtype)
+    assert_equal((accumulator, y), (exact, expected), note)
 
 
 RUNS: dict[str, Callable[[torch.device], None]] = {

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -138,6 +139,7 @@ class Variant(NamedTuple):
         instructions: that must be in the machine code -> at least how often; "LDG.128.!EF" stands for an LDG with the
             modifier 128 and without EF.
         shape: the benchmark's, with the `bytes` it must move at least and its `flops`.
+        options: of the launch, beside warps and stages.
     """
 
     name: str
@@ -151,3 +153,4 @@ class Variant(NamedTuple):
     shape: str
     bytes: int
     flops: int
+    options: Mapping[str, Any] = MappingProxyType({})

@@ -30,6 +30,10 @@ SMALLEST_TILE, PER_THREAD = 2048, 32
 # Programs that look for the range of a whole tensor; each program of the next launch reads what they found.
 PARTIALS = 1024
 
+# No multiplication and addition become one with a single rounding.
+OPTIONS = {"enable_fp_fusion": False}
+LAUNCH: dict[str, Any] = {"num_stages": 1, **OPTIONS}
+
 SMALLEST_SCALE = constant(reference.SMALLEST_SCALE)
 # Adding and subtracting 1.5 * 2^23 rounds to an integer, ties to even; |x| <= 2^20 comes out exact.
 ROUNDING = constant(12582912.0)
@@ -438,10 +442,57 @@ def _quantize_triton(
     return results
 
 
-# No multiplication and addition become one with a single rounding.
-LAUNCH: dict[str, Any] = {"num_stages": 1, "enable_fp_fusion": False}
-
-
 def variants() -> list[Variant]:
-    """What `python -m bench audit` compiles."""
-    return []
+    """What `python -m bench audit` compiles: dynamic asymmetric ranges of dense rows, columns next to one another."""
+    rows, cols, group = 4096, 4096, 128
+    found = []
+    for dtype in DTYPES:
+        element = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+        types = {
+            **{"x": f"*{element}", "minimum": "*fp32", "maximum": "*fp32", "partials": "*fp32", "codes": "*i8"},
+            **{"scale": "*fp32", "zero_point": "*i32", "row_sum": "*i32", "mask": "*u8"},
+            **dict.fromkeys(("rows", "cols", "row_stride", "range_stride", "parts", "across", "tiles"), "i32"),
+            **dict.fromkeys(("quant_min", "quant_max", "shift"), "i32"),
+        }
+        tile_rows, tile_cols, warps = _tile(cols)
+        small_rows, small_cols, small_warps = _tile(SMALLEST_TILE, group)
+        flags = {"SYMMETRIC": False, "GIVEN": False}
+        tall = {
+            "ROWS": tile_rows,
+            "COLS": tile_cols,
+            "ONCE": True,
+            "PARTIALS": PARTIALS,
+            "PER_TENSOR": False,
+            "GROUP": 0,
+        }
+        small = {"ROWS": small_rows, "COLS": small_cols}
+        read, written = dtype.itemsize * rows * cols, rows * cols + rows * cols // 8
+        for kernel, constants, kernel_warps, elements, moved in (
+            (_quantize_rows, flags | tall, warps, tile_rows * tile_cols, read + written),
+            (_quantize_groups, flags | small | {"GROUP": group}, small_warps, small_rows * small_cols, read + written),
+            (_tensor_range, small | {"PARTIALS": PARTIALS}, small_warps, small_rows * small_cols, read),
+        ):
+            names = kernel.arg_names
+            constants = constants | {"col_stride": 1, "INTERPRETED": False}
+            wide = [n for n, kind in types.items() if kind.startswith("*") or n in ("cols", "row_stride")]
+            per_thread = elements // (32 * kernel_warps)
+            found.append(
+                Variant(
+                    name=f"{kernel.__name__.lstrip('_')}<{element}>",
+                    kernel=kernel,
+                    signature={name: "constexpr" if name in constants else types[name] for name in names},
+                    constants=constants,
+                    attributes={(names.index(n),): [["tt.divisibility", 16]] for n in wide if n in names},
+                    warps=kernel_warps,
+                    stages=1,
+                    instructions={
+                        "LDG.128": per_thread * dtype.itemsize // 16,
+                        **({"STG.128": per_thread // 16} if kernel is not _tensor_range else {}),
+                    },
+                    shape=f"[{rows}, {cols}]" + (f", groups of {group}" if kernel is _quantize_groups else ""),
+                    bytes=moved,
+                    flops=9 * rows * cols,
+                    options=OPTIONS,
+                )
+            )
+    return found
