@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from test_cuda_quant import FLOATS, KINDS, SIZES, assert_equal, operands, values
 from torch import Tensor
 
-from s2d_kernels import ops, triton_kernels
+from s2d_kernels import fake_quant_linear, ops, quantizers, triton_kernels
 from s2d_kernels.triton_kernels import linear, quantize
 
 ROOT = Path(__file__).parent.parent
@@ -181,6 +181,87 @@ def check_product(
     expected = torch.ops.s2d.integer_linear(*tensors, bias, *kinds, out_dtype, "reference")
     note = (tensors[0].shape, tensors[4].shape, tensors[7].shape, kinds, out_dtype)
     assert_equal((accumulator, y), (exact, expected), note)
+
+
+def run_gradient(device: torch.device) -> None:
+    """Sums in fp32 of operands in the gradient's dtype: no further from fp64 than torch's product of the same."""
+    generator = torch.Generator().manual_seed(0)
+    for R, N, K, bits, symmetric, granularity, group_size, dtype in (
+        (1, 1, 1, 4, True, "per_row", 0, torch.float32),
+        (37, 63, 199, 4, True, "per_row", 0, torch.bfloat16),
+        (199, 37, 63, 3, False, "per_row", 0, torch.float16),
+        (130, 70, 131, 8, False, "per_row", 0, torch.bfloat16),
+        (70, 130, 96, 5, False, "per_tensor", 0, torch.float32),
+        (16, 37, 192, 4, True, "per_group", 64, torch.bfloat16),
+        (63, 37, 96, 4, False, "per_group", 32, torch.float32),
+        (20, 40, 72, 8, False, "per_group", 8, torch.float16),
+        (33, 199, 256, 4, True, "per_group", 128, torch.float32),
+    ):
+        matrix, grad = torch.randn(N, K, generator=generator), torch.randn(N, R, generator=generator).to(dtype).mT
+        codes, scale, zero_point, _, _ = torch.ops.s2d.quantize(
+            matrix, None, None, bits, symmetric, granularity, group_size, "reference"
+        )
+        if bits <= 4:
+            codes = quantizers.pack_codes(codes)
+        mask = quantizers.pack_mask(torch.rand(R, K, generator=generator) < 0.8)
+        for strided in (grad, grad.contiguous()):
+            arguments = (strided, codes, scale, zero_point, mask, K, bits, symmetric)
+            exact = torch.ops.s2d.straight_through_grad(
+                strided.double(),
+                codes,
+                scale.double(),
+                zero_point,
+                mask,
+                K,
+                bits,
+                symmetric,
+                torch.float64,
+                "reference",
+            )
+            there = [a.to(device) if isinstance(a, Tensor) else a for a in arguments]
+            got = torch.ops.s2d.straight_through_grad(*there, dtype, "triton").cpu()
+            assert got.dtype == dtype
+            operand = dequantized(codes, scale, zero_point, K, bits, symmetric)
+            plain = quantizers.unpack_mask(mask, K) * (strided.double() @ operand.to(dtype).double())
+            # torch's layer of this dtype rounds the operand and the result; 1e-6 is fp32's sum of up to 199 terms.
+            magnitude = strided.double().abs() @ operand.double().abs()
+            rounding = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+            assert ((got.double() - plain).abs() <= rounding * plain.abs() + 1e-6 * magnitude).all(), (R, N, K, bits)
+            assert ((got.double() - exact).abs() <= (2 * rounding + 1e-6) * magnitude).all(), (R, N, K, bits)
+            assert not got[~quantizers.unpack_mask(mask, K)].any()
+            again = torch.ops.s2d.straight_through_grad(*there, dtype, "triton").cpu()
+            assert torch.equal(got, again)
+    for shape in ((0, 3, 8), (3, 0, 8), (3, 2, 0)):
+        R, N, K = shape
+        empty = [torch.zeros(R, N), torch.zeros(N, K, dtype=torch.int8), torch.ones(N, 1), torch.zeros(N, 1).int()]
+        empty.append(torch.zeros(R, (K + 7) // 8, dtype=torch.uint8))
+        got = torch.ops.s2d.straight_through_grad(*(t.to(device) for t in empty), K, 8, False, torch.float32, "triton")
+        assert got.shape == (R, K)
+        assert not got.any()
+
+
+def dequantized(codes: Tensor, scale: Tensor, zero_point: Tensor, K: int, bits: int, symmetric: bool) -> Tensor:
+    """(codes - zero_point) * scale in fp32."""
+    if bits <= 4:
+        codes = quantizers.unpack_codes(codes, K, symmetric)
+    spread = [t.repeat_interleave(K // t.shape[1], 1) for t in (scale, zero_point)]
+    return (codes - spread[1]) * spread[0]
+
+
+def run_layer(device: torch.device) -> None:
+    """`fake_quant_linear` forward and backward, batch dimensions, each granularity."""
+    for kwargs in ({}, {"weight_granularity": "per_group", "group_size": 32, "act_granularity": "per_tensor"}):
+        x, w, b = torch.randn(2, 3, 64), torch.randn(21, 64), torch.randn(21)
+        results = []
+        for impl, place in (("triton", device), ("reference", torch.device("cpu"))):
+            leaves = [t.to(place).requires_grad_() for t in (x.clone(), w.clone(), b.clone())]
+            y = fake_quant_linear(*leaves, impl=impl, **kwargs)
+            y.square().sum().backward()
+            results.append((y.detach().cpu(), [leaf.grad.cpu() for leaf in leaves]))
+        (y, grads), (expected, truth) = results
+        assert_equal((y,), (expected,))
+        # fp32 sums in another order
+        torch.testing.assert_close(grads, truth, rtol=1e-5, atol=1e-5 * float(truth[1].abs().max()))
 
 
 RUNS: dict[str, Callable[[torch.device], None]] = {
