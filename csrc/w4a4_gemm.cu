@@ -6,7 +6,7 @@
 // time, 32 codes of 8 bits or 64 packed ones of 4. A block makes a tile [kTileM, kTileN] from slices of 64 bytes of K, which
 // cp.async brings through a ring of kStages buffers; ldmatrix reads them without bank conflicts because the 16-byte
 // chunks of a row are exchanged by its number. Integer sums do not depend on the tiling, so neither does any bit of y.
-#include <algorithm>
+#include <type_traits>
 
 #include "common.cuh"
 
@@ -21,19 +21,16 @@ constexpr int kBand = 8;      // tiles down before the next column of tiles, so 
 
 // Of the codes: of x and w, or of x while w's are those with a sign.
 struct Int8Codes {
-  static constexpr bool kPacked = false;
   static __device__ __forceinline__ void multiply(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     mma_m16n8k32_s8(d, a, b);
   }
 };
 struct Int4Codes {
-  static constexpr bool kPacked = true;
   static __device__ __forceinline__ void multiply(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     mma_m16n8k64_s4(d, a, b);
   }
 };
 struct UInt4Codes {
-  static constexpr bool kPacked = true;
   static __device__ __forceinline__ void multiply(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     mma_m16n8k64_u4s4(d, a, b);
   }
@@ -177,7 +174,7 @@ __device__ __forceinline__ float scaled(int32_t exact, const RowParameters& row,
 template <typename S, typename Codes>
 constexpr int kResident =
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    Codes::kPacked && S::kBlocks == 2 ? 1 :
+    !std::is_same_v<Codes, Int8Codes> && S::kBlocks == 2 ? 1 :
 #endif
                                                 S::kBlocks;
 
