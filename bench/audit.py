@@ -252,7 +252,7 @@ def compile_triton(variant: triton_kernels.Variant, architecture: str, **options
         "cuda", int(re.sub(r"\D", "", architecture)), 32
     )
     source = compiler.ASTSource(variant.kernel, variant.signature, variant.constants, variant.attributes)
-    options = {"num_warps": variant.warps, "num_stages": variant.stages, **options}
+    options = {"num_warps": variant.warps, "num_stages": variant.stages, **variant.options, **options}
     return triton_kernels.triton.compile(source, target=target, options=options)
 
 

@@ -25,7 +25,7 @@ class Declared(NamedTuple):
 
 
 def mangled(name: str, *template: str | int) -> str:
-    """The telling part of a mangled name; template arguments are "f" (float), "t" (16 bits) and integers."""
+    """The telling part of a mangled name; template arguments are integers and types as mangled, "f" for float."""
     arguments = "".join(f"Li{argument}E" if isinstance(argument, int) else argument for argument in template)
     return f"{len(name)}{name}" + (f"I{arguments}E" if template else "")
 
@@ -79,6 +79,77 @@ def _resident(scalar: str, n: int) -> Declared:
     )
 
 
+_SCALARS = {"f": 4, "13__nv_bfloat16": 2, "6__half": 2}
+
+
+def _quantizer(name: str, scalar: str, row_threads: int, units: int, cols: int) -> dict[str, Declared]:
+    """One of csrc/quantize.cu at x [4096, cols]; `units` of eight elements in a thread."""
+    width = _SCALARS[scalar]
+    template = (scalar, row_threads, units) if row_threads else (scalar,)
+    loads_only = name == "tensor_range"
+    written = 0 if loads_only else 4096 * (cols + cols // 8 + 12)
+    return {
+        mangled(name, *template): Declared(
+            threads=256,
+            dynamic_shared=0,
+            # 16 bytes a load, 8 codes a store; poison of every element, and two corrections of its quotient
+            instructions={
+                "LDG.128.CONSTANT": units * width // 2,
+                "FFMA": 8 * units * (1 if loads_only else 5),
+                **({} if loads_only else {"STG.64": units}),
+            },
+            shape=f"[4096, {cols}]",
+            traffic=lambda _: (4096 * cols * width + written, 4096 * cols * (3 if loads_only else 9)),
+        )
+    }
+
+
+def _quantizers() -> dict[str, Declared]:
+    found: dict[str, Declared] = {}
+    for scalar in _SCALARS:
+        for row_threads, units, cols in ((32, 4, 768), (256, 2, 4096), (256, 8, 14336)):
+            found |= _quantizer("quantize_rows", scalar, row_threads, units, cols)
+        found |= _quantizer("quantize_groups", scalar, 0, 1, 4096)
+        found |= _quantizer("tensor_range", scalar, 0, 4, 4096)
+    return found
+
+
+# Tile and warp tile [M, N], stages, resident blocks, groups; of csrc/w4a4_gemm.cu
+_GEMM_SHAPES = ((128, 128, 64, 32, 4, 2, 0), (32, 64, 32, 16, 6, 4, 0), (64, 128, 32, 32, 6, 1, 1))
+
+
+def _products() -> dict[str, Declared]:
+    """The integer GEMM at M = N = K = 4096 (M = 32 for small tiles), of int8, int4 and uint4 codes of x."""
+    found = {}
+    for tile_m, tile_n, warp_m, warp_n, stages, blocks, grouped in _GEMM_SHAPES:
+        threads = tile_m // warp_m * (tile_n // warp_n) * 32
+        M = 32 if tile_m == 32 else 4096
+        # The 4-bit product of sm_90, a function of two 8-bit ones, is all that both architectures have of it.
+        steps = 1 if grouped else 2  # unrolled
+        products = steps * (warp_m // 16) * (warp_n // 8)
+        for codes, packed in (("9Int8Codes", False), ("9Int4Codes", True), ("10UInt4Codes", True)):
+            shape = f"NS0_5ShapeILi{tile_m}ELi{tile_n}ELi{warp_m}ELi{warp_n}ELi{stages}ELi{blocks}ELb{grouped}EEE"
+            found[f"14integer_linearI{shape}NS0_{codes}E"] = Declared(
+                threads=threads,
+                dynamic_shared=stages * (tile_m + tile_n) * 64,
+                instructions={
+                    "IMMA": 2 if packed else products,
+                    "LDSM.4": steps * (warp_m // 16 + warp_n // 16),
+                    "LDGSTS.128": stages * (tile_m + tile_n) * 4 // threads,
+                    "FMUL": 2 * (warp_m // 16) * (warp_n // 8) * 4,
+                },
+                shape=f"M = {M}, N = K = 4096" + (", groups" if grouped else ""),
+                traffic=lambda _, M=M, packed=packed: (  # type: ignore[misc]
+                    (M + 4096) * 4096 // (2 if packed else 1) + 2 * M * 4096,
+                    2 * M * 4096**2,
+                ),
+            )
+    found[mangled("pack_codes")] = Declared(
+        256, 0, {"LDG.64": 1, "STG": 1}, "[4096, 4096]", lambda _: (4096**2 * 3 // 2, 0)
+    )
+    return found
+
+
 CUDA_KERNELS = {
     mangled("add_penalty_grad"): Declared(
         threads=256,
@@ -124,4 +195,6 @@ CUDA_KERNELS = {
         256, 0, {"DFMA": 1}, _SHAPE, lambda _: (8 * 12 * _ALL**2 + 4 * _d * (2 * _ALL + _B), 4 * _B * _ALL * _d)
     ),
     mangled("rotate_left"): Declared(256, 0, {}, _SHAPE, lambda _: (4 * _D * (_ALL + _B), 2 * _B * _ALL * _D)),
+    **_quantizers(),
+    **_products(),
 }

@@ -209,7 +209,8 @@ __device__ __forceinline__ void cp_async_wait() {
 #ifdef S2D_EMULATED
 #define S2D_MMA(name, format, accumulator, instruction, constraint)                                           \
   inline void name(accumulator(&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], S2D_SITE_PARAMETERS) { \
-    emulation::mma<emulation::format>(d, a, b, {#name, file, line});                                          \
+    using namespace emulation;                                                                                \
+    mma<format>(d, a, b, {#name, file, line});                                                                \
   }
 #else
 #define S2D_MMA(name, format, accumulator, instruction, constraint)                                                 \
@@ -223,7 +224,26 @@ S2D_MMA(mma_m16n8k8_tf32, Tf32, float, "m16n8k8.row.col.f32.tf32.tf32.f32", "f")
 S2D_MMA(mma_m16n8k16_bf16, Bf16, float, "m16n8k16.row.col.f32.bf16.bf16.f32", "f")
 S2D_MMA(mma_m16n8k32_s8, Int8, int32_t, "m16n8k32.row.col.s32.s8.s8.s32", "r")
 S2D_MMA(mma_m16n8k64_s4, Int4, int32_t, "m16n8k64.row.col.s32.s4.s4.s32", "r")
+#define S2D_MIXED UInt4, Int4  // a without sign, b with
+S2D_MMA(mma_m16n8k64_u4s4, S2D_MIXED, int32_t, "m16n8k64.row.col.s32.u4.s4.s32", "r")
+#undef S2D_MIXED
 #undef S2D_MMA
+
+// Four 8 x 8 matrices of 16-bit units, i.e. of 16-byte rows, from shared memory in the layout of an mma's fragments: a
+// lane names a row, lane 8 i + r row r of matrix i, and gets four bytes of each matrix. All lanes must call.
+#ifdef S2D_EMULATED
+inline void ldmatrix_x4(uint32_t (&words)[4], const void* row, S2D_SITE_PARAMETERS) {
+  emulation::ldmatrix_x4(words, row, {"ldmatrix_x4", file, line});
+}
+#else
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&words)[4], const void* row) {
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(address)
+               : "memory");
+}
+#endif
 
 // To tf32, to the nearest with ties away from zero: the bits mma_m16n8k8_tf32 takes.
 __device__ __forceinline__ uint32_t to_tf32(float value) {
@@ -375,5 +395,7 @@ int load(void (*kernel)(Parameters...)) {
 // Of each file, all its kernels; s2d_check_device calls them.
 int load_penalty_grad();
 int load_topk_svd();
+int load_quantize();
+int load_integer_gemm();
 
 }  // namespace s2d

@@ -114,6 +114,74 @@ int s2d_topk_svd_orthonormalize(const s2d_svd_layer* layers, int32_t count, int3
 int s2d_topk_svd_finish(const s2d_svd_layer* layers, int32_t count, float tolerance, double failure_probability,
                         void* workspace, size_t workspace_bytes, s2d_stream stream);
 
+typedef enum s2d_granularity { S2D_PER_ROW = 0, S2D_PER_TENSOR = 1, S2D_PER_GROUP = 2 } s2d_granularity;
+
+/* The quantization of x [rows, cols] to codes of `bits` bits: -(2^(bits-1)-1)..2^(bits-1)-1 when symmetric, else
+ * 0..2^bits-1. The outputs have no gaps between their elements. With S = the number of scales of a row, 1 for
+ * S2D_PER_ROW and cols / group_size for S2D_PER_GROUP, scale and zero_point are [rows, S], or [1, 1] for S2D_PER_TENSOR;
+ * with G = cols / group_size, or 1 where group_size is 0, row_sum is [rows, G]. */
+typedef struct s2d_quantization {
+  const void* x;              /* [rows, cols] of `dtype`, strides row_stride and col_stride */
+  const float* minimum;       /* null, or the range to use instead of x's: row r's at minimum[r * range_stride] */
+  const float* maximum;
+  int8_t* codes;              /* out or null, [rows, cols]; asymmetric 8-bit codes and zero points are stored less 128 */
+  uint8_t* packed;            /* out or null, [rows, ceil(cols / 2)]: two codes of <= 4 bits, the first in the low half */
+  float* scale;               /* out; NaN where x is not finite, then codes 0 and zero_point 0 */
+  int32_t* zero_point;        /* out */
+  int32_t* row_sum;           /* out: sums of stored codes */
+  uint8_t* mask;              /* out or null, [rows, ceil(cols / 8)], bit i of byte j: element 8 j + i was not clamped */
+  int64_t rows, cols;
+  int64_t row_stride, col_stride;
+  int64_t range_stride;       /* 0: one range for all rows; 1: one each */
+  int64_t group_size;         /* 0: none; divides cols */
+  int32_t dtype;              /* s2d_dtype of x */
+  int32_t bits;               /* 2..8 */
+  int32_t symmetric;
+  int32_t granularity;        /* s2d_granularity of scale and zero_point */
+} s2d_quantization;
+
+/* One launch, two for S2D_PER_TENSOR, which alone needs a workspace.
+ * s2d_quantize_check: S2D_OK, S2D_BAD_ARGUMENT, or S2D_UNSUPPORTED where group_size is none of 0, 8, 16, .. 256. */
+int s2d_quantize_check(const s2d_quantization* quantization);
+size_t s2d_quantize_workspace(const s2d_quantization* quantization);
+int s2d_quantize(const s2d_quantization* quantization, void* workspace, size_t workspace_bytes, s2d_stream stream);
+
+/* The exact product of codes x [M, K] and w [N, K], zero points removed, and the linear layer made of it: per group g
+ *   accumulator[g] = sum_k (x - x_zero_point)(w - w_zero_point)
+ *                  = x w^T - x_zero_point w_row_sum - w_zero_point x_row_sum + (K / groups) x_zero_point w_zero_point
+ *   y = sum_g (accumulator[g] * x_scale) * w_scale + bias
+ * the former in int32 (wrapping), the latter in fp32 with one rounding an operation, groups ascending. Everything is
+ * contiguous. Scales and zero points of x are [M, 1], or [1, 1] with x_per_tensor; of w [N, groups], or [1, 1]. */
+typedef struct s2d_integer_product {
+  const void* x_codes;        /* int8 [M, K], or with `packed` two codes of <= 4 bits a byte, [M, ceil(K / 2)] */
+  const void* w_codes;
+  const float* x_scale;       /* scales are read for y alone */
+  const float* w_scale;
+  const int32_t* x_zero_point; /* not read where the operand is symmetric */
+  const int32_t* w_zero_point;
+  const int32_t* x_row_sum;   /* [M, groups], not read where w is symmetric */
+  const int32_t* w_row_sum;   /* [N, groups], not read where x is symmetric */
+  const void* bias;           /* null or [N] of bias_dtype */
+  void* y;                    /* out or null, [M, N] of out_dtype */
+  int32_t* accumulator;       /* out or null, [groups, M, N] */
+  int64_t M, N, K;
+  int64_t groups;             /* 0 where K is 0: y is the bias */
+  int32_t x_per_tensor, w_per_tensor;
+  int32_t x_symmetric, w_symmetric;
+  int32_t packed;
+  int32_t bias_dtype, out_dtype; /* s2d_dtype */
+} s2d_integer_product;
+
+/* One launch, no workspace.
+ * s2d_integer_linear_check: S2D_OK, S2D_BAD_ARGUMENT, or S2D_UNSUPPORTED where more than one group is not a multiple of
+ * 32 codes (64 if packed), or packed codes of w are not symmetric. */
+int s2d_integer_linear_check(const s2d_integer_product* product);
+int s2d_integer_linear(const s2d_integer_product* product, void* workspace, size_t workspace_bytes, s2d_stream stream);
+
+/* packed [rows, ceil(cols / 2)]: int8 codes [rows, cols] two a byte, the first in the low half. */
+int s2d_pack_codes(const int8_t* codes, uint8_t* packed, int64_t rows, int64_t cols, void* workspace,
+                   size_t workspace_bytes, s2d_stream stream);
+
 #pragma GCC visibility pop
 #ifdef __cplusplus
 }

@@ -157,6 +157,38 @@ def test_svd_products_run_on_tensor_cores(audits: list[audit.KernelAudit], archi
         assert {opcode.split(".")[0] for opcode in found.tensor_core} == {instruction}, found.kernel
 
 
+@pytest.mark.parametrize(("architecture", "wide"), [("sm_80", "IMMA"), ("sm_90a", "IGMMA")])
+def test_quantized_layer_of_triton_runs_on_tensor_cores(
+    audits: list[audit.KernelAudit], architecture: str, wide: str
+) -> None:
+    ours = {a.kernel: a for a in audits if a.language == "triton" and a.architecture == architecture}
+    products = {name: a.tensor_core for name, a in ours.items() if name.startswith("integer_linear")}
+    assert len(products) == 4
+    for name, found in products.items():
+        # sixteen rows are too few for the instruction of a warp group
+        assert {opcode.split(".")[0] for opcode in found} == {"IMMA" if "narrow" in name else wide}, name
+    gradients = {name: a.tensor_core for name, a in ours.items() if name.startswith("straight_through")}
+    assert len(gradients) == 4
+    for name, found in gradients.items():
+        assert {opcode.split(".")[0] for opcode in found} == {"HMMA" if architecture == "sm_80" else "HGMMA"}, name
+
+
+def test_integer_products_of_cuda_run_on_tensor_cores(audits: list[audit.KernelAudit]) -> None:
+    if audit.find_tool("nvcc") is None:
+        pytest.skip("needs nvcc (PATH or CUDA_HOME) to compile csrc/*.cu")
+    for architecture, int4 in (("sm_80", "IMMA.16864"), ("sm_90a", "IMMA.16832")):
+        ours = [a for a in audits if a.kernel.startswith("integer_linear<Shape") and a.architecture == architecture]
+        assert len(ours) == 9
+        for a in ours:
+            int8 = "Int8Codes" in a.kernel
+            (opcode,) = a.tensor_core
+            assert opcode.startswith("IMMA.16832.S8.S8" if int8 else int4), a.kernel
+            # 4-bit products are instructions up to sm_89 and a function of 8-bit ones later.
+            assert a.tensor_core[opcode] == (
+                2 if not int8 and architecture == "sm_90a" else 32 if "128, 128" in a.kernel else 8
+            )
+
+
 def test_no_cuda_kernel_has_a_problem(audits: list[audit.KernelAudit]) -> None:
     if audit.find_tool("nvcc") is None:
         pytest.skip("needs nvcc (PATH or CUDA_HOME) to compile csrc/*.cu")

@@ -41,6 +41,11 @@ C_TYPES = {
     "const void*": ctypes.c_void_p,
     "const s2d_penalty_layer*": ctypes.POINTER(_native.PenaltyLayer),
     "const s2d_svd_layer*": ctypes.POINTER(_native.SvdLayer),
+    "int8_t*": ctypes.c_void_p,
+    "uint8_t*": ctypes.c_void_p,
+    "const int8_t*": ctypes.c_void_p,
+    "const s2d_quantization*": ctypes.POINTER(_native.Quantization),
+    "const s2d_integer_product*": ctypes.POINTER(_native.IntegerProduct),
 }
 
 
@@ -53,9 +58,17 @@ def test_every_function_of_the_header_has_its_argument_types() -> None:
         assert _native.SIGNATURES[name] == (C_TYPES[result.strip()], types), name
 
 
-@pytest.mark.parametrize(("name", "struct"), [("penalty", _native.PenaltyLayer), ("svd", _native.SvdLayer)])
+@pytest.mark.parametrize(
+    ("name", "struct"),
+    [
+        ("penalty_layer", _native.PenaltyLayer),
+        ("svd_layer", _native.SvdLayer),
+        ("quantization", _native.Quantization),
+        ("integer_product", _native.IntegerProduct),
+    ],
+)
 def test_the_structs_match_field_for_field(name: str, struct: type[ctypes.Structure]) -> None:
-    body = re.search(rf"typedef struct s2d_{name}_layer \{{(.*?)\}}", CODE, re.DOTALL).group(1)
+    body = re.search(rf"typedef struct s2d_{name} \{{(.*?)\}}", CODE, re.DOTALL).group(1)
     fields = []
     for declaration in filter(None, (part.strip() for part in body.split(";"))):
         kind, names = re.match(r"((?:const )?\w+\*?)\s*(.*)", declaration, re.DOTALL).groups()
@@ -66,7 +79,7 @@ def test_the_structs_match_field_for_field(name: str, struct: type[ctypes.Struct
 def test_constants() -> None:
     assert int(re.search(r"#define S2D_ABI_VERSION (\d+)", CODE).group(1)) == _native.ABI_VERSION
     assert int(re.search(r"#define S2D_MAX_RANK (\d+)", CODE).group(1)) == _native.MAX_RANK
-    for name, value in _native.DTYPES.items():
+    for name, value in (_native.DTYPES | _native.GRANULARITIES).items():
         assert re.search(rf"S2D_{name.upper()} = {value}\b", CODE)
 
 

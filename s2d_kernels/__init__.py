@@ -4,6 +4,7 @@
 from s2d_kernels import (
     cpu_svd as _cpu_svd,
     cuda_ops as _cuda_ops,
+    cuda_quant as _cuda_quant,
     cuda_svd as _cuda_svd,
     torch_svd as _torch_svd,
     triton_kernels as _triton_kernels,

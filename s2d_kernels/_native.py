@@ -16,6 +16,7 @@ from typing import Any
 
 ABI_VERSION = 4
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+GRANULARITIES = {"per_row": 0, "per_tensor": 1, "per_group": 2}
 MAX_RANK = 64
 ROOT = Path(__file__).parent
 EMULATED = "emulated on the CPU"
@@ -66,6 +67,61 @@ class SvdLayer(ctypes.Structure):
     )
 
 
+class Quantization(ctypes.Structure):
+    """`s2d_quantization` of csrc/s2d.h, field for field."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("minimum", c_void_p),
+        ("maximum", c_void_p),
+        ("codes", c_void_p),
+        ("packed", c_void_p),
+        ("scale", c_void_p),
+        ("zero_point", c_void_p),
+        ("row_sum", c_void_p),
+        ("mask", c_void_p),
+        ("rows", c_int64),
+        ("cols", c_int64),
+        ("row_stride", c_int64),
+        ("col_stride", c_int64),
+        ("range_stride", c_int64),
+        ("group_size", c_int64),
+        ("dtype", c_int32),
+        ("bits", c_int32),
+        ("symmetric", c_int32),
+        ("granularity", c_int32),
+    )
+
+
+class IntegerProduct(ctypes.Structure):
+    """`s2d_integer_product` of csrc/s2d.h, field for field."""
+
+    _fields_ = (
+        ("x_codes", c_void_p),
+        ("w_codes", c_void_p),
+        ("x_scale", c_void_p),
+        ("w_scale", c_void_p),
+        ("x_zero_point", c_void_p),
+        ("w_zero_point", c_void_p),
+        ("x_row_sum", c_void_p),
+        ("w_row_sum", c_void_p),
+        ("bias", c_void_p),
+        ("y", c_void_p),
+        ("accumulator", c_void_p),
+        ("M", c_int64),
+        ("N", c_int64),
+        ("K", c_int64),
+        ("groups", c_int64),
+        ("x_per_tensor", c_int32),
+        ("w_per_tensor", c_int32),
+        ("x_symmetric", c_int32),
+        ("w_symmetric", c_int32),
+        ("packed", c_int32),
+        ("bias_dtype", c_int32),
+        ("out_dtype", c_int32),
+    )
+
+
 _SVD_TABLE = [POINTER(SvdLayer), c_int32]
 _WORKSPACE_AND_STREAM = [c_void_p, c_size_t, c_void_p]
 # name -> (result type, argument types); a test compares it with the header
@@ -83,6 +139,12 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "s2d_topk_svd_product": (c_int, [*_SVD_TABLE, c_int32, *_WORKSPACE_AND_STREAM]),
     "s2d_topk_svd_orthonormalize": (c_int, [*_SVD_TABLE, c_int32, *_WORKSPACE_AND_STREAM]),
     "s2d_topk_svd_finish": (c_int, [*_SVD_TABLE, c_float, c_double, *_WORKSPACE_AND_STREAM]),
+    "s2d_quantize_check": (c_int, [POINTER(Quantization)]),
+    "s2d_quantize_workspace": (c_size_t, [POINTER(Quantization)]),
+    "s2d_quantize": (c_int, [POINTER(Quantization), *_WORKSPACE_AND_STREAM]),
+    "s2d_integer_linear_check": (c_int, [POINTER(IntegerProduct)]),
+    "s2d_integer_linear": (c_int, [POINTER(IntegerProduct), *_WORKSPACE_AND_STREAM]),
+    "s2d_pack_codes": (c_int, [c_void_p, c_void_p, c_int64, c_int64, *_WORKSPACE_AND_STREAM]),
 }
 
 
@@ -223,3 +285,33 @@ class SvdRun:
     def call(self, primitive: str, *arguments: float) -> None:
         """Enqueue `s2d_topk_svd_<primitive>`."""
         _call(f"s2d_topk_svd_{primitive}", self.table, len(self.table), *arguments, *self.workspace, self.stream)
+
+
+def supports_quantization(quantization: Quantization) -> bool:
+    """Whether `quantize` takes these sizes."""
+    return load().s2d_quantize_check(quantization) == 0
+
+
+def quantize_workspace(quantization: Quantization) -> int:
+    """Bytes of the workspace, which must be aligned to 256."""
+    return int(load().s2d_quantize_workspace(quantization))
+
+
+def quantize(quantization: Quantization, workspace: tuple[int, int], stream: int) -> None:
+    """Enqueue the quantization of a matrix; the workspace's address and size."""
+    _call("s2d_quantize", quantization, *workspace, stream)
+
+
+def supports_product(product: IntegerProduct) -> bool:
+    """Whether `integer_linear` takes these sizes."""
+    return load().s2d_integer_linear_check(product) == 0
+
+
+def integer_linear(product: IntegerProduct, stream: int) -> None:
+    """Enqueue the exact product of two quantized matrices."""
+    _call("s2d_integer_linear", product, None, 0, stream)
+
+
+def pack_codes(codes: int, packed: int, rows: int, cols: int, stream: int) -> None:
+    """Enqueue the packing of int8 codes, two a byte; addresses."""
+    _call("s2d_pack_codes", codes, packed, rows, cols, None, 0, stream)

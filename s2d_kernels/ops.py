@@ -64,6 +64,11 @@ def available(op: str) -> tuple[str, ...]:
     return tuple(impl for impl in IMPLS if impl in _TABLE[op])
 
 
+def implementation(op: str, impl: str) -> Callable[..., Any]:
+    """The function of `impl`, as `implements` entered it."""
+    return _TABLE[op][impl]
+
+
 def declare_problem(impl: str, problem: Callable[[torch.device], str | None]) -> None:
     """Let `problem` say, when asked, why `impl` cannot be used for tensors on a device (None: it can)."""
     _PROBLEM[impl] = problem

@@ -26,13 +26,17 @@ struct Int8 {
   static constexpr int kPerRegister = 4;
   static std::int64_t value(std::uint32_t word, int i) { return static_cast<std::int8_t>(word >> 8 * i); }
 };
+struct UInt4 {
+  static constexpr int kPerRegister = 8;
+  static std::int64_t value(std::uint32_t word, int i) { return word >> 4 * i & 15u; }
+};
 struct Int4 {
   static constexpr int kPerRegister = 8;
   static std::int64_t value(std::uint32_t word, int i) { return static_cast<std::int32_t>(word >> 4 * i << 28) >> 28; }
 };
 
 // Float sums are formed in fp64 and rounded once: the hardware's own order and truncation are not documented.
-template <typename Format, typename Accumulator>
+template <typename Format, typename FormatB = Format, typename Accumulator>
 void mma(Accumulator* d, const std::uint32_t* a, const std::uint32_t* b, const Site& site) {
   MmaOperands<Accumulator> own{d, a, b};
   warp_collective(site, 0xffffffffu, &own, [](void* const* lanes, unsigned present) {
@@ -46,7 +50,7 @@ void mma(Accumulator* d, const std::uint32_t* a, const std::uint32_t* b, const S
       for (int r = 0; r < 4; ++r) {
         for (int i = 0; i < e; ++i) {
           A[group + 8 * (r % 2)][e * member + 4 * e * (r / 2) + i] = Format::value(operands(lane)->a[r], i);
-          if (r < 2) B[e * member + 4 * e * r + i][group] = Format::value(operands(lane)->b[r], i);
+          if (r < 2) B[e * member + 4 * e * r + i][group] = FormatB::value(operands(lane)->b[r], i);
         }
       }
     }
@@ -61,6 +65,27 @@ void mma(Accumulator* d, const std::uint32_t* a, const std::uint32_t* b, const S
         } else {
           d = static_cast<Accumulator>(static_cast<std::uint32_t>(sum));  // wraps, as without .satfinite
         }
+      }
+    }
+  });
+}
+
+struct LdmatrixOperands {
+  const unsigned char* row;
+  std::uint32_t* words;
+};
+
+// ldmatrix.x4: lanes 8 i .. 8 i + 7 name the rows, of 16 bytes, of matrix i; a lane gets word `lane % 4` of row `lane / 4`
+// of each.
+inline void ldmatrix_x4(std::uint32_t* words, const void* row, const Site& site) {
+  check_aligned(row, 16, "ldmatrix");
+  LdmatrixOperands own{static_cast<const unsigned char*>(row), words};
+  warp_collective(site, 0xffffffffu, &own, [](void* const* lanes, unsigned present) {
+    if (present != 0xffffffffu) fail("ldmatrix needs all 32 threads of the warp, %08x are there", present);
+    auto operands = [&](int lane) { return static_cast<const LdmatrixOperands*>(lanes[lane]); };
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < 4; ++i) {
+        std::memcpy(operands(lane)->words + i, operands(8 * i + lane / 4)->row + lane % 4 * 4, 4);
       }
     }
   });

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,6 +47,17 @@ def widen(x: tl.tensor, SUM: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.tens
         # Triton's interpreter gets the subnormal numbers wrong.
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return x.to(SUM)
+
+
+@jit()
+def narrow(x: tl.tensor, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.tensor:
+    """`x` rounded to the nearest number of a dtype, ties to even."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        # Triton's interpreter truncates here; the compiled conversion rounds.
+        bits = x.to(tl.uint32, bitcast=True)
+        nearest = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
+        return nearest.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(DTYPE)
 
 
 class Tables:
@@ -127,6 +139,7 @@ class Variant(NamedTuple):
         instructions: that must be in the machine code -> at least how often; "LDG.128.!EF" stands for an LDG with the
             modifier 128 and without EF.
         shape: the benchmark's, with the `bytes` it must move at least and its `flops`.
+        options: of the launch, beside warps and stages.
     """
 
     name: str
@@ -140,3 +153,4 @@ class Variant(NamedTuple):
     shape: str
     bytes: int
     flops: int
+    options: Mapping[str, Any] = MappingProxyType({})

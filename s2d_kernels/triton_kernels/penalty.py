@@ -20,6 +20,7 @@ from s2d_kernels.triton_kernels.common import (
     check_device,
     interpreted,
     jit,
+    narrow,
     tl,
     widen,
 )
@@ -57,17 +58,6 @@ class Layer(NamedTuple):
 
 
 FIELDS = len(Layer._fields)
-
-
-@jit()
-def _round(x: tl.tensor, GRAD: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.tensor:
-    """`x` rounded to the nearest number of the gradient's dtype, ties to even."""
-    if INTERPRETED and GRAD == tl.bfloat16:
-        # Triton's interpreter truncates here; the compiled conversion rounds.
-        bits = x.to(tl.uint32, bitcast=True)
-        nearest = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
-        return nearest.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return x.to(GRAD)
 
 
 @jit()
@@ -151,7 +141,7 @@ def _update_tile(
                 v = tl.load(right + r * right_rank + j * right_col, mask=in_cols & (r < rank), other=0.0)
                 total += (u * c)[:, None] * v[None, :]
             component += UNROLL
-        tl.store(place, _round(wide + total, GRAD, INTERPRETED), mask=inside)
+        tl.store(place, narrow(wide + total, GRAD, INTERPRETED), mask=inside)
 
 
 # Not specialized: one layer or a multiple of 16 would be a compilation of its own.
