@@ -20,6 +20,7 @@
   type* name = reinterpret_cast<type*>(s2d_dynamic_shared)
 #endif
 
+#include <cmath>
 #include <tuple>
 
 namespace s2d {
@@ -340,5 +341,6 @@ int load(void (*kernel)(Parameters...)) {
 // Of each file, all its kernels; s2d_check_device calls them.
 int load_penalty_grad();
 int load_topk_svd();
+int load_adamw();
 
 }  // namespace s2d

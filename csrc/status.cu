@@ -32,6 +32,8 @@ const char* s2d_status_string(int status) {
 }
 
 int s2d_check_device(void) {
-  const int status = s2d::load_penalty_grad();
-  return status ? status : s2d::load_topk_svd();
+  for (const auto load : {s2d::load_penalty_grad, s2d::load_topk_svd, s2d::load_adamw}) {
+    if (const int status = load()) return status;
+  }
+  return S2D_OK;
 }

@@ -41,6 +41,9 @@ C_TYPES = {
     "const void*": ctypes.c_void_p,
     "const s2d_penalty_layer*": ctypes.POINTER(_native.PenaltyLayer),
     "const s2d_svd_layer*": ctypes.POINTER(_native.SvdLayer),
+    "const s2d_adamw_layer*": ctypes.POINTER(_native.AdamWLayer),
+    "const s2d_adamw_group*": ctypes.POINTER(_native.AdamWGroup),
+    "const s2d_adamw_options*": ctypes.POINTER(_native.AdamWOptions),
 }
 
 
@@ -53,9 +56,18 @@ def test_every_function_of_the_header_has_its_argument_types() -> None:
         assert _native.SIGNATURES[name] == (C_TYPES[result.strip()], types), name
 
 
-@pytest.mark.parametrize(("name", "struct"), [("penalty", _native.PenaltyLayer), ("svd", _native.SvdLayer)])
+@pytest.mark.parametrize(
+    ("name", "struct"),
+    [
+        ("penalty_layer", _native.PenaltyLayer),
+        ("svd_layer", _native.SvdLayer),
+        ("adamw_layer", _native.AdamWLayer),
+        ("adamw_group", _native.AdamWGroup),
+        ("adamw_options", _native.AdamWOptions),
+    ],
+)
 def test_the_structs_match_field_for_field(name: str, struct: type[ctypes.Structure]) -> None:
-    body = re.search(rf"typedef struct s2d_{name}_layer \{{(.*?)\}}", CODE, re.DOTALL).group(1)
+    body = re.search(rf"typedef struct s2d_{name} \{{(.*?)\}}", CODE, re.DOTALL).group(1)
     fields = []
     for declaration in filter(None, (part.strip() for part in body.split(";"))):
         kind, names = re.match(r"((?:const )?\w+\*?)\s*(.*)", declaration, re.DOTALL).groups()
@@ -66,6 +78,7 @@ def test_the_structs_match_field_for_field(name: str, struct: type[ctypes.Struct
 def test_constants() -> None:
     assert int(re.search(r"#define S2D_ABI_VERSION (\d+)", CODE).group(1)) == _native.ABI_VERSION
     assert int(re.search(r"#define S2D_MAX_RANK (\d+)", CODE).group(1)) == _native.MAX_RANK
+    assert int(re.search(r"#define S2D_MAX_GROUPS (\d+)", CODE).group(1)) == _native.MAX_GROUPS
     for name, value in _native.DTYPES.items():
         assert re.search(rf"S2D_{name.upper()} = {value}\b", CODE)
 
@@ -115,7 +128,9 @@ def test_another_abi_is_refused_with_both_numbers(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_library_without_a_function_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("S2D_LIBRARY", str(compiled("int s2d_abi_version(void) { return 3; }", tmp_path)))
+    monkeypatch.setenv(
+        "S2D_LIBRARY", str(compiled(f"int s2d_abi_version(void) {{ return {_native.ABI_VERSION}; }}", tmp_path))
+    )
     with pytest.raises(_native.NativeLibraryError, match="has no s2d_"):
         _native.load()
 

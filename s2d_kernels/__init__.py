@@ -2,12 +2,14 @@
 
 # these enter their implementations
 from s2d_kernels import (
+    cuda_adamw as _cuda_adamw,
     cuda_ops as _cuda_ops,
     cuda_svd as _cuda_svd,
     torch_svd as _torch_svd,
     triton_kernels as _triton_kernels,
 )
 from s2d_kernels.fake_quant import FakeQuantLinear, quantize_
+from s2d_kernels.optim import SpectralAdamW
 from s2d_kernels.penalty import add_penalty_grad_
 from s2d_kernels.quant_ops import fake_quant_linear
 from s2d_kernels.regularizer import S2D
@@ -21,6 +23,7 @@ __all__ = [
     "S2D",
     "FakeQuantLinear",
     "SideStream",
+    "SpectralAdamW",
     "add_penalty_grad_",
     "fake_quant_linear",
     "pcdr",
