@@ -77,20 +77,14 @@ __device__ __forceinline__ Rule rule_of(const Table& table, const Layer& layer) 
   return rule;
 }
 
-// -0, which added to anything changes no bit of it, for a penalty of 0 or one that is not finite.
-__device__ __forceinline__ float usable(float penalty) {
-  const unsigned magnitude = __float_as_uint(penalty) & 0x7fffffffu;
-  return magnitude - 1u < 0x7f7fffffu ? penalty : -0.0f;
-}
-
 __device__ __forceinline__ void update(const Rule& rule, float grad, float penalty, float& param, float& exp_avg,
                                        float& exp_avg_sq) {
-  grad = fmaf(grad, rule.grad_factor, rule.decoupled ? -0.0f : usable(penalty * rule.penalty_factor));
+  grad = fmaf(grad, rule.grad_factor, rule.decoupled ? -0.0f : usable_sum(penalty * rule.penalty_factor));
   exp_avg = fmaf(rule.one_minus_beta1, grad - exp_avg, exp_avg);
   exp_avg_sq = fmaf(rule.one_minus_beta2 * grad, grad, rule.beta2 * exp_avg_sq);
   param = fmaf(-rule.decay, param, param);
   param -= rule.step_size * exp_avg / fmaf(sqrtf(exp_avg_sq), rule.inverse_root, rule.eps);
-  if (rule.decoupled) param += usable(penalty);
+  if (rule.decoupled) param += usable_sum(penalty);
 }
 
 // The elements of one word of each tensor, in place: all words at once would need the registers of another block.

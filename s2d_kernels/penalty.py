@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from s2d_kernels import ops
-from s2d_kernels.svd import TopkSVD
+from s2d_kernels.svd import NON_FINITE, OVERFLOW, TopkSVD
 
 # Below this product of the largest elements of both sides no sum over a rank overflows fp32.
 SAFE_SIZE = 1e36
@@ -28,6 +28,21 @@ def penalty_coefficients(S: Sequence[Tensor], *, strength: float, power: float) 
         # One launch for all layers; not on a CPU, whose vectorized pow rounds by position.
         return list(of(torch.cat(list(S))).split([len(s) for s in S]))
     return [of(s) for s in S]
+
+
+@torch.no_grad()
+def penalty_status(factors: Sequence[TopkSVD], *, strength: float, power: float) -> Tensor:
+    """Why `add_penalty_grad_` leaves out components of a layer: int32 `[layers]` on the factors' device.
+
+    2 (NON_FINITE) where a factor holds NaN or Inf, or its own status says that the matrix did; else 4 (OVERFLOW) where
+    strength * s^power of a component is not finite, which then counts as 0; else the status of the factors.
+    """
+    found = []
+    for U, S, Vh, _, _, status, _ in factors:
+        finite = U.isfinite().all() & S.isfinite().all() & Vh.isfinite().all() & (status != NON_FINITE)
+        overflow = ~(strength * S.pow(power)).isfinite().all()
+        found.append(torch.where(finite, torch.where(overflow, OVERFLOW, status), NON_FINITE).to(torch.int32))
+    return torch.stack(found) if found else torch.zeros(0, dtype=torch.int32)
 
 
 @torch.no_grad()
@@ -57,6 +72,9 @@ def add_penalty_grad_(
     Raises:
         TypeError: an element is no dense floating tensor.
         ValueError: lists of different lengths, shapes that do not fit, a rank outside 0..k. Nothing is written then.
+
+    A component whose strength * s^power is not finite counts as 0, and an element of the sum that is 0 or not finite
+    changes no bit of the gradient; `penalty_status` tells which layers that concerns.
 
     Accuracy: the sum is formed in fp32 (fp64 for fp64) and rounded once to the gradient's dtype.
     Determinism: same inputs give the same bits.

@@ -25,7 +25,7 @@ from s2d_kernels import ops, reference
 from s2d_kernels.capture import ActivationCapture, Captured
 from s2d_kernels.optim import Penalty
 from s2d_kernels.parameters import Matrix, ParameterDecision, find_matrices
-from s2d_kernels.penalty import add_penalty_grad_, penalty_coefficients
+from s2d_kernels.penalty import add_penalty_grad_, penalty_coefficients, penalty_status
 from s2d_kernels.scheduler import Pending, SideStream
 from s2d_kernels.selection import PCDR, pcdr
 from s2d_kernels.svd import CONVERGED, NON_FINITE, OVERFLOW, STATUS_NAMES, SVDBasis, TopkSVD, topk_svd, warm_width
@@ -631,13 +631,17 @@ class S2D:
             k_max=self.k_max,
             impl=self.impl if self.impl in ops.available("pcdr_exact") else None,
         )
+        if self.mode == "coupled":
+            statuses = penalty_status(factors, strength=self.strength, power=self.power).tolist()
+        else:
+            statuses = [int(factor.status) for factor in factors]
         refreshed = {}
-        for name, k, factor, decision in zip(names, ks, factors, decisions, strict=True):
+        for name, k, factor, decision, status in zip(names, ks, factors, decisions, statuses, strict=True):
             width = self._layers[name].basis.S.shape[0]
             U, S, Vh, residual = factor.basis
             basis = SVDBasis(U[:, :width].contiguous(), S[:width], Vh[:width], residual[:width])
-            rank = min(decision.k_target, k)
-            refreshed[name] = _Refreshed(basis, rank, int(factor.status), float(S[0]), decision)
+            rank = 0 if status in (NON_FINITE, OVERFLOW) else min(decision.k_target, k)
+            refreshed[name] = _Refreshed(basis, rank, status, float(S[0]), decision)
         return refreshed
 
     def _join_pending(self) -> dict[str, _Refreshed]:

@@ -151,7 +151,10 @@ def _update_tile(
                 v = tl.load(right + r * right_rank + j * right_col, mask=in_cols & (r < rank), other=0.0)
                 total += (u * c)[:, None] * v[None, :]
             component += UNROLL
-        tl.store(place, _round(wide + total, GRAD, INTERPRETED), mask=inside)
+        # What is 0 or not finite changes no bit: -0 + 0 would.
+        usable = (tl.abs(total) < float("inf")) & (total != 0.0)
+        total = tl.where(usable, wide + total, wide)
+        tl.store(place, _round(total, GRAD, INTERPRETED), mask=inside)
 
 
 # Not specialized: one layer or a multiple of 16 would be a compilation of its own.
