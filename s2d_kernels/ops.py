@@ -245,8 +245,8 @@ define(
 )
 define(
     "pcdr_exact",
-    "Tensor[] weights, Tensor[] inputs, Tensor[] neurons, int k_max -> Tensor",
-    lambda weights, _x, _i, k_max: weights[0].new_empty((len(weights), k_max), dtype=torch.float64),
+    "Tensor[] weights, Tensor[] inputs, Tensor[] neurons, int k_max, float? threshold -> Tensor",
+    lambda weights, _x, _i, k_max, _threshold: weights[0].new_empty((len(weights), k_max), dtype=torch.float64),
 )
 
 # --- adamw_: one step of AdamW of all tensors, views [m, n], with the penalty of each from its factors ---------------

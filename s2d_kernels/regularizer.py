@@ -631,17 +631,18 @@ class S2D:
             k_max=self.k_max,
             impl=self.impl if self.impl in ops.available("pcdr_exact") else None,
         )
+        statuses = torch.stack([factor.status for factor in factors])
         if self.mode == "coupled":
-            statuses = penalty_status(factors, strength=self.strength, power=self.power).tolist()
-        else:
-            statuses = [int(factor.status) for factor in factors]
+            statuses = penalty_status(factors, strength=self.strength, power=self.power)
+        sigmas = torch.stack([factor.S[0] for factor in factors])
+        on_host = torch.stack([statuses.double(), sigmas.double()]).tolist()  # once for all layers
         refreshed = {}
-        for name, k, factor, decision, status in zip(names, ks, factors, decisions, statuses, strict=True):
+        for name, k, factor, decision, status, sigma in zip(names, ks, factors, decisions, *on_host, strict=True):
             width = self._layers[name].basis.S.shape[0]
             U, S, Vh, residual = factor.basis
             basis = SVDBasis(U[:, :width].contiguous(), S[:width], Vh[:width], residual[:width])
             rank = 0 if status in (NON_FINITE, OVERFLOW) else min(decision.k_target, k)
-            refreshed[name] = _Refreshed(basis, rank, status, float(S[0]), decision)
+            refreshed[name] = _Refreshed(basis, rank, int(status), sigma, decision)
         return refreshed
 
     def _join_pending(self) -> dict[str, _Refreshed]:
