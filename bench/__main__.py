@@ -1,4 +1,4 @@
-"""`python -m bench {svd, linear, penalty, accuracy, table, audit, summary}`."""
+"""`python -m bench {svd, linear, penalty, pcdr, accuracy, table, audit, summary}`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from bench import accuracy, audit, cases, linear_peers, peers, penalty_peers, runs, tables, timing
+from bench import accuracy, audit, cases, linear_peers, pcdr_cases, peers, penalty_peers, runs, tables, timing
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 # 80 columns, a pipe's default, would fold every cell
@@ -159,6 +159,34 @@ def penalty(
     _finish(rows, json)
     for sentence in penalty_peers.left_out(context.device):
         console.print(f"[yellow]{sentence}")
+
+
+@app.command()
+def pcdr(
+    batches: Annotated[int, typer.Option(min=1, help="Batches of English text.")] = 12,
+    threads: Threads = None,
+    cost: Annotated[bool, typer.Option(help="Also the exact route against full SVDs on SigLIP2-B's shapes.")] = True,
+) -> None:
+    """Decisions of pcdr on MiniLM, inflated up to 50x, against fp64 full SVDs; fails where one differs."""
+    from s2d_kernels import demo_models
+
+    with timing.equal_threads(threads or torch.get_num_threads()), _progress() as progress:
+        task = progress.add_task("MiniLM on English text", total=None)
+        model, tokenizer = demo_models.load_minilm()
+        inputs = [
+            pcdr_cases.layer_inputs(model, batch) for batch in demo_models.english_batches(tokenizer, batches=batches)
+        ]
+
+        def step(text: str) -> None:
+            progress.update(task, description=text)
+
+        tallies = list(pcdr_cases.tallies(inputs, pcdr_cases.names_of(inputs[0]), step=step))
+        seconds = pcdr_cases.siglip2_cost(step) if cost else None
+    console.print(pcdr_cases.table(tallies))
+    if seconds is not None:
+        console.print(pcdr_cases.cost_line(seconds))
+    if any(tally.wrong for tally in tallies):
+        raise typer.Exit(1)
 
 
 @app.command()

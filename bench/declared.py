@@ -167,6 +167,22 @@ CUDA_KERNELS = {
         shape="[4096, 4096] fp32, k=3",
         traffic=lambda _: (2 * 4 * 4096**2 + 4 * 3 * (2 * 4096 + 1), 7 * 4096**2 + 3 * 4096),
     ),
+    mangled("adamw"): Declared(
+        threads=128,
+        dynamic_shared=0,
+        # Of the aligned paths for fp32, bf16 and fp16, in a thread: 2 rows of p, g, m and v; the factors of a word's
+        # columns, 1 access in fp32 and 2 in the 16-bit dtypes; 2 rows of p, m and v written, packed 4 words each. The
+        # general path rounds a single element of each, two of them with one instruction.
+        instructions={
+            "LDG.128.!CONSTANT": 3 * 2 * 4,
+            "LDG.128.CONSTANT": 1 + 2 + 2,
+            "STG.128": 3 * 2 * 3,
+            "F2FP.BF16": 2 * 3 * 4 + 2,
+            "F2FP.!BF16": 2 * 3 * 4 + 2,
+        },
+        shape="[4096, 4096] fp32, k=3",
+        traffic=lambda _: (7 * 4 * 4096**2 + 4 * 3 * (2 * 4096 + 1), 20 * 4096**2 + 3 * 4096),
+    ),
     mangled("find_largest"): Declared(256, 0, {"LDG.128": 2}, _SHAPE, lambda _: (4 * _D * _d, 0)),
     mangled("begin"): Declared(256, 0, {}, _SHAPE, lambda _: (8 * _B * _d, 8 * _B * _B * _d)),
     mangled("product", "f", 8, 8, 1): _product("f", 8, 8, 1),

@@ -20,6 +20,7 @@
   type* name = reinterpret_cast<type*>(s2d_dynamic_shared)
 #endif
 
+#include <cmath>
 #include <tuple>
 
 namespace s2d {
@@ -135,6 +136,12 @@ __device__ __forceinline__ uint4 pack(const float (&values)[kPer16<T>]) {
     }
   }
   return make_uint4(word[0], word[1], word[2], word[3]);
+}
+
+// A penalty as it may be added: for 0 and for what is not finite -0, which changes no bit of what it is added to.
+__device__ __forceinline__ float usable_sum(float sum) {
+  const unsigned magnitude = __float_as_uint(sum) & 0x7fffffffu;
+  return magnitude - 1u < 0x7f7fffffu ? sum : -0.0f;
 }
 
 struct Sum {
@@ -397,5 +404,6 @@ int load_penalty_grad();
 int load_topk_svd();
 int load_quantize();
 int load_integer_gemm();
+int load_adamw();
 
 }  // namespace s2d

@@ -3,7 +3,7 @@
 //
 // Memory-bound for the ranks in use: each gradient element is read and written once, 16 bytes an access where the
 // layer's alignment allows; Vh and U come from L2. Sums are formed in fp32, i ascending, and rounded once to the
-// gradient's type.
+// gradient's type; one that is 0 or not finite changes no bit of it.
 #include "common.cuh"
 
 namespace s2d {
@@ -108,7 +108,7 @@ __device__ __forceinline__ void add_tile(const Layer& layer, uint32_t tile, int 
       float values[N];
       unpack<T>(packed[r], values);
 #pragma unroll
-      for (int e = 0; e < N; ++e) values[e] += sum[r][e];
+      for (int e = 0; e < N; ++e) values[e] += usable_sum(sum[r][e]);
       store_16(grad + r * layer.grad_stride, pack<T>(values));
     }
     return;
@@ -133,7 +133,7 @@ __device__ __forceinline__ void add_tile(const Layer& layer, uint32_t tile, int 
     }
 #pragma unroll
     for (int r = 0; r < kRowsPerWarp; ++r) {
-      if (r < height) grad[r * layer.grad_stride + col] = from_float<T>(to_float(element[r]) + sum[r]);
+      if (r < height) grad[r * layer.grad_stride + col] = from_float<T>(to_float(element[r]) + usable_sum(sum[r]));
     }
   }
 }

@@ -36,6 +36,7 @@ typedef enum s2d_status {
 typedef enum s2d_dtype { S2D_FLOAT32 = 0, S2D_BFLOAT16 = 1, S2D_FLOAT16 = 2 } s2d_dtype;
 
 #define S2D_MAX_RANK 64
+#define S2D_MAX_GROUPS 8
 
 int s2d_abi_version(void);
 
@@ -67,6 +68,46 @@ typedef struct s2d_penalty_layer {
  * of one call must not share elements of their gradients: blocks that run at once would lose each other's sums. */
 int s2d_add_penalty_grad(const s2d_penalty_layer* layers, int32_t count, void* workspace, size_t workspace_bytes,
                          s2d_stream stream);
+
+/* One tensor of s2d_adamw, as a matrix: p, g and the two moments, with the penalty U diag(coefficients) Vh of its first
+ * `rank` components. A tensor without a penalty has rank 0; as one row [1, elements] it has any shape. */
+typedef struct s2d_adamw_layer {
+  void* param;                /* p [rows, cols] of `dtype`, row stride param_stride, columns contiguous; in place */
+  const void* grad;           /* g, row stride grad_stride, columns contiguous */
+  void* exp_avg;              /* m, laid out as p; in place */
+  void* exp_avg_sq;           /* v, laid out as p; in place */
+  const float* step;          /* number of this step, 1 for the first, read on the device */
+  const float* U;             /* [rows, >= rank], row stride u_row_stride, column stride u_col_stride */
+  const float* Vh;            /* [>= rank, cols], row stride vh_stride, columns contiguous */
+  const float* coefficients;  /* [>= rank], read on the device */
+  const int32_t* device_rank; /* null, or one integer read on the device; min(rank, *device_rank) components count */
+  int64_t rows, cols;
+  int64_t param_stride, grad_stride, u_row_stride, u_col_stride, vh_stride;
+  int32_t rank;
+  int32_t dtype;              /* s2d_dtype of all four */
+  int32_t group;              /* index of its s2d_adamw_group */
+} s2d_adamw_layer;
+
+/* Hyperparameters of a parameter group, as torch.optim.AdamW has them. */
+typedef struct s2d_adamw_group {
+  const float* device_lr;     /* null, or the learning rate, read on the device instead of lr */
+  double lr, beta1, beta2, eps, weight_decay;
+  int32_t maximize;           /* the sign of g, not of the penalty */
+} s2d_adamw_group;
+
+/* What all layers of one call share; each pointer null or one number read on the device. */
+typedef struct s2d_adamw_options {
+  const float* clip_coef;     /* multiplies g, and the coupled penalty too where clip_penalty is set */
+  const float* grad_scale;    /* g is divided by it */
+  const float* found_inf;     /* where it is not 0 nothing is changed */
+  int32_t decoupled;          /* 0: the penalty is added to g; 1: to p after the step */
+  int32_t clip_penalty;
+} s2d_adamw_options;
+
+/* One step of AdamW for all layers in as few launches as the parameter space allows (208 layers each). All arrays are host
+ * memory, read before the call returns. At most S2D_MAX_GROUPS groups. Needs no workspace. No two layers may share memory. */
+int s2d_adamw(const s2d_adamw_layer* layers, int32_t count, const s2d_adamw_group* groups, int32_t group_count,
+              const s2d_adamw_options* options, void* workspace, size_t workspace_bytes, s2d_stream stream);
 
 /* One matrix of s2d_topk_svd_*: W [rows, cols], iterated on its smaller side d = min(rows, cols). */
 typedef struct s2d_svd_layer {

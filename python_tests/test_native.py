@@ -46,6 +46,9 @@ C_TYPES = {
     "const int8_t*": ctypes.c_void_p,
     "const s2d_quantization*": ctypes.POINTER(_native.Quantization),
     "const s2d_integer_product*": ctypes.POINTER(_native.IntegerProduct),
+    "const s2d_adamw_layer*": ctypes.POINTER(_native.AdamWLayer),
+    "const s2d_adamw_group*": ctypes.POINTER(_native.AdamWGroup),
+    "const s2d_adamw_options*": ctypes.POINTER(_native.AdamWOptions),
 }
 
 
@@ -65,6 +68,9 @@ def test_every_function_of_the_header_has_its_argument_types() -> None:
         ("svd_layer", _native.SvdLayer),
         ("quantization", _native.Quantization),
         ("integer_product", _native.IntegerProduct),
+        ("adamw_layer", _native.AdamWLayer),
+        ("adamw_group", _native.AdamWGroup),
+        ("adamw_options", _native.AdamWOptions),
     ],
 )
 def test_the_structs_match_field_for_field(name: str, struct: type[ctypes.Structure]) -> None:
@@ -79,6 +85,7 @@ def test_the_structs_match_field_for_field(name: str, struct: type[ctypes.Struct
 def test_constants() -> None:
     assert int(re.search(r"#define S2D_ABI_VERSION (\d+)", CODE).group(1)) == _native.ABI_VERSION
     assert int(re.search(r"#define S2D_MAX_RANK (\d+)", CODE).group(1)) == _native.MAX_RANK
+    assert int(re.search(r"#define S2D_MAX_GROUPS (\d+)", CODE).group(1)) == _native.MAX_GROUPS
     for name, value in (_native.DTYPES | _native.GRANULARITIES).items():
         assert re.search(rf"S2D_{name.upper()} = {value}\b", CODE)
 
@@ -128,7 +135,9 @@ def test_another_abi_is_refused_with_both_numbers(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_library_without_a_function_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("S2D_LIBRARY", str(compiled("int s2d_abi_version(void) { return 3; }", tmp_path)))
+    monkeypatch.setenv(
+        "S2D_LIBRARY", str(compiled(f"int s2d_abi_version(void) {{ return {_native.ABI_VERSION}; }}", tmp_path))
+    )
     with pytest.raises(_native.NativeLibraryError, match="has no s2d_"):
         _native.load()
 

@@ -48,6 +48,24 @@ def test_snippet_runs() -> None:
     scope["reg"].close()
 
 
+def test_snippet_of_the_optimizer_runs() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(torch.randn(8, 16)).square().mean().backward()
+            optimizer.step()
+
+    (snippet,) = (block for block in blocks("python") if "SpectralAdamW(" in block)
+    scope = {"model": model, "train": train}
+    exec(snippet, scope)
+    assert scope["reg"].step == 5
+    assert len(scope["reg"].layers) == 2
+    scope["reg"].close()
+
+
 def test_commands_exist() -> None:
     commands = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines() if line.strip()]
     assert len(commands) >= 6

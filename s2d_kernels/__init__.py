@@ -3,6 +3,7 @@
 # these enter their implementations
 from s2d_kernels import (
     cpu_svd as _cpu_svd,
+    cuda_adamw as _cuda_adamw,
     cuda_ops as _cuda_ops,
     cuda_quant as _cuda_quant,
     cuda_svd as _cuda_svd,
@@ -10,6 +11,7 @@ from s2d_kernels import (
     triton_kernels as _triton_kernels,
 )
 from s2d_kernels.fake_quant import FakeQuantLinear, quantize_
+from s2d_kernels.optim import SpectralAdamW
 from s2d_kernels.penalty import add_penalty_grad_
 from s2d_kernels.quant_ops import fake_quant_linear
 from s2d_kernels.regularizer import S2D
@@ -23,6 +25,7 @@ __all__ = [
     "S2D",
     "FakeQuantLinear",
     "SideStream",
+    "SpectralAdamW",
     "add_penalty_grad_",
     "fake_quant_linear",
     "pcdr",

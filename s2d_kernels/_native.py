@@ -18,6 +18,7 @@ ABI_VERSION = 4
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 GRANULARITIES = {"per_row": 0, "per_tensor": 1, "per_group": 2}
 MAX_RANK = 64
+MAX_GROUPS = 8
 ROOT = Path(__file__).parent
 EMULATED = "emulated on the CPU"
 BUILD_HINT = "build it with `make native`, or `pip install -e .` where nvcc is found"
@@ -122,6 +123,58 @@ class IntegerProduct(ctypes.Structure):
     )
 
 
+class AdamWLayer(ctypes.Structure):
+    """`s2d_adamw_layer` of csrc/s2d.h, field for field."""
+
+    _fields_ = (
+        ("param", c_void_p),
+        ("grad", c_void_p),
+        ("exp_avg", c_void_p),
+        ("exp_avg_sq", c_void_p),
+        ("step", c_void_p),
+        ("U", c_void_p),
+        ("Vh", c_void_p),
+        ("coefficients", c_void_p),
+        ("device_rank", c_void_p),
+        ("rows", c_int64),
+        ("cols", c_int64),
+        ("param_stride", c_int64),
+        ("grad_stride", c_int64),
+        ("u_row_stride", c_int64),
+        ("u_col_stride", c_int64),
+        ("vh_stride", c_int64),
+        ("rank", c_int32),
+        ("dtype", c_int32),
+        ("group", c_int32),
+    )
+
+
+class AdamWGroup(ctypes.Structure):
+    """`s2d_adamw_group` of csrc/s2d.h, field for field."""
+
+    _fields_ = (
+        ("device_lr", c_void_p),
+        ("lr", c_double),
+        ("beta1", c_double),
+        ("beta2", c_double),
+        ("eps", c_double),
+        ("weight_decay", c_double),
+        ("maximize", c_int32),
+    )
+
+
+class AdamWOptions(ctypes.Structure):
+    """`s2d_adamw_options` of csrc/s2d.h, field for field."""
+
+    _fields_ = (
+        ("clip_coef", c_void_p),
+        ("grad_scale", c_void_p),
+        ("found_inf", c_void_p),
+        ("decoupled", c_int32),
+        ("clip_penalty", c_int32),
+    )
+
+
 _SVD_TABLE = [POINTER(SvdLayer), c_int32]
 _WORKSPACE_AND_STREAM = [c_void_p, c_size_t, c_void_p]
 # name -> (result type, argument types); a test compares it with the header
@@ -131,6 +184,13 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "s2d_status_string": (c_char_p, [c_int]),
     "s2d_check_device": (c_int, []),
     "s2d_add_penalty_grad": (c_int, [POINTER(PenaltyLayer), c_int32, *_WORKSPACE_AND_STREAM]),
+    "s2d_adamw": (
+        c_int,
+        [
+            *(POINTER(AdamWLayer), c_int32, POINTER(AdamWGroup), c_int32, POINTER(AdamWOptions)),
+            *_WORKSPACE_AND_STREAM,
+        ],
+    ),
     "s2d_topk_svd_check": (c_int, _SVD_TABLE),
     "s2d_topk_svd_team": (c_int, [POINTER(SvdLayer)]),
     "s2d_topk_svd_workspace": (c_size_t, _SVD_TABLE),
@@ -259,6 +319,13 @@ def add_penalty_grad(layers: Sequence[PenaltyLayer], stream: int) -> None:
     """Enqueue grad += U diag(coefficients) Vh for all layers on `stream` (an address; 0 is the default stream)."""
     if layers:
         _call("s2d_add_penalty_grad", (PenaltyLayer * len(layers))(*layers), len(layers), None, 0, stream)
+
+
+def adamw(layers: Sequence[AdamWLayer], groups: Sequence[AdamWGroup], options: AdamWOptions, stream: int) -> None:
+    """Enqueue one step of AdamW for all layers on `stream`."""
+    if layers:
+        table, hyper = (AdamWLayer * len(layers))(*layers), (AdamWGroup * len(groups))(*groups)
+        _call("s2d_adamw", table, len(layers), hyper, len(groups), ctypes.byref(options), None, 0, stream)
 
 
 class SvdRun:

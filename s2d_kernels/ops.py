@@ -132,7 +132,7 @@ def define(op: str, signature: str, fake: Callable[..., Any]) -> None:
     The first argument is a tensor or a list of tensors, whose device is asked for the implementation.
     """
     arguments, returns = signature.split(" -> ")
-    mutates = "(a!)" in arguments
+    mutated = [place for place, argument in enumerate(arguments.split(",")) if "!)" in argument]
     library.define(f"{op}({arguments}, str? impl=None) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
     count = arguments.count(",") + 1  # the dispatcher leaves out a trailing argument that has its default value
 
@@ -144,9 +144,10 @@ def define(op: str, signature: str, fake: Callable[..., Any]) -> None:
         with exact_arithmetic(device):
             chosen = choose(op, impl, device, given[:count])
             result = _TABLE[op][chosen](*given[:count])
-        if mutates and chosen in ("triton", "cuda"):
+        if chosen in ("triton", "cuda"):
             # What a kernel writes behind autograd's back must still invalidate what autograd saved.
-            torch.autograd.graph.increment_version(given[0])
+            for place in mutated:
+                torch.autograd.graph.increment_version(given[place])
         return result
 
     library.impl(op, call, "CompositeExplicitAutograd")
@@ -258,6 +259,19 @@ define(
 )
 define(
     "pcdr_exact",
-    "Tensor[] weights, Tensor[] inputs, Tensor[] neurons, int k_max -> Tensor",
-    lambda weights, _x, _i, k_max: weights[0].new_empty((len(weights), k_max), dtype=torch.float64),
+    "Tensor[] weights, Tensor[] inputs, Tensor[] neurons, int k_max, float? threshold -> Tensor",
+    lambda weights, _x, _i, k_max, _threshold: weights[0].new_empty((len(weights), k_max), dtype=torch.float64),
+)
+
+# --- adamw_: one step of AdamW of all tensors, views [m, n], with the penalty of each from its factors ---------------
+# steps: [] fp32, already counted; rank 0 where there is no penalty. groups: of each tensor its group, whose six
+# `numbers` are lr, beta1, beta2, eps, weight_decay, maximize (0 or 1); lrs [groups] fp32 on the device, instead of lr.
+# clip_coef, grad_scale, found_inf: one fp32 number each on the device.
+
+define(
+    "adamw_",
+    "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor[] steps, "
+    "Tensor[] U, Tensor[] Vh, Tensor[] coefficients, Tensor? ranks, SymInt[] groups, float[] numbers, Tensor? lrs, "
+    "Tensor? clip_coef, Tensor? grad_scale, Tensor? found_inf, bool decoupled, bool clip_penalty -> ()",
+    lambda *_: None,
 )

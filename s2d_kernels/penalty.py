@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from s2d_kernels import ops
-from s2d_kernels.svd import TopkSVD
+from s2d_kernels.svd import NON_FINITE, OVERFLOW, TopkSVD
+
+# Below this product of the largest elements of both sides no sum over a rank overflows fp32.
+SAFE_SIZE = 1e36
+# Elements of a gradient in bf16 or fp16 that are widened at a time on a CPU.
+BLOCK_ELEMENTS = 2**16
 
 
 def penalty_coefficients(S: Sequence[Tensor], *, strength: float, power: float) -> list[Tensor]:
@@ -22,6 +28,21 @@ def penalty_coefficients(S: Sequence[Tensor], *, strength: float, power: float) 
         # One launch for all layers; not on a CPU, whose vectorized pow rounds by position.
         return list(of(torch.cat(list(S))).split([len(s) for s in S]))
     return [of(s) for s in S]
+
+
+@torch.no_grad()
+def penalty_status(factors: Sequence[TopkSVD], *, strength: float, power: float) -> Tensor:
+    """Why `add_penalty_grad_` leaves out components of a layer: int32 `[layers]` on the factors' device.
+
+    2 (NON_FINITE) where a factor holds NaN or Inf, or its own status says that the matrix did; else 4 (OVERFLOW) where
+    strength * s^power of a component is not finite, which then counts as 0; else the status of the factors.
+    """
+    found = []
+    for U, S, Vh, _, _, status, _ in factors:
+        finite = U.isfinite().all() & S.isfinite().all() & Vh.isfinite().all() & (status != NON_FINITE)
+        overflow = ~(strength * S.pow(power)).isfinite().all()
+        found.append(torch.where(finite, torch.where(overflow, OVERFLOW, status), NON_FINITE).to(torch.int32))
+    return torch.stack(found) if found else torch.zeros(0, dtype=torch.int32)
 
 
 @torch.no_grad()
@@ -51,6 +72,9 @@ def add_penalty_grad_(
     Raises:
         TypeError: an element is no dense floating tensor.
         ValueError: lists of different lengths, shapes that do not fit, a rank outside 0..k. Nothing is written then.
+
+    A component whose strength * s^power is not finite counts as 0, and an element of the sum that is 0 or not finite
+    changes no bit of the gradient; `penalty_status` tells which layers that concerns.
 
     Accuracy: the sum is formed in fp32 (fp64 for fp64) and rounded once to the gradient's dtype.
     Determinism: same inputs give the same bits.
@@ -144,7 +168,18 @@ def check_layers(
         ops.check_same_length(grads=grads, ranks=ranks)  # type: ignore[arg-type]
 
 
-def _masked(coefficients: list[Tensor], ranks: Tensor | None) -> list[Tensor]:
+class LowRank(NamedTuple):
+    """What is added to a gradient, left `[m, r]` right `[r, n]`, in the dtype of the sum.
+
+    `guarded`: elements of the product that are 0 or not finite must not change a bit of the gradient.
+    """
+
+    left: Tensor
+    right: Tensor
+    guarded: bool
+
+
+def masked(coefficients: list[Tensor], ranks: Tensor | None) -> list[Tensor]:
     """Coefficients with zeros beyond each layer's rank."""
     if ranks is None:
         return coefficients
@@ -154,22 +189,83 @@ def _masked(coefficients: list[Tensor], ranks: Tensor | None) -> list[Tensor]:
     ]
 
 
+def screened(
+    dtypes: Sequence[torch.dtype], Us: Sequence[Tensor], Vhs: Sequence[Tensor], coefficients: Sequence[Tensor]
+) -> list[LowRank | None]:
+    """The sums for gradients of `dtypes`; None where there is nothing to add.
+
+    On a CPU one look at all factors tells which layers need no guard; on a GPU it would be a synchronization.
+    """
+    sums = [torch.float64 if dtype == torch.float64 else torch.float32 for dtype in dtypes]
+    lefts = [_as(U * c, dtype) for U, c, dtype in zip(Us, coefficients, sums, strict=True)]
+    rights = [_as(Vh, dtype) for Vh, dtype in zip(Vhs, sums, strict=True)]
+    if not lefts or lefts[0].device.type != "cpu":
+        return [LowRank(*sides, True) for sides in zip(lefts, rights, strict=True)]
+    guarded = not _largest(lefts) * _largest(rights) < SAFE_SIZE
+    numbers, found, end = torch.cat(list(coefficients)).tolist(), [], 0
+    for left, right, c in zip(lefts, rights, coefficients, strict=True):
+        begin, end = end, end + c.shape[0]
+        nothing = not any(numbers[begin:end])
+        bad = guarded and not _largest([left]) * _largest([right]) < SAFE_SIZE
+        found.append(None if nothing else LowRank(left, right, bad))
+    return found
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # the call alone is a microsecond a layer
+
+
+def _largest(tensors: Sequence[Tensor]) -> float:
+    """max |element|, NaN where one is NaN, on the host."""
+    low, high = torch.aminmax(torch.cat([tensor.flatten() for tensor in tensors]))
+    return float(torch.maximum(-low, high))
+
+
+def _in_bfloat16(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """left right to 2^-16 as a product of three times the rank in bf16, which has the range of fp32.
+
+    Each side in two parts, all of them exact but the last; torch sums bf16 products in fp32 and rounds once.
+    """
+    high, high_right = left.bfloat16(), right.bfloat16()
+    low, low_right = (left - high).bfloat16(), (right - high_right).bfloat16()
+    return torch.cat([high, low, high], 1), torch.cat([high_right, high_right, low_right])
+
+
+def added(grad: Tensor, low_rank: LowRank) -> Tensor:
+    """grad + left right, in the dtype of the sum; a new tensor."""
+    left, right, guarded = low_rank
+    grad = grad.to(left.dtype)
+    if not guarded:
+        return torch.addmm(grad, left, right)
+    change = left @ right
+    return torch.where(change.isfinite() & (change != 0), grad + change, grad)
+
+
 @ops.implements("add_penalty_grad_", "reference")
 def _add_reference(
     grads: list[Tensor], Us: list[Tensor], Vhs: list[Tensor], coefficients: list[Tensor], ranks: Tensor | None
 ) -> None:
-    for grad, U, Vh, c in zip(grads, Us, Vhs, _masked(coefficients, ranks), strict=True):
-        grad.copy_(grad.double() + (U.double() * c.double()) @ Vh.double())
+    for grad, U, Vh, c in zip(grads, Us, Vhs, masked(coefficients, ranks), strict=True):
+        grad.copy_(added(grad, LowRank(U.double() * c.double(), Vh.double(), True)))
 
 
 @ops.implements("add_penalty_grad_", "torch")
 def _add_torch(
     grads: list[Tensor], Us: list[Tensor], Vhs: list[Tensor], coefficients: list[Tensor], ranks: Tensor | None
 ) -> None:
-    for grad, U, Vh, c in zip(grads, Us, Vhs, _masked(coefficients, ranks), strict=True):
-        dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
-        scaled, Vh = (U * c).to(dtype), Vh.to(dtype)
-        if grad.dtype == dtype:
-            grad.addmm_(scaled, Vh)
-        else:
-            grad.copy_(torch.addmm(grad.to(dtype), scaled, Vh))
+    low_ranks = screened([grad.dtype for grad in grads], Us, Vhs, masked(coefficients, ranks))
+    for grad, low_rank in zip(grads, low_ranks, strict=True):
+        if low_rank is None:
+            continue
+        left, right, guarded = low_rank
+        if not guarded and grad.dtype == left.dtype:
+            grad.addmm_(left, right)
+            continue
+        if not guarded and grad.dtype == torch.bfloat16:
+            grad.addmm_(*_in_bfloat16(left, right))
+            continue
+        # In blocks of rows: what is widened stays in the cache.
+        rows = max(1, BLOCK_ELEMENTS // max(grad.shape[1], 1))
+        for first in range(0, grad.shape[0], rows):
+            block = grad[first : first + rows]
+            block.copy_(added(block, LowRank(left[first : first + rows], right, guarded)))

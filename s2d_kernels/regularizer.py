@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import re
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,8 +23,9 @@ from torch import Tensor, nn
 
 from s2d_kernels import ops, reference
 from s2d_kernels.capture import ActivationCapture, Captured
+from s2d_kernels.optim import Penalty
 from s2d_kernels.parameters import Matrix, ParameterDecision, find_matrices
-from s2d_kernels.penalty import add_penalty_grad_
+from s2d_kernels.penalty import add_penalty_grad_, penalty_coefficients, penalty_status
 from s2d_kernels.scheduler import Pending, SideStream
 from s2d_kernels.selection import PCDR, pcdr
 from s2d_kernels.svd import CONVERGED, NON_FINITE, OVERFLOW, STATUS_NAMES, SVDBasis, TopkSVD, topk_svd, warm_width
@@ -63,6 +65,13 @@ class _Layer:
     missed_lr: float = 0.0  # sum of the learning rates since that copy
     sigma: float = 0.0  # the largest singular value at the snapshot, on the host
     pcdr: PCDR | None = None
+    prepared: tuple[float, float, Tensor] | None = None  # strength, power and their coefficients
+
+    def coefficients(self, strength: float, power: float) -> Tensor:
+        """strength * s^power `[k]`, of which the coupled form needs the same at every step between two refreshes."""
+        if self.prepared is None or self.prepared[:2] != (strength, power):
+            self.prepared = strength, power, penalty_coefficients([self.S], strength=strength, power=power)[0]
+        return self.prepared[2]
 
     def factors(self) -> TopkSVD:
         k = self.S.shape[0]
@@ -91,7 +100,7 @@ class S2D:
 
         loss.backward(); optimizer.step(); reg.decay_(lr)
 
-    or `reg.attach(optimizer)` once, and nothing else.
+    or `reg.attach(optimizer)` once, or `SpectralAdamW(..., regularizer=reg)`, and nothing else.
 
     Args:
         model: its linear layers, patch embeddings and packed attention projections are looked at; each parameter's
@@ -198,7 +207,7 @@ class S2D:
         self._capture = ActivationCapture(self._matrices)
         self._pending: Pending[dict[str, _Refreshed]] | None = None
         self._pending_step = -1
-        self._handle: torch.utils.hooks.RemovableHandle | None = None
+        self._handle: torch.utils.hooks.RemovableHandle | _Fused | None = None
         self._closed = False
         self._warned: set[str] = set()
         self._arm()
@@ -239,18 +248,17 @@ class S2D:
                 return
             self._arrive_if_due()
             self._check_deviation(rates)
-            grads, factors, ranks, touched = [], [], [], []
+            grads, factors, ranks, coefficients, touched = [], [], [], [], []
             for matrix in self._matrices:
                 layer, grad = self._layers[matrix.name], matrix.parameter.grad
                 if layer.rank and grad is not None:
                     grads.append(matrix.rows(grad))
                     factors.append(layer.factors())
                     ranks.append(layer.rank)
+                    coefficients.append(layer.coefficients(self.strength * grad_scale, self.power))
                     touched.append((matrix, grad))
             if grads:
-                add_penalty_grad_(
-                    grads, factors, strength=self.strength * grad_scale, power=self.power, ranks=ranks, impl=self.impl
-                )
+                add_penalty_grad_(grads, factors, ranks=ranks, coefficients=coefficients, impl=self.impl)
             for (matrix, grad), rows in zip(touched, grads, strict=True):
                 matrix.write_back(grad, rows)
         self._end_step()
@@ -288,23 +296,65 @@ class S2D:
                 raise ValueError(f"lr={rate} of {matrix.name!r} must not be negative")
             rates[matrix.name] = rate if matrix.parameter.requires_grad else 0.0
         with ops.exact_arithmetic(self._side.device):
-            if not self._launch_if_due():
+            changes = self._changes(rates)
+            if changes is None:
                 return
-            before = {name: (layer, layer.basis, layer.S) for name, layer in self._layers.items()}
-            if self._arrive_if_due():
-                self._catch_up(before)
-            changes = []
-            for matrix in self._matrices:
-                layer, rate = self._layers[matrix.name], rates[matrix.name]
-                layer.missed_lr += rate
-                if not layer.rank or rate == 0:
-                    continue
-                S = reference.decayed_singular_values(layer.S, lr_sum=rate, strength=self.strength, power=self.power)
-                S = torch.where(torch.arange(len(S), device=S.device) < layer.rank, S, layer.S)
-                changes.append((matrix, layer, S - layer.S))
-                layer.S = S
             self._change_weights(changes)
         self._end_step()
+
+    def _changes(self, rates: Mapping[str, float]) -> list[tuple[Matrix, _Layer, Tensor]] | None:
+        """What this step takes from the singular values of each decided layer; None where the step does not count."""
+        if not self._launch_if_due():
+            return None
+        before = {name: (layer, layer.basis, layer.S) for name, layer in self._layers.items()}
+        late = self._catch_up(before) if self._arrive_if_due() else {}
+        changes = []
+        for matrix in self._matrices:
+            layer, rate = self._layers[matrix.name], rates[matrix.name]
+            layer.missed_lr += rate
+            change = late.get(matrix.name)
+            if layer.rank and rate != 0:
+                S = reference.decayed_singular_values(layer.S, lr_sum=rate, strength=self.strength, power=self.power)
+                S = torch.where(torch.arange(len(S), device=S.device) < layer.rank, S, layer.S)
+                change, layer.S = S - layer.S if change is None else change + (S - layer.S), S
+            if change is not None:
+                changes.append((matrix, layer, change))
+        return changes
+
+    def _begin_fused(self, optimizer: torch.optim.Optimizer) -> list[Penalty] | None:
+        """The penalties of this step for an optimizer that applies them itself; None where the step does not count."""
+        if self._no_gradients():
+            return None
+        groups = self._group_of(optimizer)
+        trained = {m.name for m in self._matrices if m.name in groups and m.parameter.grad is not None}
+        with ops.exact_arithmetic(self._side.device):
+            if self.mode == "coupled":
+                if not self._launch_if_due():
+                    return None
+                self._arrive_if_due()
+                layers = [(matrix, self._layers[matrix.name]) for matrix in self._matrices]
+                parts = [(m, at, at.coefficients(self.strength, self.power)) for m, at in layers if at.rank]
+            else:
+                rates = {m.name: float(groups[m.name]["lr"]) if m.name in trained else 0.0 for m in self._matrices}
+                changes = self._changes(rates)
+                if changes is None:
+                    return None
+                # What is late on a parameter that this step leaves alone.
+                self._change_weights([change for change in changes if change[0].name not in trained])
+                parts = changes
+        return [
+            Penalty(m.parameter, m.start, m.stop, at.basis.U[:, : at.rank], at.basis.Vh[: at.rank], c[: at.rank])
+            for m, at, c in parts
+            if m.name in trained
+        ]
+
+    def _fuse(self, optimizer: torch.optim.Optimizer) -> None:
+        """Leave the calls to the step of an optimizer that applies the penalties itself, until `detach` or `close`."""
+        self._check_callable(type(optimizer).__name__)
+        self._check_holds(optimizer)
+        if self.mode == "coupled":
+            self._warn_adaptive(optimizer)
+        self._handle = _Fused(optimizer)
 
     def _change_weights(self, changes: Sequence[tuple[Matrix, _Layer, Tensor]]) -> None:
         """W += U diag(change) Vh of each layer's decided components."""
@@ -333,12 +383,7 @@ class S2D:
                 the step: it is called with a closure, or with gradients still scaled by a GradScaler.
         """
         self._check_callable("attach")
-        rates = self._group_of(optimizer)
-        if self._matrices and not rates:
-            raise ValueError(
-                f"the optimizer holds none of the {len(self._matrices)} penalized matrices "
-                f"(first: {self._matrices[0].name!r}): attach the optimizer that trains this model"
-            )
+        self._check_holds(optimizer)
         adaptive = ADAPTIVE.search(type(optimizer).__name__) is not None
         if self.mode == "decoupled":
 
@@ -353,11 +398,7 @@ class S2D:
             self._handle = optimizer.register_step_post_hook(after)
             return
         if adaptive:
-            logger.warning(
-                "S2D coupled with %s: it divides the penalty by the gradient's own size, so that strength hardly "
-                "matters. mode='decoupled' acts on the weights instead",
-                type(optimizer).__name__,
-            )
+            self._warn_adaptive(optimizer)
 
         def before(inner: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             positional = [a for a in args if a is not inner]  # torch passes the optimizer itself among the arguments
@@ -378,8 +419,22 @@ class S2D:
 
         self._handle = optimizer.register_step_pre_hook(before)
 
+    def _check_holds(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._matrices and not self._group_of(optimizer):
+            raise ValueError(
+                f"the optimizer holds none of the {len(self._matrices)} penalized matrices "
+                f"(first: {self._matrices[0].name!r}): attach the optimizer that trains this model"
+            )
+
+    def _warn_adaptive(self, optimizer: torch.optim.Optimizer) -> None:
+        logger.warning(
+            "S2D coupled with %s: it divides the penalty by the gradient's own size, so that strength hardly "
+            "matters. mode='decoupled' acts on the weights instead",
+            type(optimizer).__name__,
+        )
+
     def detach(self) -> None:
-        """End what `attach` began."""
+        """End what `attach` or `SpectralAdamW` began."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -576,13 +631,18 @@ class S2D:
             k_max=self.k_max,
             impl=self.impl if self.impl in ops.available("pcdr_exact") else None,
         )
+        statuses = torch.stack([factor.status for factor in factors])
+        if self.mode == "coupled":
+            statuses = penalty_status(factors, strength=self.strength, power=self.power)
+        sigmas = torch.stack([factor.S[0] for factor in factors])
+        on_host = torch.stack([statuses.double(), sigmas.double()]).tolist()  # once for all layers
         refreshed = {}
-        for name, k, factor, decision in zip(names, ks, factors, decisions, strict=True):
+        for name, k, factor, decision, status, sigma in zip(names, ks, factors, decisions, *on_host, strict=True):
             width = self._layers[name].basis.S.shape[0]
             U, S, Vh, residual = factor.basis
             basis = SVDBasis(U[:, :width].contiguous(), S[:width], Vh[:width], residual[:width])
-            rank = min(decision.k_target, k)
-            refreshed[name] = _Refreshed(basis, rank, int(factor.status), float(S[0]), decision)
+            rank = 0 if status in (NON_FINITE, OVERFLOW) else min(decision.k_target, k)
+            refreshed[name] = _Refreshed(basis, rank, int(status), sigma, decision)
         return refreshed
 
     def _join_pending(self) -> dict[str, _Refreshed]:
@@ -639,13 +699,13 @@ class S2D:
             ", ".join(chosen) or "none",
         )
 
-    def _catch_up(self, before: Mapping[str, tuple[_Layer, SVDBasis, Tensor]]) -> None:
-        """Give fresh factors the decay of the steps between their snapshot and now.
+    def _catch_up(self, before: Mapping[str, tuple[_Layer, SVDBasis, Tensor]]) -> dict[str, Tensor]:
+        """By name what gives fresh factors the decay of the steps between their snapshot and now.
 
         A component that went on being decayed by the previous factors has it already: along the new u_i, v_i they took
-        sum_j change_j (u_i . u_j)(v_j . v_i). The rest is applied to the weight.
+        sum_j change_j (u_i . u_j)(v_j . v_i). The rest is the change of the weight.
         """
-        changes = []
+        changes = {}
         for matrix in self._matrices:
             layer, (old_layer, old, old_S) = self._layers[matrix.name], before[matrix.name]
             if layer is old_layer or not layer.rank:
@@ -658,9 +718,9 @@ class S2D:
             actual = layer.S + overlap @ (old_S - old_layer.S_at_snapshot)
             inside = torch.arange(k, device=target.device) < layer.rank
             if matrix.parameter.requires_grad:
-                changes.append((matrix, layer, torch.where(inside, target - actual, 0.0)))
+                changes[matrix.name] = torch.where(inside, target - actual, 0.0)
                 layer.S = torch.where(inside, target, layer.S)
-        self._change_weights(changes)
+        return changes
 
     def _check_deviation(self, rates: Mapping[str, float]) -> None:
         """interval * lr * strength * s_1^(power-1) of the decided layers: how far stale factors overshoot."""
@@ -698,6 +758,18 @@ class S2D:
         """Parameter group of each matrix the optimizer holds."""
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         return {m.name: groups[id(m.parameter)] for m in self._matrices if id(m.parameter) in groups}
+
+
+class _Fused:
+    """The bond with an optimizer that applies the penalties itself, in the place of a hook's handle."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = weakref.ref(optimizer)
+
+    def remove(self) -> None:
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            optimizer.regularizer = None
 
 
 def _effective_rate(group: Mapping[str, Any]) -> float:

@@ -130,7 +130,8 @@ def _update_tile(
         value = tl.load(place, mask=inside, other=0.0, eviction_policy="evict_first")
         wide = widen(value, SUM, INTERPRETED)
         # Zero, made of the tile: the sum of a plain zero gets a layout of its own, and shared memory to convert it.
-        total = tl.minimum(tl.abs(wide), 0.0)
+        zero = tl.minimum(tl.abs(wide), 0.0)
+        total = zero
         # Not a range: in Triton 3.6's interpreter one with a bound that was loaded fails with NumPy 2.4.
         component = 0
         while component < rank:
@@ -141,6 +142,9 @@ def _update_tile(
                 v = tl.load(right + r * right_rank + j * right_col, mask=in_cols & (r < rank), other=0.0)
                 total += (u * c)[:, None] * v[None, :]
             component += UNROLL
+        # In the place of 0 and of what is not finite -0, which changes no bit: -0 + 0 would.
+        usable = (tl.abs(total) < float("inf")) & (total != 0.0)
+        total = tl.where(usable, total, zero * -1.0)
         tl.store(place, narrow(wide + total, GRAD, INTERPRETED), mask=inside)
 
 

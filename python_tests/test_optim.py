@@ -1,0 +1,535 @@
+"""SpectralAdamW: the composition (clip, add_penalty_grad_, torch.optim.AdamW) in one pass, on every implementation.
+
+Triton is interpreted in processes of their own, as in test_triton.py: the functions that begin with `run_` take an
+implementation and a device.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from emulated import build_emulated
+from torch import Tensor, nn
+
+from s2d_kernels import S2D, SpectralAdamW, triton_kernels
+from s2d_kernels.optim import Penalty
+from s2d_kernels.penalty import LowRank, added
+
+ROOT = Path(__file__).parent.parent
+# The learning rate and the clipping coefficient are numbers of fp32.
+LR, BETAS, EPS, DECAY = 2.0**-7, (0.9, 0.99), 1e-8, 0.1
+CLIP = 19 / 64
+# Rows and rank of each penalty, by the parameter's position.
+SHAPES = [(7,), (37, 63), (24, 128), (3, 4, 5, 6), (), (18, 200), (1, 9), (19, 5)]
+PENALIZED = {1: [(0, 37, 2)], 2: [(2, 10, 3), (10, 24, 1)], 3: [(0, 3, 2)], 5: [(0, 18, 5)], 6: [(0, 1, 1)]}
+# error(ours) <= 2 error(torch's composition) + a rounding of the largest element a step: the composition rounds a
+# penalized gradient or weight once more, but a value where its errors cancel must not decide.
+FACTOR = 2.0
+CASES: dict[str, dict[str, Any]] = {
+    "coupled": {"mode": "coupled"},
+    "clipped gradient, maximize": {"mode": "coupled", "clip": CLIP, "maximize": True},
+    "clipped sum, scaled": {"mode": "coupled", "clip": CLIP, "clip_penalty": True, "grad_scale": 1024.0},
+    "decoupled, tensor lr": {"mode": "decoupled", "tensor_lr": True},
+}
+
+
+def laid_out(values: Tensor, layout: str) -> Tensor:
+    """`values` as a view with the strides of `layout`."""
+    if layout == "channels_last" and values.ndim == 4:
+        return values.contiguous(memory_format=torch.channels_last)
+    if layout == "rows" and values.ndim == 2:
+        storage = torch.full((2 * values.shape[0], values.shape[1] + 8), float("nan")).to(values)
+        view = storage[::2, 4 : values.shape[1] + 4]
+        view.copy_(values)
+        return view
+    if layout == "transposed" and values.ndim == 2:
+        return values.T.contiguous().T
+    return values.clone()
+
+
+class Problem:
+    """Parameters, their gradients of each step and penalties, in fp64, from which each run takes its own copies."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, *, steps: int = 3, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(dtype).double().to(device)
+
+        self.device = device
+        self.start = [random(*shape) for shape in SHAPES]
+        self.grads = [[random(*shape) for shape in SHAPES] for _ in range(steps)]
+        self.penalties = []
+        for place, blocks in PENALIZED.items():
+            n = self.start[place][0].numel()
+            for first, last, rank in blocks:
+                U, Vh = random(rank + 1, last - first).T[:, :rank], random(rank + 1, n)[:rank]
+                self.penalties.append((place, first, last, U, Vh, 0.1 * random(rank)))
+
+    def composition(self, dtype: torch.dtype, case: dict[str, Any], *, penalized: bool = True) -> list[list[Tensor]]:
+        """p, m and v of every parameter after plain AdamW with the penalties added by hand; fp64 is the truth."""
+        params = [nn.Parameter(p.to(dtype, copy=True)) for p in self.start]
+        optimizer = torch.optim.AdamW(params, LR, BETAS, EPS, DECAY, fused=True)
+        scale, clip = case.get("grad_scale", 1.0), case.get("clip", 1.0)
+
+        def add(tensors: list[Tensor], factor: float) -> None:
+            for place, first, last, U, Vh, c in self.penalties if penalized else []:
+                rows = tensors[place].view(len(tensors[place]), -1)[first:last]
+                sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+                left = (U * c * factor).to(sum_dtype)
+                rows.copy_(added(rows, LowRank(left, Vh.to(sum_dtype), True)))
+
+        for grads in self.grads:
+            for p, g in zip(params, grads, strict=True):
+                p.grad = ((g * scale).to(dtype) / scale * (-clip if case.get("maximize") else clip)).to(dtype)
+            if case["mode"] == "coupled":
+                add([p.grad for p in params], clip if case.get("clip_penalty") else 1.0)
+            optimizer.step()
+            if case["mode"] == "decoupled":
+                add([p.detach() for p in params], 1.0)
+        return [[p.detach(), *(optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq"))] for p in params]
+
+    def run(
+        self,
+        dtype: torch.dtype,
+        case: dict[str, Any],
+        impl: str,
+        *,
+        layout: str = "contiguous",
+        coefficients: float | None = 1.0,
+    ) -> list[list[Tensor]]:
+        """p, m and v of every parameter after SpectralAdamW."""
+        params = [nn.Parameter(laid_out(p.to(dtype), layout)) for p in self.start]
+        lr = torch.tensor(LR, device=self.device) if case.get("tensor_lr") else LR
+        optimizer = SpectralAdamW(
+            [{"params": params[:4]}, {"params": params[4:]}],
+            lr,
+            BETAS,
+            EPS,
+            DECAY,
+            maximize=case.get("maximize", False),
+            impl=impl,
+        )
+        if coefficients is not None:
+            found = [
+                Penalty(params[i], first, last, *(t.to(torch.float64 if dtype == torch.float64 else torch.float32)
+                        for t in (U, Vh, c * coefficients)))
+                for i, first, last, U, Vh, c in self.penalties
+            ]  # fmt: skip
+            optimizer.set_penalties(found, mode=case["mode"])
+        clip = torch.tensor(case["clip"], device=self.device) if "clip" in case else None
+        for grads in self.grads:
+            scale = case.get("grad_scale")
+            for p, g in zip(params, grads, strict=True):
+                p.grad = laid_out((g * (scale or 1.0)).to(dtype), layout)
+            before = [p.grad.clone() for p in params]
+            if scale is not None:
+                optimizer.grad_scale = torch.tensor(scale, device=self.device)
+                optimizer.found_inf = torch.tensor(0.0, device=self.device)
+            optimizer.step(clip_coef=clip, clip_penalty=case.get("clip_penalty", False))
+            assert all(torch.equal(p.grad, g) for p, g in zip(params, before, strict=True)), "a gradient was changed"
+        assert all(optimizer.state[p]["step"] == len(self.grads) for p in params)
+        return [[p.detach(), *(optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq"))] for p in params]
+
+
+def run_composition(impl: str, device: torch.device) -> None:
+    slow = impl == "triton" and device.type == "cpu"
+    dtypes = [torch.float32, torch.bfloat16, torch.float16] + [torch.float64] * (impl in ("torch", "reference"))
+    for dtype in dtypes:
+        layouts = ["contiguous", "channels_last", "rows"] + ["transposed"] * (impl != "cuda")
+        for place, (name, case) in enumerate(CASES.items()):
+            if slow and dtype != torch.float32 and place % 2 == dtypes.index(dtype) % 2:
+                continue  # each case in two dtypes of three
+            problem = Problem(dtype, device, steps=2 if slow else 3, seed=place)
+            truth = problem.composition(torch.float64, case)
+            theirs = problem.composition(dtype, case)
+            layout = layouts[(place + dtypes.index(dtype)) % len(layouts)]
+            ours = problem.run(dtype, case, impl, layout=layout)
+            # In fp64 the truth itself is rounded, on the way to m at the size of the gradient.
+            unit = torch.finfo(dtype).eps * (8 if dtype == torch.float64 else 0.5)
+            for index, columns in enumerate(zip(ours, theirs, truth, strict=True)):
+                for what, mine, other, exact in zip("pmv", *columns, strict=True):
+                    error, limit = ((t.double() - exact).abs().max() for t in (mine, other))
+                    limit = FACTOR * limit + len(problem.grads) * unit * exact.abs().max()
+                    assert error <= limit, (dtype, name, layout, SHAPES[index], what, float(error), float(limit))
+
+
+def run_zero_penalty_changes_no_bit(impl: str, device: torch.device) -> None:
+    """Coefficients of 0, and sums that are not finite, leave the bits of plain AdamW of the same implementation."""
+    for dtype, mode in ((torch.float32, "coupled"), (torch.bfloat16, "decoupled, tensor lr")):
+        problem, case = Problem(dtype, device, steps=1), CASES[mode]
+        for g in problem.grads[0]:
+            g.view(-1)[::3] = -0.0
+        plain = problem.run(dtype, case, impl, coefficients=None)
+        for coefficients in (0.0, float("nan"), float("inf")):
+            got = problem.run(dtype, case, impl, coefficients=coefficients)
+            for ours, expected in zip(got, plain, strict=True):
+                for a, b in zip(ours, expected, strict=True):
+                    assert torch.equal(a, b)
+                    assert torch.equal(a.signbit(), b.signbit())
+
+
+def run_groups_mixed_dtypes_and_missing_gradients(impl: str, device: torch.device) -> None:
+    """Ten groups of their own numbers, two dtypes, a parameter without a gradient: each as in an optimizer alone."""
+
+    def parameters() -> list[nn.Parameter]:
+        torch.manual_seed(0)
+        return [nn.Parameter(torch.randn(5, 7, device=device).to([torch.float32, torch.bfloat16][i % 2]))
+                for i in range(10)]  # fmt: skip
+
+    numbers = [{"lr": 1e-3 * (i + 1), "betas": (0.5 + 0.04 * i, 0.9), "weight_decay": 0.1 * i} for i in range(10)]
+    together = parameters()
+    optimizer = SpectralAdamW([{"params": [p], **n} for p, n in zip(together, numbers, strict=True)], impl=impl)
+    alone = parameters()
+    others = [SpectralAdamW([p], **n, impl=impl) for p, n in zip(alone, numbers, strict=True)]
+    for step in range(2):
+        for i, (p, q) in enumerate(zip(together, alone, strict=True)):
+            p.grad = q.grad = None if (i, step) == (3, 0) else torch.full_like(p, 0.1 * i - 0.5)
+        optimizer.step()
+        for other in others:
+            other.step()
+    assert all(torch.equal(p, q) for p, q in zip(together, alone, strict=True))
+    assert optimizer.state[together[3]]["step"] == 1
+    assert not torch.equal(together[3], parameters()[3])
+
+
+def run_found_inf_changes_nothing(impl: str, device: torch.device) -> None:
+    params = [nn.Parameter(torch.randn(9, 33, device=device)) for _ in range(2)]
+    optimizer = SpectralAdamW(params, impl=impl)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    U, Vh, c = torch.ones(9, 1, device=device), torch.ones(1, 33, device=device), torch.ones(1, device=device)
+    for mode in ("coupled", "decoupled"):
+        optimizer.set_penalties([Penalty(params[0], 0, None, U, Vh, c)], mode=mode)
+        kept = [t.clone() for p in params for t in (p.detach(), *optimizer.state[p].values())]
+        optimizer.grad_scale = torch.tensor(2.0, device=device)
+        optimizer.found_inf = torch.tensor(1.0, device=device)
+        optimizer.step()
+        now = [t for p in params for t in (p.detach(), *optimizer.state[p].values())]
+        assert all(torch.equal(a, b) for a, b in zip(kept, now, strict=True))
+        optimizer.found_inf.zero_()
+        optimizer.step()
+        assert not torch.equal(params[0], kept[0])
+
+
+def run_operator_checks(impl: str, device: torch.device) -> None:
+    def tensors(*shape: int) -> list[Tensor]:
+        return [torch.rand(shape, device=device), torch.rand(3, 2, device=device)]
+
+    steps = [torch.ones((), device=device) for _ in range(2)]
+    arguments = (
+        *(tensors(6, 5) for _ in range(4)), steps,
+        [torch.rand(6, 2, device=device), torch.rand(3, 0, device=device)],
+        [torch.rand(2, 5, device=device), torch.rand(0, 2, device=device)],
+        [torch.rand(2, device=device), torch.rand(0, device=device)],
+        torch.tensor([1, 0], dtype=torch.int32, device=device), [0, 0], [1e-3, 0.9, 0.999, 1e-8, 0.0, 0.0],
+        None, None, None, None, False, False, impl,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.s2d.adamw_.default, arguments)
+    kept = arguments[0][0].clone()
+    torch.ops.s2d.adamw_(*arguments)
+    assert not torch.equal(arguments[0][0], kept)
+
+
+def run_ranks_on_the_device(impl: str, device: torch.device) -> None:
+    """Of three components the first `rank` count."""
+
+    def step(count: int, rank: int | None) -> Tensor:
+        torch.manual_seed(0)
+        tensors = [[torch.rand(6, 5, device=device)] for _ in range(4)]
+        U, Vh, c = (torch.rand(shape, device=device) for shape in ((6, 3), (3, 5), (3,)))
+        ranks = None if rank is None else torch.tensor([rank], dtype=torch.int32, device=device)
+        torch.ops.s2d.adamw_(
+            *tensors, [torch.ones((), device=device)], [U[:, :count]], [Vh[:count]], [c[:count]], ranks, [0],
+            [1e-3, 0.9, 0.999, 1e-8, 0.0, 0.0], None, None, None, None, True, False, impl,
+        )  # fmt: skip
+        return tensors[0][0]
+
+    for rank in (0, 1, 2, 3):
+        torch.testing.assert_close(step(3, rank), step(rank, None), rtol=1e-6, atol=0)
+    assert not torch.equal(step(3, 1), step(3, 2))
+
+
+RUNS: dict[str, Callable[[str, torch.device], None]] = {
+    name: value for name, value in dict(globals()).items() if name.startswith("run_")
+}
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    build_emulated()
+    monkeypatch.delenv("S2D_LIBRARY", raising=False)
+    monkeypatch.setenv("S2D_NATIVE", "emulated")
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("name", list(RUNS))
+def test_torch(name: str, impl: str, device: torch.device) -> None:
+    RUNS[name](impl, device)
+
+
+@pytest.mark.parametrize("name", list(RUNS))
+def test_emulated(name: str, emulated: None) -> None:
+    RUNS[name]("cuda", torch.device("cpu"))
+
+
+def test_interpreted() -> None:
+    """All in one process: most of its time is the import."""
+    assert triton_kernels.triton is not None, f"Triton is missing: {triton_kernels.INSTALL_HINT}"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
+    done = subprocess.run([sys.executable, __file__, *RUNS], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("impl", ["cuda", "triton"])
+@pytest.mark.parametrize("name", list(RUNS))
+def test_on_the_gpu(name: str, impl: str, device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("needs a GPU: pytest --device cuda")
+    RUNS[name](impl, device)
+
+
+@pytest.mark.parametrize("impl", ["cuda", "triton"])
+def test_in_a_cuda_graph(impl: str, device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("needs a GPU: pytest --device cuda")
+
+    def trained(replayed: bool) -> Tensor:
+        torch.manual_seed(0)
+        param = nn.Parameter(torch.randn(70, 130, device=device))
+        lr = torch.tensor(1e-2, device=device)
+        optimizer = SpectralAdamW([param], lr, capturable=True, impl=impl)
+        U, Vh, c = (torch.rand(shape, device=device) for shape in ((70, 2), (2, 130), (2,)))
+        optimizer.set_penalties([Penalty(param, 0, None, U, Vh, c)])
+        param.grad = torch.randn_like(param)
+        optimizer.step()  # state, loaded kernels and tables
+        step: Callable[[], Any] = optimizer.step
+        if replayed:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                optimizer.step()
+            step = graph.replay
+        for factor in (1.0, 0.5, 0.25):
+            lr.mul_(factor)
+            c.mul_(factor)  # read when the graph is replayed
+            step()
+        return param.detach()
+
+    assert torch.equal(trained(True), trained(False))
+
+
+# --- the optimizer around it --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": False}], ids=["default", "fused", "for loop"])
+def test_state_passes_to_and_from_adamw(options: dict[str, Any]) -> None:
+    def parameters() -> list[nn.Parameter]:
+        torch.manual_seed(0)
+        return [nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(3))]
+
+    def steps(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], first: int) -> None:
+        for step in range(first, first + 3):
+            for p in params:
+                p.grad = torch.cos(step + p.detach())
+            optimizer.step()
+
+    def make(ours: bool, params: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return SpectralAdamW(params, LR) if ours else torch.optim.AdamW(params, LR, **options)
+
+    expected = parameters()
+    one = make(False, expected)
+    steps(one, expected, 0)
+    steps(one, expected, 3)
+    for ours_first in (True, False):
+        params = parameters()
+        first = make(ours_first, params)
+        steps(first, params, 0)
+        second = make(not ours_first, params)
+        state = first.state_dict()
+        assert {frozenset(s) for s in state["state"].values()} == {frozenset({"step", "exp_avg", "exp_avg_sq"})}
+        second.load_state_dict(state)
+        steps(second, params, 3)
+        for p, q in zip(params, expected, strict=True):
+            torch.testing.assert_close(p, q, rtol=2e-6, atol=1e-7)
+            assert second.state[p]["step"] == 6
+
+
+def test_what_is_not_supported_is_refused() -> None:
+    p = nn.Parameter(torch.randn(6, 5))
+    with pytest.raises(ValueError, match="amsgrad=True is not supported"):
+        SpectralAdamW([p], amsgrad=True)
+    with pytest.raises(ValueError, match="impl='numpy' is none of"):
+        SpectralAdamW([p], impl="numpy")
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        SpectralAdamW([p], lr=-1.0)
+    other = torch.optim.AdamW([p], amsgrad=True)
+    p.grad = torch.ones_like(p)
+    other.step()
+    with pytest.raises(ValueError, match="amsgrad=True is not supported"):
+        SpectralAdamW([p]).load_state_dict(other.state_dict())
+    optimizer = SpectralAdamW([p])
+    U, Vh, c = torch.ones(6, 2), torch.ones(2, 5), torch.ones(2)
+    good = Penalty(p, 0, None, U, Vh, c)
+    for wrong, message in (
+        ([good._replace(parameter=nn.Parameter(torch.ones(6, 5)))], r"penalties\[0\].parameter .* is not this"),
+        ([good._replace(stop=7)], r"penalties\[0\] has rows 0:7, the parameter 6"),
+        ([good._replace(U=U[:5])], r"penalties\[0\] has U \(5, 2\)"),
+        ([good, good._replace(start=5, U=U[:1])], r"penalties\[1\] has rows 5:6, of which some have"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimizer.set_penalties(wrong)
+    with pytest.raises(ValueError, match="mode='both'"):
+        optimizer.set_penalties([good], mode="both")
+    complex_parameter = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    complex_parameter.grad = torch.ones_like(complex_parameter)
+    with pytest.raises((TypeError, RuntimeError), match="complex|floating point"):
+        SpectralAdamW([complex_parameter]).step()
+
+
+def test_closure_hooks_and_scheduler() -> None:
+    p = nn.Parameter(torch.ones(4, 4))
+    optimizer = SpectralAdamW([p], lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    called = []
+    optimizer.register_step_post_hook(lambda *_: called.append(1))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 16.0
+    schedule.step()
+    assert called == [1]
+    assert optimizer.param_groups[0]["lr"] == 0.05
+    assert (p < 1).all()
+
+
+# --- with S2D -----------------------------------------------------------------------------------------------------
+
+
+def spiked(seed: int = 0) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 24))
+    v = torch.randn(24)
+    v /= v.norm()
+    with torch.no_grad():
+        u = torch.randn(40)
+        model[0].weight += 20 * torch.outer(u / u.norm(), v)
+    return model, v
+
+
+def trained(
+    mode: str, *, fused: bool, steps: int = 9, clip: float | None = None, **options: Any
+) -> tuple[nn.Module, S2D]:
+    model, v = spiked()
+    strength = {"coupled": 1e-2, "decoupled": 0.5}[mode]
+    reg = S2D(model, mode=mode, strength=strength, interval=4, lead=2, threshold=0.8, **options)
+    if fused:
+        optimizer: torch.optim.Optimizer = SpectralAdamW(model.parameters(), 1e-2, regularizer=reg)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2, fused=True)
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(16, 24, generator=generator) + 3 * v
+        optimizer.zero_grad()
+        (model(x) - 1).square().mean().backward()
+        coefficient = None if clip is None else torch.tensor(clip)
+        if fused:
+            optimizer.step(clip_coef=coefficient)
+            continue
+        if coefficient is not None:
+            for p in model.parameters():
+                p.grad.mul_(coefficient)
+        if mode == "coupled":
+            reg.add_grad()
+        optimizer.step()
+        if mode == "decoupled":
+            reg.decay_(1e-2)
+    return model, reg
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
+def test_with_s2d_it_equals_the_calls_by_hand(mode: str, clip: float | None) -> None:
+    apart, by_hand = trained(mode, fused=False, clip=clip)
+    together, reg = trained(mode, fused=True, clip=clip)
+    assert reg.step == by_hand.step == 9
+    assert [r.k_target for r in reg.layers] == [r.k_target for r in by_hand.layers]
+    assert reg.layers[0].k_target > 0
+    plain, other = trained(mode, fused=False, steps=9)[0], spiked()[0]
+    for ours, expected, start in zip(together.parameters(), apart.parameters(), other.parameters(), strict=True):
+        moved = (expected - start).abs().max()
+        assert (ours - expected).abs().max() <= 1e-4 * moved
+    if clip is not None:
+        assert not torch.allclose(plain[0].weight, together[0].weight, rtol=1e-5)
+    reg.close()
+
+
+@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
+def test_with_s2d_no_bit_depends_on_timing(mode: str) -> None:
+    one, other = (trained(mode, fused=True, asynchronous=asynchronous)[0] for asynchronous in (True, False))
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_the_penalty_is_applied_exactly_once(caplog: pytest.LogCaptureFixture) -> None:
+    model, _ = spiked()
+    reg = S2D(model, mode="coupled")
+    optimizer = SpectralAdamW(model.parameters(), regularizer=reg)
+    assert "divides the penalty by the gradient's own size" in caplog.text
+    with pytest.raises(ValueError, match="add_grad: attached to an optimizer"):
+        reg.add_grad()
+    with pytest.raises(ValueError, match="attach: attached"):
+        reg.attach(optimizer)
+    with pytest.raises(ValueError, match="SpectralAdamW: attached"):
+        SpectralAdamW(model.parameters(), regularizer=reg)
+    with pytest.raises(ValueError, match="has a regularizer"):
+        optimizer.set_penalties([])
+    with pytest.raises(ValueError, match="holds none of the 2 penalized matrices"):
+        SpectralAdamW([nn.Parameter(torch.ones(2))], regularizer=S2D(model))
+    reg.detach()
+    assert optimizer.regularizer is None
+    model(torch.randn(2, 24)).sum().backward()
+    optimizer.step()
+    assert reg.step == 0
+    reg.add_grad()
+    assert reg.step == 1
+
+
+@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
+def test_a_step_that_the_scaler_skips_does_not_count(mode: str) -> None:
+    model, v = spiked()
+    reg = S2D(model, mode=mode, strength=0.5, interval=4, lead=0)
+    optimizer = SpectralAdamW(model.parameters(), 1e-2, regularizer=reg)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for step in range(3):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.randn(8, 24) + 3 * v).square().mean()).backward()
+        kept = [p.detach().clone() for p in model.parameters()]
+        if step == 1:
+            model[0].weight.grad[0, 0] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+        changed = [not torch.equal(p, k) for p, k in zip(model.parameters(), kept, strict=True)]
+        assert changed == [step != 1] * 4
+    assert reg.step == 2
+    assert optimizer.state[model[0].weight]["step"] == 2
+    reg.close()
+
+
+if __name__ == "__main__":
+    for run in sys.argv[1:]:
+        torch.manual_seed(0)
+        print(run, flush=True)
+        RUNS[run]("triton", torch.device("cpu"))

@@ -1,0 +1,345 @@
+"""`SpectralAdamW`: AdamW that carries the spectral penalty through the one pass it makes over the parameters anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adam import _to_scalar
+from torch.optim.adamw import AdamW
+from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
+
+from s2d_kernels import ops
+
+if TYPE_CHECKING:
+    from s2d_kernels.regularizer import S2D
+
+
+class Penalty(NamedTuple):
+    """U diag(coefficients) Vh on rows `start` to `stop` of a parameter, seen as a matrix `[m, n]`.
+
+    Attributes:
+        parameter: with its first dimension as rows and all others as columns.
+        start, stop: the rows; `stop` None is m.
+        U, Vh, coefficients: `[stop - start, k]`, `[k, n]`, `[k]`.
+    """
+
+    parameter: nn.Parameter
+    start: int
+    stop: int | None
+    U: Tensor
+    Vh: Tensor
+    coefficients: Tensor
+
+
+class _Block(NamedTuple):
+    """What `adamw_` takes of one matrix: views of param, grad, exp_avg and exp_avg_sq, its step, its penalty."""
+
+    views: tuple[Tensor, Tensor, Tensor, Tensor]
+    step: Tensor
+    group: int
+    U: Tensor
+    Vh: Tensor
+    coefficients: Tensor
+
+
+class SpectralAdamW(AdamW):
+    """`torch.optim.AdamW` with the penalty of an `S2D` in the same pass: no extra bytes are read or written.
+
+    ::
+
+        reg = S2D(model, mode="decoupled", strength=1.0)
+        optimizer = SpectralAdamW(model.parameters(), lr=1e-4, regularizer=reg)
+        loss.backward(); optimizer.step()  # nothing else: add_grad and decay_ refuse to act a second time
+
+    Coupled, the penalty is added to the gradient before the moments; decoupled, to the weights after the update.
+    The result is that of `reg.add_grad()` and `AdamW.step()`, or of `AdamW.step()` and `reg.decay_(lr)`, within
+    rounding: fp32 arithmetic (fp64 for fp64) and one rounding to the parameter's dtype.
+
+    Args:
+        params, lr, betas, eps, weight_decay, maximize, capturable: as in `torch.optim.AdamW`; `lr` may be a tensor.
+            `maximize` turns the sign of the gradient, not that of the penalty.
+        amsgrad: not supported.
+        regularizer: `S2D` on the same model; its schedule advances with each step. None: plain AdamW, or the
+            penalties of `set_penalties`.
+        impl: "torch", "triton", "cuda", "reference", or None to choose.
+
+    Raises:
+        ValueError: `amsgrad`; the optimizer holds none of the matrices that `regularizer` penalizes, or it is attached
+            elsewhere or closed; a value that AdamW refuses.
+
+    State: the keys, shapes and dtypes of `torch.optim.AdamW(fused=True)`; `state_dict` passes between the two in both
+        directions, from other AdamW forms too. The regularizer has a `state_dict` of its own.
+    GradScaler: `scaler.step(optimizer)` without `unscale_` as with torch's fused optimizers, except that `.grad` is
+        left as it is; with a regularizer the host then waits to learn whether the step is skipped.
+    Cost: p, g, m, v read and p, m, v written once. On a CPU torch's fused AdamW, and for the layers with a coupled
+        penalty a sum in a temporary the size of one layer.
+    Determinism: same inputs give the same bits; a penalty of 0 leaves the bits of plain AdamW.
+    CUDA graphs: with `capturable=True` and `set_penalties`, whose tensors may be overwritten in place between replays;
+        not with a regularizer, whose schedule is the host's.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
+        regularizer: S2D | None = None,
+        impl: str | None = None,
+    ) -> None:
+        _refuse_amsgrad(amsgrad)
+        if impl is not None and impl not in ops.IMPLS:
+            raise ValueError(f"impl={impl!r} is none of {ops.IMPLS} (or None to choose by device)")
+        super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize, capturable=capturable, fused=True)
+        self.impl = impl
+        self._penalties: list[Penalty] = []
+        self._decoupled = False
+        self.regularizer: S2D | None = None
+        if regularizer is not None:
+            regularizer._fuse(self)
+            self.regularizer = regularizer
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name, value in (("impl", None), ("_penalties", []), ("_decoupled", False), ("regularizer", None)):
+            self.__dict__.setdefault(name, value)
+        for group in self.param_groups:
+            _refuse_amsgrad(group["amsgrad"])
+            group["fused"], group["foreach"], group["differentiable"] = True, None, False
+            for param in group["params"]:
+                if "step" in self.state.get(param, {}):  # the other AdamW forms keep it on the host
+                    self.state[param]["step"] = self.state[param]["step"].to(param.device, torch.float32)
+        self._step_supports_amp_scaling = True
+
+    def set_penalties(self, penalties: Sequence[Penalty], *, mode: str = "coupled") -> None:
+        """Penalties of the steps from now on, for a schedule of one's own; an `S2D` brings its own.
+
+        Args:
+            penalties: of distinct rows; an empty list ends them. Their tensors are read at each step.
+            mode: "coupled" (the coefficients are strength * s^power) or "decoupled" (s_new - s_old).
+
+        Raises:
+            ValueError: the optimizer has a regularizer; shapes that do not fit; rows that overlap; a parameter that is
+                not this optimizer's.
+        """
+        if self.regularizer is not None:
+            raise ValueError("this optimizer has a regularizer, which sets the penalties: detach it first")
+        if mode not in ("coupled", "decoupled"):
+            raise ValueError(f"mode={mode!r} is neither 'coupled' nor 'decoupled'")
+        mine = {id(param) for group in self.param_groups for param in group["params"]}
+        taken: dict[int, list[tuple[int, int]]] = {}
+        for index, penalty in enumerate(penalties):
+            param = penalty.parameter
+            if id(param) not in mine:
+                raise ValueError(f"penalties[{index}].parameter of shape {tuple(param.shape)} is not this optimizer's")
+            start, stop = _rows(penalty)
+            k, n = len(penalty.coefficients), param[0].numel()
+            if not 0 <= start <= stop <= len(param):
+                raise ValueError(f"penalties[{index}] has rows {start}:{stop}, the parameter {len(param)}")
+            if penalty.U.shape != (stop - start, k) or penalty.Vh.shape != (k, n):
+                raise ValueError(
+                    f"penalties[{index}] has U {tuple(penalty.U.shape)}, Vh {tuple(penalty.Vh.shape)} and {k} "
+                    f"coefficients for rows {start}:{stop} of {n} columns"
+                )
+            if any(start < other_stop and other < stop for other, other_stop in taken.setdefault(id(param), [])):
+                raise ValueError(f"penalties[{index}] has rows {start}:{stop}, of which some have a penalty already")
+            taken[id(param)].append((start, stop))
+        self._penalties, self._decoupled = list(penalties), mode == "decoupled"
+
+    @_use_grad_for_differentiable
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        clip_coef: Tensor | None = None,
+        clip_penalty: bool = False,
+    ) -> Any:
+        """One step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+            clip_coef: one number on the device that multiplies the gradients, such as
+                min(1, max_norm / total_norm) of `torch.nn.utils.get_total_norm`; no `.grad` is written.
+            clip_penalty: whether it multiplies a coupled penalty too: clip(grad + penalty), else clip(grad) + penalty.
+        """
+        self._accelerator_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        regularizer = self.regularizer
+        if regularizer is None:
+            self._update(self._penalties, self._decoupled, clip_coef, clip_penalty, grad_scale, found_inf)
+            return loss
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "the schedule of S2D runs on the host and cannot be captured in a CUDA graph: use set_penalties, and "
+                "overwrite their tensors between the replays"
+            )
+        if found_inf is not None and bool(found_inf):
+            return loss
+        penalties = regularizer._begin_fused(self)
+        decoupled = regularizer.mode == "decoupled"
+        self._update(penalties or [], decoupled, clip_coef, clip_penalty, grad_scale, None)
+        if penalties is not None:
+            regularizer._end_step()
+        return loss
+
+    def _update(
+        self,
+        penalties: Sequence[Penalty],
+        decoupled: bool,
+        clip_coef: Tensor | None,
+        clip_penalty: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        of_parameter: dict[int, list[Penalty]] = {}
+        for penalty in penalties:
+            of_parameter.setdefault(id(penalty.parameter), []).append(penalty)
+        blocks: dict[tuple[torch.device, torch.dtype], list[_Block]] = {}
+        steps: dict[torch.device, list[Tensor]] = {}
+        copied: list[tuple[Tensor, Tensor]] = []
+        numbers: list[float] = []
+        rates = []
+        for place, group in enumerate(self.param_groups):
+            lr = group["lr"]
+            on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
+            rates.append(lr)
+            numbers += [0.0 if on_device else float(lr), *map(_to_scalar, group["betas"])]
+            numbers += [group["eps"], group["weight_decay"], float(group["maximize"])]
+            lists: list[list[Tensor]] = [[], [], [], [], [], []]
+            if self._init_group(group, *lists):
+                raise TypeError("SpectralAdamW takes no complex parameters: pass torch.view_as_real of them")
+            for param, grad, exp_avg, exp_avg_sq, step in zip(*lists[:4], lists[5], strict=True):
+                found = blocks.setdefault((param.device, param.dtype), [])
+                steps.setdefault(param.device, []).append(step)
+                tensors = (param, grad, exp_avg, exp_avg_sq)
+                found += _blocks(tensors, step, place, of_parameter.get(id(param), []), copied)
+        for counts in steps.values():
+            torch._foreach_add_(counts, 1)
+        for (device, _), some in blocks.items():
+            views = [list(column) for column in zip(*(block.views for block in some), strict=True)]
+            lrs = None
+            if any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in rates):
+                lrs = torch.stack([torch.as_tensor(lr, dtype=torch.float32).to(device).reshape(()) for lr in rates])
+            torch.ops.s2d.adamw_(
+                *views,
+                [block.step for block in some],
+                [block.U for block in some],
+                [block.Vh for block in some],
+                [block.coefficients for block in some],
+                None,
+                [block.group for block in some],
+                numbers,
+                lrs,
+                *(_on(device, scalar) for scalar in (clip_coef, grad_scale, found_inf)),
+                decoupled,
+                clip_penalty,
+                self.impl,
+            )
+        if found_inf is not None:
+            for device, counts in steps.items():
+                torch._foreach_sub_(counts, [found_inf.to(device, torch.float32).reshape(())] * len(counts))
+        for target, copy in copied:
+            target.copy_(copy.reshape(target.shape))
+
+
+def _refuse_amsgrad(amsgrad: bool) -> None:
+    if amsgrad:
+        raise ValueError("amsgrad=True is not supported here: use torch.optim.AdamW with reg.attach(optimizer)")
+
+
+def _on(device: torch.device, scalar: Tensor | None) -> Tensor | None:
+    return None if scalar is None else scalar.to(device, torch.float32, non_blocking=True).reshape(())
+
+
+def _rows(penalty: Penalty) -> tuple[int, int]:
+    return penalty.start, len(penalty.parameter) if penalty.stop is None else penalty.stop
+
+
+def _blocks(
+    tensors: tuple[Tensor, ...],
+    step: Tensor,
+    group: int,
+    penalties: Sequence[Penalty],
+    copied: list[tuple[Tensor, Tensor]],
+) -> list[_Block]:
+    """The matrices of one parameter, given with its gradient and state: those with a penalty, and the rows between."""
+    param = tensors[0]
+    strides = param.stride()
+    if not penalties:
+        if all(tensor.is_contiguous() for tensor in tensors):
+            views = [tensor.view(1, -1) for tensor in tensors]
+        else:
+            views = _matrices(tensors, range(param.ndim), copied)
+        return [_block(views, step, group, None)]
+    # Columns in the order in which they lie in memory, so that a channels_last kernel is a matrix too.
+    order = sorted(range(1, param.ndim), key=lambda d: -strides[d])
+    views = _matrices(tensors, [0, *order], copied)
+    found, end = [], 0
+    for penalty in [*sorted(penalties, key=lambda p: p.start), None]:
+        start, stop = (len(param), len(param)) if penalty is None else _rows(penalty)
+        if end < start:
+            found.append(_block([view[end:start] for view in views], step, group, None))
+        if penalty is not None:
+            if order != sorted(order):
+                Vh = penalty.Vh.reshape(len(penalty.Vh), *param.shape[1:]).permute(0, *order).flatten(1)
+                penalty = penalty._replace(Vh=Vh)
+            found.append(_block([view[start:stop] for view in views], step, group, penalty))
+        end = stop
+    return found
+
+
+def _block(views: Sequence[Tensor], step: Tensor, group: int, penalty: Penalty | None) -> _Block:
+    param, grad, exp_avg, exp_avg_sq = views
+    if penalty is None:
+        nothing = param.new_empty(0)
+        factors = nothing.as_strided((len(param), 0), (1, 1)), nothing.as_strided((0, param.shape[1]), (1, 1)), nothing
+    else:
+        factors = penalty.U, penalty.Vh, penalty.coefficients
+    return _Block((param, grad, exp_avg, exp_avg_sq), step, group, *factors)
+
+
+def _matrices(tensors: tuple[Tensor, ...], order: Sequence[int], copied: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """param, grad, exp_avg and exp_avg_sq as matrices, dimensions permuted; a copy of what cannot be viewed as one.
+
+    The state is laid out as the parameter. Copies of what the step writes are noted in `copied`.
+    """
+    param, grad, *state = (tensor.permute(*order) for tensor in tensors)
+    try:
+        matrix = _merged(param)
+    except RuntimeError:
+        matrix = param.flatten(1) if param.ndim > 1 else param.reshape(1, -1)
+        copied.append((param, matrix))
+    strides = matrix.stride()
+    result = [matrix, grad.reshape(matrix.shape)]
+    for tensor in state:
+        try:
+            view = _merged(tensor)
+        except RuntimeError:
+            view = None
+        if view is None or view.stride() != strides:
+            view = torch.empty_strided(matrix.shape, strides, dtype=tensor.dtype, device=tensor.device)
+            view.copy_(tensor.reshape(matrix.shape))
+            copied.append((tensor, view))
+        result.append(view)
+    return result
+
+
+def _merged(tensor: Tensor) -> Tensor:
+    """A view `[rows, columns]`: the first dimension, and all others merged; a RuntimeError where they do not merge."""
+    if tensor.ndim == 0:
+        return tensor.view(1, 1)
+    if tensor.ndim == 1:
+        return tensor.unsqueeze(1) if tensor.stride(0) != 1 and len(tensor) > 1 else tensor.unsqueeze(0)
+    return tensor.view(len(tensor), -1)
