@@ -85,12 +85,18 @@ class ActivationCapture:
         self._captured: dict[str, Captured] = {}
 
     def __del__(self) -> None:
-        self.stop()
+        if not sys.is_finalizing():  # nothing can be imported any more, and nothing will run
+            self.stop()
 
     @property
     def active(self) -> bool:
         """Whether the hooks are installed."""
         return bool(self._handles)
+
+    @property
+    def seen(self) -> bool:
+        """Whether any matrix has been called since `start`."""
+        return bool(self._captured)
 
     def start(self) -> None:
         """Install the hooks and forget what was captured. Compiled models run eagerly until `stop`.

@@ -12,7 +12,6 @@ Whoever is late is waited for at t + lead, so the bits of training do not depend
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from s2d_kernels import ops, reference
 from s2d_kernels.capture import ActivationCapture, Captured
-from s2d_kernels.parameters import Matrix, ParameterDecision, find_matrices
+from s2d_kernels.parameters import Matrix, ParameterDecision, ParameterGroups, check_whole, find_matrices
 from s2d_kernels.penalty import add_penalty_grad_
 from s2d_kernels.scheduler import Pending, SideStream
 from s2d_kernels.selection import PCDR, pcdr
@@ -30,7 +29,6 @@ from s2d_kernels.svd import CONVERGED, NON_FINITE, OVERFLOW, STATUS_NAMES, SVDBa
 
 logger = logging.getLogger("s2d_kernels")
 
-ADAPTIVE = re.compile(r"adam|rmsprop|adagrad|adadelta|adafactor|lamb|lion|muon|sophia|shampoo|soap", re.IGNORECASE)
 STRENGTH = 5e-4
 DEVIATION_WARNING = 0.3
 DEVIATION_LIMIT = 1.0
@@ -112,7 +110,9 @@ class S2D:
     Raises:
         TypeError: `model` is no module.
         ValueError: a value out of range, a pattern that matches nothing.
-        NotImplementedError: sharded (DTensor, ZeRO-3) parameters, more than one process in torch.distributed.
+        NotImplementedError: parameters that are DTensors, belong to DeepSpeed ZeRO or are updated in the backward; more
+            than one process in torch.distributed. The same may come from a later step, where a trainer took the
+            parameters over after this S2D was built.
 
     Attributes:
         step: completed optimizer steps.
@@ -151,13 +151,7 @@ class S2D:
                     "S2D.strength_for_half_life(sigma, lr_sum) gives the one that halves sigma"
                 )
             strength = STRENGTH
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            world = torch.distributed.get_world_size()
-            if world > 1:
-                raise NotImplementedError(
-                    f"S2D on {world} processes is not supported yet: each would decide from its own batch, and the "
-                    "weights would drift apart"
-                )
+        _check_processes()
         self.mode = mode
         self.strength = ops.check_number("strength", strength)
         self.power = ops.check_number("power", power)
@@ -205,16 +199,16 @@ class S2D:
 
     # --- use in a training loop ---------------------------------------------------------------------------------
 
-    def add_grad(self, *, grad_scale: float = 1.0, lr: float | None = None) -> None:
+    def add_grad(self, *, grad_scale: float = 1.0, lr: float | Mapping[str, float] | None = None) -> None:
         """Add the penalty gradient to `.grad` of the decided layers. Once per optimizer step, after `backward()`.
 
         A call at a refresh step in which no penalized layer ran forward with gradients does nothing and is not counted.
 
         Args:
             grad_scale: factor the gradients carry at this moment, for calls before `GradScaler.unscale_`.
-            lr: learning rate of a plain SGD-like optimizer, to check that stale factors do not overshoot:
-                interval * lr * strength * s_1^(power-1) above 0.3 is warned about, 1 and more refused. With momentum
-                give lr / (1 - momentum). `attach` knows it by itself.
+            lr: learning rate of a plain SGD-like optimizer, or one per matrix name, to check that stale factors do not
+                overshoot: interval * lr * strength * s_1^(power-1) above 0.3 is warned about, 1 and more refused. With
+                momentum give lr / (1 - momentum). `attach` knows it by itself.
 
         Raises:
             ValueError: mode is "decoupled", or S2D is attached or closed; no gradients at all; the check above.
@@ -223,12 +217,14 @@ class S2D:
         if self.mode != "coupled":
             raise ValueError("add_grad belongs to mode='coupled'; with mode='decoupled' call decay_(lr) after the step")
         self._check_callable("add_grad")
-        self._add_grad(grad_scale, {} if lr is None else {m.name: ops.check_number("lr", lr) for m in self._matrices})
+        if not isinstance(lr, Mapping):
+            lr = {} if lr is None else {m.name: ops.check_number("lr", lr) for m in self._matrices}
+        self._add_grad(grad_scale, lr)
 
     def _add_grad(self, grad_scale: float, rates: Mapping[str, float]) -> None:
         if not ops.check_number("grad_scale", grad_scale) > 0:
             raise ValueError(f"grad_scale={grad_scale} must be positive")
-        if self._matrices and all(matrix.parameter.grad is None for matrix in self._matrices):
+        if self._no_gradients():
             raise ValueError(
                 f"no parameter has a gradient (first: {self._matrices[0].name!r}): call add_grad after backward() and "
                 "before zero_grad(). Frameworks that keep .grad to themselves (DeepSpeed ZeRO, optimizer-in-backward) "
@@ -321,42 +317,66 @@ class S2D:
         for (matrix, _, _), rows in zip(changes, weights, strict=True):
             matrix.write_back(matrix.parameter.detach(), rows)
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+    def attach(self, optimizer: torch.optim.Optimizer, *, parts: Sequence[torch.optim.Optimizer] | None = None) -> None:
         """Let hooks of `optimizer.step()` make the call, until `detach` or `close`.
 
         The coupled form then acts after gradient clipping done by the loop, the decoupled form after the step with
         each parameter group's learning rate. A step without any gradient is left alone, and so is a parameter without
         one.
 
+        Args:
+            optimizer: the one whose step is called. Wrappers of trainers are for `s2d_kernels.integrations`.
+            parts: where `optimizer` only steps others, those others, which hold the parameters.
+
         Raises:
+            TypeError: not a torch optimizer, or a wrapper without hooks.
             ValueError: already attached or closed; the optimizer holds none of the penalized parameters. Later, from
                 the step: it is called with a closure, or with gradients still scaled by a GradScaler.
+            NotImplementedError: see the class.
         """
         self._check_callable("attach")
-        rates = self._group_of(optimizer)
-        if self._matrices and not rates:
+        self._check_supported()
+        parts = [optimizer] if parts is None else list(parts)
+        for one in (optimizer, *parts):
+            if not isinstance(one, torch.optim.Optimizer) or not hasattr(one, "_optimizer_step_pre_hooks"):
+                raise TypeError(
+                    f"{type(one).__module__}.{type(one).__name__} is no torch.optim.Optimizer with step hooks: attach "
+                    "the optimizer inside it, or use s2d_kernels.integrations"
+                )
+        groups = ParameterGroups(self._matrices, parts)
+        held = groups()
+        if self._matrices and not held:
             raise ValueError(
                 f"the optimizer holds none of the {len(self._matrices)} penalized matrices "
                 f"(first: {self._matrices[0].name!r}): attach the optimizer that trains this model"
             )
-        adaptive = ADAPTIVE.search(type(optimizer).__name__) is not None
+        missing = [matrix.name for matrix in self._matrices if matrix.name not in held]
+        if missing:
+            logger.warning(
+                "S2D: %d of the %d penalized matrices are not in the attached optimizer (first: %s)",
+                len(missing),
+                len(self._matrices),
+                missing[0],
+            )
         if self.mode == "decoupled":
 
             def after(inner: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
                 found_inf = getattr(inner, "found_inf", None)  # a fused optimizer skips such a step by itself
                 if self._no_gradients() or (found_inf is not None and bool(found_inf)):
                     return
-                groups = self._group_of(inner)
-                trained = {m.name for m in self._matrices if m.name in groups and m.parameter.grad is not None}
-                self._decay({m.name: float(groups[m.name]["lr"]) if m.name in trained else 0.0 for m in self._matrices})
+                group_of = groups()
+                trained = {m.name for m in self._matrices if m.name in group_of and m.parameter.grad is not None}
+                self._decay(
+                    {m.name: float(group_of[m.name]["lr"]) if m.name in trained else 0.0 for m in self._matrices}
+                )
 
             self._handle = optimizer.register_step_post_hook(after)
             return
-        if adaptive:
+        if groups.adaptive:
             logger.warning(
                 "S2D coupled with %s: it divides the penalty by the gradient's own size, so that strength hardly "
                 "matters. mode='decoupled' acts on the weights instead",
-                type(optimizer).__name__,
+                type(parts[0]).__name__,
             )
 
         def before(inner: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -373,8 +393,7 @@ class S2D:
                 )
             if self._no_gradients():
                 return
-            groups = {} if adaptive else self._group_of(inner)
-            self._add_grad(1.0, {name: _effective_rate(group) for name, group in groups.items()})
+            self._add_grad(1.0, groups.effective_rates())
 
         self._handle = optimizer.register_step_pre_hook(before)
 
@@ -385,6 +404,11 @@ class S2D:
             self._handle = None
 
     # --- what one looks at --------------------------------------------------------------------------------------
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """The penalized matrices."""
+        return tuple(self._matrices)
 
     @property
     def penalty(self) -> Tensor:
@@ -539,6 +563,7 @@ class S2D:
             self._join_pending()
         if not self._capture.active:
             return True
+        self._check_supported()
         captured = self._capture.stop()
         if not captured:
             self._warn_once(
@@ -692,20 +717,34 @@ class S2D:
             raise ValueError(f"{name}: attached to an optimizer, whose step already makes the call; detach() first")
 
     def _no_gradients(self) -> bool:
-        return bool(self._matrices) and all(matrix.parameter.grad is None for matrix in self._matrices)
+        """Whether there is no gradient at all; a NotImplementedError where somebody took them away."""
+        if not self._matrices or any(matrix.parameter.grad is not None for matrix in self._matrices):
+            return False
+        self._check_supported()
+        taken = [m.name for m in self._matrices if getattr(m.parameter, "_post_accumulate_grad_hooks", None)]
+        if taken and self._capture.seen:
+            raise NotImplementedError(
+                f"{taken[0]!r} and {len(taken) - 1} more have run forward, but their gradients are gone, and they have "
+                "hooks that run when a gradient is complete: S2D cannot act with an optimizer in the backward. Step it "
+                "after backward() instead"
+            )
+        return True
 
-    def _group_of(self, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-        """Parameter group of each matrix the optimizer holds."""
-        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        return {m.name: groups[id(m.parameter)] for m in self._matrices if id(m.parameter) in groups}
+    def _check_supported(self) -> None:
+        """What the constructor checks of processes and parameters, again: trainers change them after it."""
+        _check_processes()
+        for matrix in self._matrices:
+            check_whole(matrix.name, matrix.parameter)
 
 
-def _effective_rate(group: Mapping[str, Any]) -> float:
-    """What a constant gradient moves a parameter by per step in the long run: momentum multiplies the learning rate."""
-    momentum = float(group.get("momentum", 0.0))
-    if momentum == 0.0:
-        return float(group["lr"])
-    return float(group["lr"]) * (1 - float(group.get("dampening", 0.0))) / max(1 - momentum, 1e-12)
+def _check_processes() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        world = torch.distributed.get_world_size()
+        if world > 1:
+            raise NotImplementedError(
+                f"S2D on {world} processes is not supported yet: each would decide from its own batch, and the "
+                "weights would drift apart"
+            )
 
 
 def _completed(side: SideStream, result: dict[str, _Refreshed]) -> Pending[dict[str, _Refreshed]]:
