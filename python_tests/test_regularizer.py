@@ -752,6 +752,26 @@ def test_a_state_loaded_with_another_interval_keeps_its_pending_refresh() -> Non
     other.close()
 
 
+def test_a_pending_refresh_loaded_into_a_shorter_interval_is_caught_up() -> None:
+    """Taken over at step 5, where the next refresh starts: the decay of steps 0 to 4 is not lost, nor counted twice."""
+    model, v = spiked_model(bulk=1e-6)
+    start = torch.linalg.svdvals(model[0].weight.detach())[0].item()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+
+    def build(interval: int, lead: int) -> S2D:
+        return S2D(model, mode="decoupled", strength=1.0, interval=interval, lead=lead, select=[("2", False)])
+
+    reg, other = build(100, 10), build(5, 4)
+    train(model, reg, optimizer, v, range(5), task=0.0)
+    other.load_state_dict(reg.state_dict())
+    reg.close()
+    for last in (6, 12, 60):  # after the take-over, after the arrival of the refresh begun then, and long after
+        train(model, other, optimizer, v, range(other.step, last), task=0.0)
+        end = torch.linalg.svdvals(model[0].weight.detach().double())[0].item()
+        assert end == pytest.approx(1 / (1 / start + LR * last), rel=1e-3)
+    other.close()
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -13,69 +13,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from s2d_kernels import ops, reference
 from s2d_kernels.capture import ActivationCapture, Captured
+from s2d_kernels.layers import LayerReport, LayerState, Refreshed
 from s2d_kernels.parameters import Matrix, ParameterDecision, ParameterGroups, check_whole, find_matrices
 from s2d_kernels.penalty import add_penalty_grad_
 from s2d_kernels.scheduler import Pending, SideStream
 from s2d_kernels.selection import PCDR, pcdr
-from s2d_kernels.svd import CONVERGED, NON_FINITE, OVERFLOW, STATUS_NAMES, SVDBasis, TopkSVD, topk_svd, warm_width
+from s2d_kernels.svd import CONVERGED, NON_FINITE, OVERFLOW, STATUS_NAMES, SVDBasis, topk_svd, warm_width
 
 logger = logging.getLogger("s2d_kernels")
 
 STRENGTH = 5e-4
 DEVIATION_WARNING = 0.3
 DEVIATION_LIMIT = 1.0
-
-
-class LayerReport(NamedTuple):
-    """What the last refresh that has arrived said about one matrix."""
-
-    name: str
-    shape: tuple[int, int]
-    k_target: int
-    route: str
-    lower: tuple[float, ...]
-    upper: tuple[float, ...]
-    activation: float
-    sigma_max: float
-    status: str
-
-
-@dataclass
-class _Layer:
-    """Factors in use on one matrix, all on the parameter's device. Zero tensors until a refresh has arrived."""
-
-    basis: SVDBasis  # as the refresh delivered it: the next warm start
-    S: Tensor  # [k], the cached singular values, which the decoupled form decays
-    S_at_snapshot: Tensor  # [k], S when the weights of the refresh under way were copied
-    rank: int = 0
-    status: int = CONVERGED
-    arrived: bool = False
-    missed_lr: float = 0.0  # sum of the learning rates since that copy
-    sigma: float = 0.0  # the largest singular value at the snapshot, on the host
-    pcdr: PCDR | None = None
-
-    def factors(self) -> TopkSVD:
-        k = self.S.shape[0]
-        basis, zero = self.basis, self.S.new_zeros(())
-        return TopkSVD(basis.U[:, :k], self.S, basis.Vh[:k], basis.residual[:k], zero, zero.to(torch.int32), basis)
-
-
-class _Refreshed(NamedTuple):
-    """Result of a refresh for one matrix, on the host's side of the decision."""
-
-    basis: SVDBasis
-    rank: int
-    status: int
-    sigma: float
-    pcdr: PCDR | None
 
 
 class S2D:
@@ -190,7 +146,7 @@ class S2D:
         device = self._matrices[0].parameter.device if self._matrices else torch.device("cpu")
         self._side = SideStream(device, asynchronous=asynchronous)
         self._capture = ActivationCapture(self._matrices)
-        self._pending: Pending[dict[str, _Refreshed]] | None = None
+        self._pending: Pending[dict[str, Refreshed]] | None = None
         self._pending_step = -1
         self._handle: torch.utils.hooks.RemovableHandle | None = None
         self._closed = False
@@ -286,7 +242,7 @@ class S2D:
         with ops.exact_arithmetic(self._side.device):
             if not self._launch_if_due():
                 return
-            before = {name: (layer, layer.basis, layer.S) for name, layer in self._layers.items()}
+            before = self._in_use()
             if self._arrive_if_due():
                 self._catch_up(before)
             changes = []
@@ -302,20 +258,22 @@ class S2D:
             self._change_weights(changes)
         self._end_step()
 
-    def _change_weights(self, changes: Sequence[tuple[Matrix, _Layer, Tensor]]) -> None:
+    def _change_weights(self, changes: Sequence[tuple[Matrix, LayerState, Tensor]]) -> None:
         """W += U diag(change) Vh of each layer's decided components."""
-        if not changes:
-            return
         weights = [matrix.rows(matrix.parameter.detach()) for matrix, _, _ in changes]
-        add_penalty_grad_(
-            weights,
-            [layer.factors() for _, layer, _ in changes],
-            ranks=[layer.rank for _, layer, _ in changes],
-            coefficients=[change for _, _, change in changes],
-            impl=self.impl,
-        )
+        self._add_changes([(rows, layer, c) for rows, (_, layer, c) in zip(weights, changes, strict=True)])
         for (matrix, _, _), rows in zip(changes, weights, strict=True):
             matrix.write_back(matrix.parameter.detach(), rows)
+
+    def _add_changes(self, changes: Sequence[tuple[Tensor, LayerState, Tensor]]) -> None:
+        if changes:
+            add_penalty_grad_(
+                [rows for rows, _, _ in changes],
+                [layer.factors() for _, layer, _ in changes],
+                ranks=[layer.rank for _, layer, _ in changes],
+                coefficients=[change for _, _, change in changes],
+                impl=self.impl,
+            )
 
     def attach(self, optimizer: torch.optim.Optimizer, *, parts: Sequence[torch.optim.Optimizer] | None = None) -> None:
         """Let hooks of `optimizer.step()` make the call, until `detach` or `close`.
@@ -472,7 +430,7 @@ class S2D:
         self._pending = _completed(self._side, pending)
         return self._pack(self._pending_step, pending)
 
-    def _pack(self, pending_step: int, pending: Mapping[str, _Refreshed]) -> dict[str, Tensor]:
+    def _pack(self, pending_step: int, pending: Mapping[str, Refreshed]) -> dict[str, Tensor]:
         state = {"step": torch.tensor(self.step), "pending_step": torch.tensor(pending_step)}
         for matrix in self._matrices:
             layer = self._layers[matrix.name]
@@ -512,7 +470,7 @@ class S2D:
         self._capture.stop()
         self.step = int(state_dict["step"])
         self._pending_step = int(state_dict["pending_step"])
-        pending: dict[str, _Refreshed] = {}
+        pending: dict[str, Refreshed] = {}
         for matrix in self._matrices:
             name, empty = matrix.name, self._empty_layer(matrix)
 
@@ -520,7 +478,7 @@ class S2D:
                 return state_dict[f"{name}.{key}"].to(like.device, like.dtype, copy=True)
 
             flags = [int(v) for v in state_dict[f"{name}.flags"]]
-            self._layers[name] = _Layer(
+            self._layers[name] = LayerState(
                 basis=SVDBasis(*(load(f"basis.{k}", t) for k, t in empty.basis._asdict().items())),
                 S=load("S", empty.S),
                 S_at_snapshot=load("S_at_snapshot", empty.S),
@@ -532,13 +490,13 @@ class S2D:
             )
             if flags[3]:
                 basis = SVDBasis(*(load(f"pending.{k}", t) for k, t in empty.basis._asdict().items()))
-                pending[name] = _Refreshed(basis, flags[4], flags[5], float(basis.S[0]), None)
+                pending[name] = Refreshed(basis, flags[4], flags[5], float(basis.S[0]), None)
         self._pending = _completed(self._side, pending) if self._pending_step >= 0 else None
         self._arm()
 
     # --- the refresh --------------------------------------------------------------------------------------------
 
-    def _empty_layer(self, matrix: Matrix) -> _Layer:
+    def _empty_layer(self, matrix: Matrix) -> LayerState:
         (m, n), device = matrix.shape, matrix.parameter.device
         dtype = torch.float64 if matrix.parameter.dtype == torch.float64 else torch.float32
         k = min(self.k_max, m, n)
@@ -547,7 +505,7 @@ class S2D:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        return _Layer(SVDBasis(zeros(m, b), zeros(b), zeros(b, n), zeros(b)), S=zeros(k), S_at_snapshot=zeros(k))
+        return LayerState(SVDBasis(zeros(m, b), zeros(b), zeros(b, n), zeros(b)), S=zeros(k), S_at_snapshot=zeros(k))
 
     def _arm(self) -> None:
         if self.step % self.interval == 0 and self._matrices:
@@ -573,8 +531,11 @@ class S2D:
             )
             self._capture.start()
             return False
-        if self._pending is not None:
-            self._take_over()  # only after loading a state of another interval or lead can one still be under way
+        if self._pending is not None:  # only after loading a state of another interval or lead
+            before = self._in_use()
+            self._take_over()
+            if self.mode == "decoupled":  # the copies of this step's weights are from before what is caught up here
+                self._catch_up(before, captured)
         bases: dict[str, SVDBasis | None] = {}
         for name, layer in self._layers.items():
             layer.S_at_snapshot, layer.missed_lr = layer.S, 0.0
@@ -586,7 +547,7 @@ class S2D:
 
     def _refresh(
         self, captured: dict[str, Captured], bases: dict[str, SVDBasis | None], seed: int
-    ) -> dict[str, _Refreshed]:
+    ) -> dict[str, Refreshed]:
         """Factors and decisions of every captured matrix; runs on the side stream and touches no live parameter."""
         names = list(captured)
         weights = [captured[name].weight for name in names]
@@ -607,10 +568,10 @@ class S2D:
             U, S, Vh, residual = factor.basis
             basis = SVDBasis(U[:, :width].contiguous(), S[:width], Vh[:width], residual[:width])
             rank = min(decision.k_target, k)
-            refreshed[name] = _Refreshed(basis, rank, int(factor.status), float(S[0]), decision)
+            refreshed[name] = Refreshed(basis, rank, int(factor.status), float(S[0]), decision)
         return refreshed
 
-    def _join_pending(self) -> dict[str, _Refreshed]:
+    def _join_pending(self) -> dict[str, Refreshed]:
         """Wait for the pending refresh; on failure forget it, so that training can go on, and say so."""
         try:
             return self._pending.join() if self._pending is not None else {}
@@ -644,7 +605,7 @@ class S2D:
                 logger.info("S2D refresh of step %d: %s did not converge, cold start next", self._pending_step, name)
             old = self._layers[name]
             k = old.S.shape[0]
-            self._layers[name] = _Layer(
+            self._layers[name] = LayerState(
                 basis=fresh.basis,
                 S=fresh.basis.S[:k],
                 S_at_snapshot=fresh.basis.S[:k],
@@ -664,11 +625,17 @@ class S2D:
             ", ".join(chosen) or "none",
         )
 
-    def _catch_up(self, before: Mapping[str, tuple[_Layer, SVDBasis, Tensor]]) -> None:
+    def _in_use(self) -> dict[str, tuple[LayerState, SVDBasis, Tensor]]:
+        """What `_catch_up` must know of the factors that `_take_over` replaces."""
+        return {name: (layer, layer.basis, layer.S) for name, layer in self._layers.items()}
+
+    def _catch_up(
+        self, before: Mapping[str, tuple[LayerState, SVDBasis, Tensor]], captured: Mapping[str, Captured] | None = None
+    ) -> None:
         """Give fresh factors the decay of the steps between their snapshot and now.
 
         A component that went on being decayed by the previous factors has it already: along the new u_i, v_i they took
-        sum_j change_j (u_i . u_j)(v_j . v_i). The rest is applied to the weight.
+        sum_j change_j (u_i . u_j)(v_j . v_i). The rest is applied to the weight, and to the copy in `captured`.
         """
         changes = []
         for matrix in self._matrices:
@@ -686,6 +653,8 @@ class S2D:
                 changes.append((matrix, layer, torch.where(inside, target - actual, 0.0)))
                 layer.S = torch.where(inside, target, layer.S)
         self._change_weights(changes)
+        if captured is not None:
+            self._add_changes([(captured[m.name].weight, layer, c) for m, layer, c in changes if m.name in captured])
 
     def _check_deviation(self, rates: Mapping[str, float]) -> None:
         """interval * lr * strength * s_1^(power-1) of the decided layers: how far stale factors overshoot."""
@@ -747,6 +716,6 @@ def _check_processes() -> None:
             )
 
 
-def _completed(side: SideStream, result: dict[str, _Refreshed]) -> Pending[dict[str, _Refreshed]]:
-    work: Callable[[], dict[str, _Refreshed]] = lambda: result  # noqa: E731
+def _completed(side: SideStream, result: dict[str, Refreshed]) -> Pending[dict[str, Refreshed]]:
+    work: Callable[[], dict[str, Refreshed]] = lambda: result  # noqa: E731
     return SideStream(side.device, asynchronous=False).submit(work)
