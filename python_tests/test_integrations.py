@@ -349,7 +349,7 @@ def test_torchtitan_container(mode: str, tmp_path: Path) -> None:
     def container(net: Net) -> OptimizersContainer:
         rates = {"lr": LR, "weight_decay": 0.01}
         groups = [
-            ParamGroupConfig(pattern="bias", optimizer_name="Adam", optimizer_kwargs={"lr": LR}),
+            ParamGroupConfig(pattern="body.0", optimizer_name="Adam", optimizer_kwargs={"lr": LR}),
             ParamGroupConfig(pattern=".*", optimizer_name="AdamW", optimizer_kwargs=rates),
         ]
         config = OptimizersContainer.Config(param_groups=groups, implementation="for-loop")

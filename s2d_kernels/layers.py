@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -55,3 +56,53 @@ class Refreshed(NamedTuple):
     status: int
     sigma: float
     pcdr: PCDR | None
+
+
+KEYS = (
+    *(f"{part}.{name}" for part in ("basis", "pending") for name in SVDBasis._fields),
+    *("S", "S_at_snapshot", "missed_lr", "flags"),
+)
+
+
+def pack(layer: LayerState, pending: Refreshed | None, empty: LayerState) -> dict[str, Tensor]:
+    """Copies of everything about a layer and its part of a refresh under way, as tensors under `KEYS`."""
+    basis = empty.basis if pending is None else pending.basis
+    flags = [layer.arrived, layer.rank, layer.status]
+    flags += [0, 0, 0] if pending is None else [1, pending.rank, pending.status]
+    tensors = [*layer.basis, *basis, layer.S, layer.S_at_snapshot]
+    numbers = [torch.tensor(layer.missed_lr, dtype=torch.float64), torch.tensor([int(flag) for flag in flags])]
+    return dict(zip(KEYS, [*(tensor.clone() for tensor in tensors), *numbers], strict=True))
+
+
+def unpack(state: Mapping[str, Tensor], empty: LayerState) -> tuple[LayerState, Refreshed | None]:
+    """The reverse of `pack`: copies with the devices and dtypes of `empty`."""
+
+    def basis(part: str) -> SVDBasis:
+        fields = empty.basis._asdict().items()
+        return SVDBasis(*(state[f"{part}.{k}"].to(like.device, like.dtype, copy=True) for k, like in fields))
+
+    flags = [int(flag) for flag in state["flags"]]
+    layer = LayerState(
+        basis=basis("basis"),
+        S=state["S"].to(empty.S.device, empty.S.dtype, copy=True),
+        S_at_snapshot=state["S_at_snapshot"].to(empty.S.device, empty.S.dtype, copy=True),
+        rank=flags[1],
+        status=flags[2],
+        arrived=bool(flags[0]),
+        missed_lr=float(state["missed_lr"]),
+        sigma=float(state["basis.S"][0]),
+    )
+    if not flags[3]:
+        return layer, None
+    fresh = basis("pending")
+    return layer, Refreshed(fresh, flags[4], flags[5], float(fresh.S[0]), None)
+
+
+def copied(target: SVDBasis, source: SVDBasis) -> SVDBasis:
+    """`target` with the values of `source`, in its own memory."""
+    return SVDBasis(*(into.copy_(tensor) for into, tensor in zip(target, source, strict=True)))
+
+
+def moved(basis: SVDBasis, like: Tensor) -> SVDBasis:
+    """`basis` on the device and in the dtype of `like`."""
+    return SVDBasis(*(tensor.to(like) for tensor in basis))

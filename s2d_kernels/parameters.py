@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
@@ -176,6 +177,17 @@ def check_whole(name: str, parameter: Tensor) -> None:
         raise NotImplementedError(
             f"parameter {name!r} is a DTensor: sharded models (FSDP2, tensor parallelism) are not supported yet"
         )
+
+
+def check_processes() -> None:
+    """Raise a NotImplementedError where torch.distributed runs more than one process."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        world = torch.distributed.get_world_size()
+        if world > 1:
+            raise NotImplementedError(
+                f"S2D on {world} processes is not supported yet: each would decide from its own batch, and the "
+                "weights would drift apart"
+            )
 
 
 class ParameterGroups:

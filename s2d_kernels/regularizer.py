@@ -20,8 +20,15 @@ from torch import Tensor, nn
 
 from s2d_kernels import ops, reference
 from s2d_kernels.capture import ActivationCapture, Captured
-from s2d_kernels.layers import LayerReport, LayerState, Refreshed
-from s2d_kernels.parameters import Matrix, ParameterDecision, ParameterGroups, check_whole, find_matrices
+from s2d_kernels.layers import KEYS, LayerReport, LayerState, Refreshed, copied, moved, pack, unpack
+from s2d_kernels.parameters import (
+    Matrix,
+    ParameterDecision,
+    ParameterGroups,
+    check_processes,
+    check_whole,
+    find_matrices,
+)
 from s2d_kernels.penalty import add_penalty_grad_
 from s2d_kernels.scheduler import Pending, SideStream
 from s2d_kernels.selection import PCDR, pcdr
@@ -61,6 +68,12 @@ class S2D:
         splits: regex -> row counts of fused projections.
         seed: seed of the random columns of the SVD.
         asynchronous: False runs each refresh in place; the bits are the same.
+        snapshot: True copies the weights on refresh steps, `snapshot_bytes` in all, until the refresh has arrived.
+            False copies nothing: the refresh reads the weights themselves and is waited for before the optimizer
+            changes them, so that none of its time is hidden, whatever `lead` says. The bits are the same. The
+            decoupled form then must be attached.
+        static_factors: True keeps the factors of the coupled form in the same memory for good and their ranks on the
+            device, so that a captured CUDA graph can hold `add_grad`; see `advance`.
         impl: implementation of the operations (of those that have it), or None to choose.
 
     Raises:
@@ -94,6 +107,8 @@ class S2D:
         splits: Mapping[str, Sequence[int]] | None = None,
         seed: int = 0,
         asynchronous: bool = True,
+        snapshot: bool = True,
+        static_factors: bool = False,
         impl: str | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -107,7 +122,7 @@ class S2D:
                     "S2D.strength_for_half_life(sigma, lr_sum) gives the one that halves sigma"
                 )
             strength = STRENGTH
-        _check_processes()
+        check_processes()
         self.mode = mode
         self.strength = ops.check_number("strength", strength)
         self.power = ops.check_number("power", power)
@@ -142,13 +157,18 @@ class S2D:
                 len(low),
                 low[0],
             )
+        if static_factors and mode != "coupled":
+            raise ValueError("static_factors=True belongs to mode='coupled': the decoupled form acts outside of graphs")
+        self.snapshot = snapshot
         self._layers = {matrix.name: self._empty_layer(matrix) for matrix in self._matrices}
-        device = self._matrices[0].parameter.device if self._matrices else torch.device("cpu")
+        self._built_for = device, _ = self._place()
         self._side = SideStream(device, asynchronous=asynchronous)
-        self._capture = ActivationCapture(self._matrices)
+        ranks = torch.zeros(len(self._matrices), dtype=torch.int32, device=device)
+        self._static_ranks = ranks if static_factors else None
+        self._capture = ActivationCapture(self._matrices, copy_weights=snapshot)
         self._pending: Pending[dict[str, Refreshed]] | None = None
         self._pending_step = -1
-        self._handle: torch.utils.hooks.RemovableHandle | None = None
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._closed = False
         self._warned: set[str] = set()
         self._arm()
@@ -178,6 +198,13 @@ class S2D:
         self._add_grad(grad_scale, lr)
 
     def _add_grad(self, grad_scale: float, rates: Mapping[str, float]) -> None:
+        if self._side.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if self._static_ranks is None:
+                raise ValueError(
+                    "a captured CUDA graph needs S2D(static_factors=True): other factors change their memory"
+                )
+            self._add_factors(grad_scale)
+            return
         if not ops.check_number("grad_scale", grad_scale) > 0:
             raise ValueError(f"grad_scale={grad_scale} must be positive")
         if self._no_gradients():
@@ -191,20 +218,53 @@ class S2D:
                 return
             self._arrive_if_due()
             self._check_deviation(rates)
-            grads, factors, ranks, touched = [], [], [], []
-            for matrix in self._matrices:
-                layer, grad = self._layers[matrix.name], matrix.parameter.grad
-                if layer.rank and grad is not None:
-                    grads.append(matrix.rows(grad))
-                    factors.append(layer.factors())
-                    ranks.append(layer.rank)
-                    touched.append((matrix, grad))
-            if grads:
-                add_penalty_grad_(
-                    grads, factors, strength=self.strength * grad_scale, power=self.power, ranks=ranks, impl=self.impl
-                )
-            for (matrix, grad), rows in zip(touched, grads, strict=True):
-                matrix.write_back(grad, rows)
+            self._add_factors(grad_scale)
+        self._end_step()
+
+    def _add_factors(self, grad_scale: float) -> None:
+        """The penalty of the factors in use; with static ones of every matrix, whatever its rank is at the moment."""
+        grads, factors, indices, touched = [], [], [], []
+        for index, matrix in enumerate(self._matrices):
+            layer, grad = self._layers[matrix.name], matrix.parameter.grad
+            if grad is not None and (layer.rank or self._static_ranks is not None):
+                grads.append(matrix.rows(grad))
+                factors.append(layer.factors())
+                indices.append(index)
+                touched.append((matrix, grad))
+        if not grads:
+            return
+        ranks: Sequence[int] | Tensor = [self._layers[self._matrices[index].name].rank for index in indices]
+        if self._static_ranks is not None:
+            static = self._static_ranks
+            ranks = static if len(indices) == len(static) else torch.stack([static[index] for index in indices])
+        add_penalty_grad_(
+            grads, factors, strength=self.strength * grad_scale, power=self.power, ranks=ranks, impl=self.impl
+        )
+        for (matrix, grad), rows in zip(touched, grads, strict=True):
+            matrix.write_back(grad, rows)
+
+    @property
+    def refresh_due(self) -> bool:
+        """Whether this step's activations are looked at: hooks are installed, and no captured graph may replace it."""
+        return self._capture.active
+
+    def advance(self) -> None:
+        """Before the replay of a captured step: swap in the factors whose step has come, and count the step.
+
+        A refresh step runs the same calls without the graph, on the same gradients::
+
+            step_eagerly() if reg.refresh_due else (reg.advance(), graph.replay())
+
+        Raises:
+            ValueError: factors are not static; the step is a refresh step; closed.
+            RuntimeError: a refresh failed in the worker.
+        """
+        self._check_callable("advance")
+        if self._static_ranks is None:
+            raise ValueError("advance belongs to S2D(static_factors=True)")
+        if self.refresh_due:
+            raise ValueError(f"step {self.step} is a refresh step: run it without the graph, so that hooks see it")
+        self._arrive_if_due()
         self._end_step()
 
     def decay_(self, lr: float | Mapping[str, float]) -> None:
@@ -224,6 +284,10 @@ class S2D:
         if self.mode != "decoupled":
             raise ValueError("decay_ belongs to mode='decoupled'; with mode='coupled' call add_grad() before the step")
         self._check_callable("decay_")
+        if not self.snapshot:
+            raise ValueError(
+                "snapshot=False: decay_ comes after the step has changed the weights; use attach(optimizer)"
+            )
         if isinstance(lr, Mapping):
             missing = [m.name for m in self._matrices if m.name not in lr]
             if missing:
@@ -328,7 +392,12 @@ class S2D:
                     {m.name: float(group_of[m.name]["lr"]) if m.name in trained else 0.0 for m in self._matrices}
                 )
 
-            self._handle = optimizer.register_step_post_hook(after)
+            def start(inner: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+                if not self.snapshot and not self._no_gradients():
+                    with ops.exact_arithmetic(self._side.device):
+                        self._launch_if_due()
+
+            self._handles = [optimizer.register_step_pre_hook(start), optimizer.register_step_post_hook(after)]
             return
         if groups.adaptive:
             logger.warning(
@@ -353,13 +422,13 @@ class S2D:
                 return
             self._add_grad(1.0, groups.effective_rates())
 
-        self._handle = optimizer.register_step_pre_hook(before)
+        self._handles = [optimizer.register_step_pre_hook(before)]
 
     def detach(self) -> None:
         """End what `attach` began."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     # --- what one looks at --------------------------------------------------------------------------------------
 
@@ -390,6 +459,13 @@ class S2D:
             status = STATUS_NAMES[layer.status]
             reports.append(LayerReport(matrix.name, matrix.shape, layer.rank, *decision[1:5], layer.sigma, status))
         return reports
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Memory that the copies of a refresh's weights take, from its step's first forward until it has arrived."""
+        if not self.snapshot:
+            return 0
+        return sum(m.shape[0] * m.shape[1] * m.parameter.element_size() for m in self._matrices)
 
     @property
     def late(self) -> int:
@@ -433,18 +509,8 @@ class S2D:
     def _pack(self, pending_step: int, pending: Mapping[str, Refreshed]) -> dict[str, Tensor]:
         state = {"step": torch.tensor(self.step), "pending_step": torch.tensor(pending_step)}
         for matrix in self._matrices:
-            layer = self._layers[matrix.name]
-            fresh = pending.get(matrix.name)
-            empty = self._empty_layer(matrix)
-            basis = empty.basis if fresh is None else fresh.basis
-            integers = [layer.arrived, layer.rank, layer.status]
-            integers += [0, 0, 0] if fresh is None else [1, fresh.rank, fresh.status]
-            state |= {f"{matrix.name}.basis.{k}": t.clone() for k, t in layer.basis._asdict().items()}
-            state |= {f"{matrix.name}.pending.{k}": t.clone() for k, t in basis._asdict().items()}
-            state[f"{matrix.name}.S"] = layer.S.clone()
-            state[f"{matrix.name}.S_at_snapshot"] = layer.S_at_snapshot.clone()
-            state[f"{matrix.name}.missed_lr"] = torch.tensor(layer.missed_lr, dtype=torch.float64)
-            state[f"{matrix.name}.flags"] = torch.tensor([int(v) for v in integers])
+            packed = pack(self._layers[matrix.name], pending.get(matrix.name), self._empty_layer(matrix))
+            state |= {f"{matrix.name}.{key}": tensor for key, tensor in packed.items()}
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
@@ -472,25 +538,15 @@ class S2D:
         self._pending_step = int(state_dict["pending_step"])
         pending: dict[str, Refreshed] = {}
         for matrix in self._matrices:
-            name, empty = matrix.name, self._empty_layer(matrix)
-
-            def load(key: str, like: Tensor, name: str = name) -> Tensor:
-                return state_dict[f"{name}.{key}"].to(like.device, like.dtype, copy=True)
-
-            flags = [int(v) for v in state_dict[f"{name}.flags"]]
-            self._layers[name] = LayerState(
-                basis=SVDBasis(*(load(f"basis.{k}", t) for k, t in empty.basis._asdict().items())),
-                S=load("S", empty.S),
-                S_at_snapshot=load("S_at_snapshot", empty.S),
-                rank=flags[1],
-                status=flags[2],
-                arrived=bool(flags[0]),
-                missed_lr=float(state_dict[f"{name}.missed_lr"]),
-                sigma=float(state_dict[f"{name}.basis.S"][0]),
-            )
-            if flags[3]:
-                basis = SVDBasis(*(load(f"pending.{k}", t) for k, t in empty.basis._asdict().items()))
-                pending[name] = Refreshed(basis, flags[4], flags[5], float(basis.S[0]), None)
+            stored = {key: state_dict[f"{matrix.name}.{key}"] for key in KEYS}
+            layer, fresh = unpack(stored, self._empty_layer(matrix))
+            if self._static_ranks is not None:
+                old = self._layers[matrix.name]
+                layer.basis, layer.S = copied(old.basis, layer.basis), old.S.copy_(layer.S)
+            self._layers[matrix.name] = layer
+            if fresh is not None:
+                pending[matrix.name] = fresh
+        self._store_ranks()
         self._pending = _completed(self._side, pending) if self._pending_step >= 0 else None
         self._arm()
 
@@ -507,6 +563,27 @@ class S2D:
 
         return LayerState(SVDBasis(zeros(m, b), zeros(b), zeros(b, n), zeros(b)), S=zeros(k), S_at_snapshot=zeros(k))
 
+    def _place(self) -> tuple[torch.device, torch.dtype]:
+        if not self._matrices:
+            return torch.device("cpu"), torch.float32
+        return self._matrices[0].parameter.device, self._matrices[0].parameter.dtype
+
+    def _follow_parameters(self) -> None:
+        """The model was moved, or changed its dtype, since the factors were made."""
+        pending = None if self._pending is None else self._join_pending()
+        for matrix in self._matrices:
+            layer, like = self._layers[matrix.name], self._empty_layer(matrix)
+            layer.basis = moved(layer.basis, like.S)
+            layer.S, layer.S_at_snapshot = layer.S.to(like.S), layer.S_at_snapshot.to(like.S)
+            if pending is not None and matrix.name in pending:
+                fresh = pending[matrix.name]
+                pending[matrix.name] = fresh._replace(basis=moved(fresh.basis, like.S))
+        self._built_for = self._place()
+        self._side.move(self._built_for[0])
+        self._pending = None if pending is None else _completed(self._side, pending)
+        if self._static_ranks is not None:
+            self._static_ranks = self._static_ranks.to(self._built_for[0])
+
     def _arm(self) -> None:
         if self.step % self.interval == 0 and self._matrices:
             self._capture.start()
@@ -517,6 +594,8 @@ class S2D:
 
     def _launch_if_due(self) -> bool:
         """Start the refresh of this step if it is one; False if it should have one but nothing was captured."""
+        if self._built_for != self._place():
+            self._follow_parameters()
         if self._pending is not None and self._pending.failed():
             self._join_pending()
         if not self._capture.active:
@@ -543,6 +622,8 @@ class S2D:
             bases[name] = layer.basis if layer.arrived and layer.status == CONVERGED else None
         self._pending_step = self.step
         self._pending = self._side.submit(self._refresh, captured, bases, self.seed + self.step)
+        if not self.snapshot:
+            self._pending.wait()
         return True
 
     def _refresh(
@@ -604,11 +685,13 @@ class S2D:
             elif fresh.status != CONVERGED:
                 logger.info("S2D refresh of step %d: %s did not converge, cold start next", self._pending_step, name)
             old = self._layers[name]
-            k = old.S.shape[0]
+            basis, S = fresh.basis, fresh.basis.S[: old.S.shape[0]]
+            if self._static_ranks is not None:
+                basis, S = copied(old.basis, basis), old.S.copy_(S)
             self._layers[name] = LayerState(
-                basis=fresh.basis,
-                S=fresh.basis.S[:k],
-                S_at_snapshot=fresh.basis.S[:k],
+                basis=basis,
+                S=S,
+                S_at_snapshot=S,
                 rank=fresh.rank,
                 status=fresh.status,
                 arrived=True,
@@ -616,6 +699,7 @@ class S2D:
                 sigma=fresh.sigma,
                 pcdr=fresh.pcdr,
             )
+        self._store_ranks()
         chosen = [f"{name} ({fresh.rank})" for name, fresh in refreshed.items() if fresh.rank]
         logger.info(
             "S2D refresh of step %d: %d of %d matrices decayed: %s",
@@ -624,6 +708,10 @@ class S2D:
             len(refreshed),
             ", ".join(chosen) or "none",
         )
+
+    def _store_ranks(self) -> None:
+        if self._static_ranks is not None:
+            self._static_ranks.copy_(torch.tensor([self._layers[m.name].rank for m in self._matrices]))
 
     def _in_use(self) -> dict[str, tuple[LayerState, SVDBasis, Tensor]]:
         """What `_catch_up` must know of the factors that `_take_over` replaces."""
@@ -682,7 +770,7 @@ class S2D:
     def _check_callable(self, name: str) -> None:
         if self._closed:
             raise ValueError(f"{name}: this S2D is closed, build a new one")
-        if self._handle is not None:
+        if self._handles:
             raise ValueError(f"{name}: attached to an optimizer, whose step already makes the call; detach() first")
 
     def _no_gradients(self) -> bool:
@@ -701,19 +789,9 @@ class S2D:
 
     def _check_supported(self) -> None:
         """What the constructor checks of processes and parameters, again: trainers change them after it."""
-        _check_processes()
+        check_processes()
         for matrix in self._matrices:
             check_whole(matrix.name, matrix.parameter)
-
-
-def _check_processes() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        world = torch.distributed.get_world_size()
-        if world > 1:
-            raise NotImplementedError(
-                f"S2D on {world} processes is not supported yet: each would decide from its own batch, and the "
-                "weights would drift apart"
-            )
 
 
 def _completed(side: SideStream, result: dict[str, Refreshed]) -> Pending[dict[str, Refreshed]]:
