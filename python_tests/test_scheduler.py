@@ -180,12 +180,12 @@ def test_dataloader_workers_beside_a_running_refresh(method: str) -> None:
 @pytest.mark.parametrize("ending", ["raise ValueError('loop failed')", "os.kill(os.getpid(), 2)"])
 def test_an_exit_in_the_middle_of_a_refresh_does_not_hang(ending: str) -> None:
     program = f"""
-import os, time, torch
+import os, time, torch, torch._dynamo
 from s2d_kernels import S2D, regularizer
 svd = regularizer.topk_svd
 regularizer.topk_svd = lambda *a, **k: (time.sleep(0.5), svd(*a, **k))[1]
 model = torch.nn.Linear(16, 16)
-reg = S2D(model)
+reg, waiting = S2D(model), S2D(model)
 model(torch.randn(2, 16)).sum().backward()
 reg.add_grad()
 assert not reg._pending.done()

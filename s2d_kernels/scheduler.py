@@ -14,10 +14,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch.profiler import record_function
 
 from s2d_kernels import ops
 
 T = TypeVar("T")
+LABEL = "s2d side stream"  # of the work, in a profile
 
 
 class Pending(Generic[T]):
@@ -142,7 +144,7 @@ class SideStream:
         self, fork: torch.cuda.Event | None, work: Callable[..., T], args: tuple[Any, ...]
     ) -> tuple[T, torch.cuda.Event | None]:
         # Autocast belongs to the calling thread: without this, work done in place would differ from the worker's.
-        with ops.exact_arithmetic(self.device), ops.limit_sms(self.max_sms):
+        with ops.exact_arithmetic(self.device), ops.limit_sms(self.max_sms), record_function(LABEL):
             if fork is None or self._stream is None:
                 return work(*args), None
             with torch.cuda.stream(self._stream):
