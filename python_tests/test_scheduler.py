@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 import torch
 
-from s2d_kernels import SideStream
+from s2d_kernels import SideStream, ops
+from s2d_kernels.scheduler import share_out
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
@@ -104,3 +107,114 @@ def test_interpreter_exit_does_not_hang() -> None:
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     assert run.stdout == "done\n"
     assert run.stderr == ""
+
+
+def test_wait_leaves_the_result_and_counts() -> None:
+    side = SideStream()
+    pending = side.submit(lambda: time.sleep(0.1) or 5)
+    pending.wait()
+    assert pending.done()
+    assert (side.late, side.waited_seconds > 0.05) == (1, True)
+    assert pending.join() == 5
+    assert side.late == 1
+
+    def fail() -> None:
+        raise ArithmeticError("no luck")
+
+    pending = side.submit(fail)
+    pending.wait()
+    with pytest.raises(ArithmeticError, match="no luck"):
+        pending.join()
+    side.close()
+
+
+def test_arguments_live_until_the_join_and_no_longer(device: torch.device) -> None:
+    """An allocator gives freed memory to whoever asks next: here a dying argument is overwritten. On a GPU the device
+    still reads when the host part is done."""
+    side = SideStream(device)
+    side.submit(lambda: None).join()
+    start, died = threading.Event(), threading.Event()
+    x = torch.ones(1 << 16, device=device)
+    poison = x.numpy().fill if device.type == "cpu" else None
+    weakref.finalize(x, lambda: (poison and poison(float("nan")), died.set()))
+
+    def work(tensor: torch.Tensor) -> torch.Tensor:
+        if device.type == "cuda":
+            torch.cuda._sleep(100_000_000)
+        start.wait(10)
+        return tensor.sum()
+
+    pending = side.submit(work, x)
+    del x
+    gc.collect()
+    assert not died.is_set()
+    blocks = [torch.full((1 << 16,), float("nan"), device=device) for _ in range(64)]  # takes whatever is free
+    start.set()
+    while not pending.done():
+        time.sleep(0.001)
+    gc.collect()
+    assert not died.is_set()
+    assert pending.join().item() == 1 << 16
+    del blocks
+    side.close()
+    gc.collect()
+    assert died.is_set()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_dataloader_workers_beside_a_running_refresh(method: str) -> None:
+    """Workers start and end while the side thread is at work; neither waits for the other."""
+    side = SideStream()
+    release = threading.Event()
+    pending = side.submit(lambda: release.wait(60))
+    data = torch.utils.data.TensorDataset(torch.arange(8.0))
+    loader = torch.utils.data.DataLoader(data, batch_size=2, num_workers=1, multiprocessing_context=method, timeout=60)
+    assert sum(batch.sum().item() for (batch,) in loader) == 28
+    assert not pending.done()
+    release.set()
+    assert pending.join()
+    side.close()
+
+
+@pytest.mark.parametrize("ending", ["raise ValueError('loop failed')", "os.kill(os.getpid(), 2)"])
+def test_an_exit_in_the_middle_of_a_refresh_does_not_hang(ending: str) -> None:
+    program = f"""
+import os, time, torch, torch._dynamo
+from s2d_kernels import S2D, regularizer
+svd = regularizer.topk_svd
+regularizer.topk_svd = lambda *a, **k: (time.sleep(0.5), svd(*a, **k))[1]
+model = torch.nn.Linear(16, 16)
+reg, waiting = S2D(model), S2D(model)
+model(torch.randn(2, 16)).sum().backward()
+reg.add_grad()
+assert not reg._pending.done()
+print("running", flush=True)
+{ending}
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert run.stdout == "running\n"
+    assert run.stderr.strip().splitlines()[-1] in ("ValueError: loop failed", "KeyboardInterrupt"), run.stderr
+    assert "ignored" not in run.stderr
+
+
+def test_max_sms_reaches_the_work_and_nobody_else() -> None:
+    limited, other = SideStream(max_sms=8), SideStream(asynchronous=False)
+    assert [limited.submit(ops.max_sms).join(), ops.max_sms(), other.submit(ops.max_sms).join()] == [8, None, None]
+    with pytest.raises(ValueError, match="max_sms=0"):
+        SideStream(max_sms=0)
+    limited.close()
+
+
+def test_work_is_shared_out_evenly_and_alike_everywhere() -> None:
+    assert share_out([3, 1, 2], 1) == [0, 0, 0]
+    assert share_out([5, 1, 4, 3, 2], 2) == [0, 0, 1, 1, 0]
+    generator = torch.Generator().manual_seed(0)
+    costs = torch.randint(1, 100, (97,), generator=generator).tolist()
+    owner = share_out(costs, 8)
+    loads = [sum(c for c, o in zip(costs, owner, strict=True) if o == rank) for rank in range(8)]
+    assert sum(loads) == sum(costs)
+    assert max(loads) <= 4 / 3 * max(sum(costs) / 8, max(costs))
+    assert share_out([], 3) == []
+    with pytest.raises(ValueError, match="ranks=0"):
+        share_out([1.0], 0)

@@ -18,7 +18,7 @@ from s2d_kernels.parameters import Matrix
 class Captured(NamedTuple):
     """Largest |W x| seen: its `value` (0-dim fp32), the `neuron` (0-dim int64), the input row `x [n]` (fp32).
 
-    `weight [m, n]` is a copy of W at the first forward of the step.
+    `weight [m, n]` is a copy of W at the first forward of the step, or W itself.
     """
 
     value: Tensor
@@ -76,21 +76,28 @@ class ActivationCapture:
     The hooks hold this object weakly: where it is dropped, or the model is copied or pickled, they do nothing.
     """
 
-    def __init__(self, matrices: Iterable[Matrix], *, require_grad: bool = True) -> None:
+    def __init__(self, matrices: Iterable[Matrix], *, require_grad: bool = True, copy_weights: bool = True) -> None:
         self._by_module: dict[nn.Module, list[Matrix]] = {}
         for matrix in matrices:
             self._by_module.setdefault(matrix.module, []).append(matrix)
         self._require_grad = require_grad
+        self._copy_weights = copy_weights
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._captured: dict[str, Captured] = {}
 
     def __del__(self) -> None:
-        self.stop()
+        if not sys.is_finalizing():  # nothing can be imported any more, and nothing will run
+            self.stop()
 
     @property
     def active(self) -> bool:
         """Whether the hooks are installed."""
         return bool(self._handles)
+
+    @property
+    def seen(self) -> bool:
+        """Whether any matrix has been called since `start`."""
+        return bool(self._captured)
 
     def start(self) -> None:
         """Install the hooks and forget what was captured. Compiled models run eagerly until `stop`.
@@ -141,7 +148,8 @@ class ActivationCapture:
         neuron = flat % y.shape[1]
         old = self._captured.get(matrix.name)
         if old is None:
-            weight = matrix.rows(matrix.parameter.detach()).clone()
+            weight = matrix.rows(matrix.parameter.detach())
+            weight = weight.clone() if self._copy_weights else weight
         else:
             larger = value > old.value
             value = torch.where(larger, value, old.value)

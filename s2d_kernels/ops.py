@@ -17,6 +17,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -124,6 +125,24 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
     """No gradients, and no autocast: it would turn an exact or an fp32 product into a bf16 one."""
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
+
+
+_max_sms: ContextVar[int | None] = ContextVar("s2d_max_sms", default=None)
+
+
+@contextmanager
+def limit_sms(count: int | None) -> Iterator[None]:
+    """Let persistent kernels launched inside, by this thread, occupy at most `count` multiprocessors; None: all."""
+    token = _max_sms.set(count)
+    try:
+        yield
+    finally:
+        _max_sms.reset(token)
+
+
+def max_sms() -> int | None:
+    """What `limit_sms` allows here. Launchers of persistent kernels ask; the others' blocks are short."""
+    return _max_sms.get()
 
 
 def define(op: str, signature: str, fake: Callable[..., Any]) -> None:

@@ -187,7 +187,7 @@ class SpectralAdamW(AdamW):
             )
         if found_inf is not None and bool(found_inf):
             return loss
-        penalties = regularizer._begin_fused(self)
+        penalties = regularizer._begin_fused()
         decoupled = regularizer.mode == "decoupled"
         self._update(penalties or [], decoupled, clip_coef, clip_penalty, grad_scale, None)
         if penalties is not None:

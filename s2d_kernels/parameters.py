@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.optim import Optimizer
 
 HEAD = re.compile(r"(^|\.)(lm_head|head|classifier|score|output_projection|embed_out)$")
 FUSED_QKV = re.compile(r"(^|[._])(qkv|qkv_proj|c_attn|wqkv|in_proj|query_key_value)$", re.IGNORECASE)
+ADAPTIVE = re.compile(r"adam|rmsprop|adagrad|adadelta|adafactor|lamb|lion|muon|sophia|shampoo|soap", re.IGNORECASE)
 # torch.compile and DistributedDataParallel put their own level into every name
 _WRAPPERS = re.compile(r"\b_orig_mod\.|^module\.")
 ADAPTER = re.compile(r"lora_(A|B|embedding)|(^|\.)adapter", re.IGNORECASE)
@@ -82,7 +85,7 @@ def find_matrices(
 
     Raises:
         ValueError: a pattern matches no parameter, or a split does not add up.
-        NotImplementedError: a parameter is a DTensor.
+        NotImplementedError: a parameter is a DTensor, belongs to DeepSpeed ZeRO, or has an optimizer in the backward.
     """
     splits = dict(splits or {})
     _check_patterns(select, splits)
@@ -101,10 +104,7 @@ def find_matrices(
         parameter = getattr(module, attribute)
         if isinstance(parameter, UninitializedParameter):
             raise ValueError(f"parameter {name!r} has no shape yet (a lazy module): run one forward before S2D")
-        if hasattr(parameter, "ds_id"):
-            raise NotImplementedError(f"parameter {name!r} is partitioned by DeepSpeed ZeRO-3: not supported")
-        if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
-            raise NotImplementedError(f"parameter {name!r} is a DTensor: sharded models are not supported yet")
+        check_whole(name, parameter)
         shape = tuple(parameter.shape)
         hits = [(pattern, penalize) for pattern, penalize in select if re.search(pattern, name)]
         split = next((sizes for pattern, sizes in splits.items() if re.search(pattern, name)), None)
@@ -156,6 +156,89 @@ def find_matrices(
     if unmatched:
         raise ValueError(f"pattern(s) {sorted(unmatched)} match no parameter; names look like {list(owners)[:5]}")
     return matrices, decisions
+
+
+def check_whole(name: str, parameter: Tensor) -> None:
+    """Raise a NotImplementedError where a parameter's weight or gradient is not there as one ordinary tensor.
+
+    Frameworks take parameters over at different moments, some after S2D was built: it asks again before it acts.
+    """
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        raise NotImplementedError(
+            f"parameter {name!r} belongs to DeepSpeed ZeRO, which keeps gradients and fp32 weights in flat buffers of "
+            "its own: S2D cannot reach them. Train with zero_optimization stage 0, or without DeepSpeed"
+        )
+    if hasattr(parameter, "_in_backward_optimizers"):
+        raise NotImplementedError(
+            f"parameter {name!r} is updated by an optimizer in the backward, which takes its gradient before S2D could "
+            "act: step the optimizer after backward() instead"
+        )
+    if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
+        raise NotImplementedError(
+            f"parameter {name!r} is a DTensor: sharded models (FSDP2, tensor parallelism) are not supported yet"
+        )
+
+
+def check_processes() -> None:
+    """Raise a NotImplementedError where torch.distributed runs more than one process."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        world = torch.distributed.get_world_size()
+        if world > 1:
+            raise NotImplementedError(
+                f"S2D on {world} processes is not supported yet: each would decide from its own batch, and the "
+                "weights would drift apart"
+            )
+
+
+class ParameterGroups:
+    """The optimizer's parameter group of each matrix.
+
+    Looking all parameters up costs more than the rest of a step's bookkeeping, so the answer is kept for as long as
+    the optimizers hold the same groups with the same parameters; `load_state_dict` replaces them.
+
+    Args:
+        matrices: as `find_matrices` returns them.
+        optimizers: those that hold the parameters.
+    """
+
+    def __init__(self, matrices: Sequence[Matrix], optimizers: Sequence[Optimizer]) -> None:
+        self._matrices = matrices
+        self._optimizers = optimizers
+        self._seen: list[tuple[dict[str, Any], list[Tensor], int]] = []
+        self._by_name: dict[str, dict[str, Any]] = {}
+
+    def __call__(self) -> dict[str, dict[str, Any]]:
+        """Matrix name -> group, for the matrices that the optimizers hold."""
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        if len(groups) != len(self._seen) or any(
+            group is not known or group["params"] is not params or len(params) != count
+            for group, (known, params, count) in zip(groups, self._seen, strict=True)
+        ):
+            by_parameter = {id(p): group for group in groups for p in group["params"]}
+            self._by_name = {
+                m.name: by_parameter[id(m.parameter)] for m in self._matrices if id(m.parameter) in by_parameter
+            }
+            self._seen = [(group, group["params"], len(group["params"])) for group in groups]
+        return self._by_name
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether any optimizer divides gradients by their own size, so that a penalty's strength hardly matters."""
+        return any(ADAPTIVE.search(type(optimizer).__name__) for optimizer in self._optimizers)
+
+    def effective_rates(self) -> dict[str, float]:
+        """What a constant gradient moves a matrix by per step in the long run: momentum multiplies the learning rate.
+
+        Empty for adaptive optimizers, where nothing can be said.
+        """
+        return {} if self.adaptive else {name: _effective_rate(group) for name, group in self().items()}
+
+
+def _effective_rate(group: Mapping[str, Any]) -> float:
+    momentum = float(group.get("momentum", 0.0))
+    if momentum == 0.0:
+        return float(group["lr"])
+    return float(group["lr"]) * (1 - float(group.get("dampening", 0.0))) / max(1 - momentum, 1e-12)
 
 
 def _check_patterns(select: object, splits: Mapping[str, Sequence[int]]) -> None:

@@ -12,81 +12,35 @@ Whoever is late is waited for at t + lead, so the bits of training do not depend
 from __future__ import annotations
 
 import logging
-import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from s2d_kernels import ops, reference
 from s2d_kernels.capture import ActivationCapture, Captured
+from s2d_kernels.layers import KEYS, LayerReport, LayerState, Refreshed, copied, moved, pack, unpack
 from s2d_kernels.optim import Penalty
-from s2d_kernels.parameters import Matrix, ParameterDecision, find_matrices
-from s2d_kernels.penalty import add_penalty_grad_, penalty_coefficients, penalty_status
+from s2d_kernels.parameters import (
+    Matrix,
+    ParameterDecision,
+    ParameterGroups,
+    check_processes,
+    check_whole,
+    find_matrices,
+)
+from s2d_kernels.penalty import add_penalty_grad_, penalty_status
 from s2d_kernels.scheduler import Pending, SideStream
 from s2d_kernels.selection import PCDR, pcdr
-from s2d_kernels.svd import CONVERGED, NON_FINITE, OVERFLOW, STATUS_NAMES, SVDBasis, TopkSVD, topk_svd, warm_width
+from s2d_kernels.svd import CONVERGED, NON_FINITE, OVERFLOW, STATUS_NAMES, SVDBasis, topk_svd, warm_width
 
 logger = logging.getLogger("s2d_kernels")
 
-ADAPTIVE = re.compile(r"adam|rmsprop|adagrad|adadelta|adafactor|lamb|lion|muon|sophia|shampoo|soap", re.IGNORECASE)
 STRENGTH = 5e-4
 DEVIATION_WARNING = 0.3
 DEVIATION_LIMIT = 1.0
-
-
-class LayerReport(NamedTuple):
-    """What the last refresh that has arrived said about one matrix."""
-
-    name: str
-    shape: tuple[int, int]
-    k_target: int
-    route: str
-    lower: tuple[float, ...]
-    upper: tuple[float, ...]
-    activation: float
-    sigma_max: float
-    status: str
-
-
-@dataclass
-class _Layer:
-    """Factors in use on one matrix, all on the parameter's device. Zero tensors until a refresh has arrived."""
-
-    basis: SVDBasis  # as the refresh delivered it: the next warm start
-    S: Tensor  # [k], the cached singular values, which the decoupled form decays
-    S_at_snapshot: Tensor  # [k], S when the weights of the refresh under way were copied
-    rank: int = 0
-    status: int = CONVERGED
-    arrived: bool = False
-    missed_lr: float = 0.0  # sum of the learning rates since that copy
-    sigma: float = 0.0  # the largest singular value at the snapshot, on the host
-    pcdr: PCDR | None = None
-    prepared: tuple[float, float, Tensor] | None = None  # strength, power and their coefficients
-
-    def coefficients(self, strength: float, power: float) -> Tensor:
-        """strength * s^power `[k]`, of which the coupled form needs the same at every step between two refreshes."""
-        if self.prepared is None or self.prepared[:2] != (strength, power):
-            self.prepared = strength, power, penalty_coefficients([self.S], strength=strength, power=power)[0]
-        return self.prepared[2]
-
-    def factors(self) -> TopkSVD:
-        k = self.S.shape[0]
-        basis, zero = self.basis, self.S.new_zeros(())
-        return TopkSVD(basis.U[:, :k], self.S, basis.Vh[:k], basis.residual[:k], zero, zero.to(torch.int32), basis)
-
-
-class _Refreshed(NamedTuple):
-    """Result of a refresh for one matrix, on the host's side of the decision."""
-
-    basis: SVDBasis
-    rank: int
-    status: int
-    sigma: float
-    pcdr: PCDR | None
 
 
 class S2D:
@@ -116,12 +70,20 @@ class S2D:
         splits: regex -> row counts of fused projections.
         seed: seed of the random columns of the SVD.
         asynchronous: False runs each refresh in place; the bits are the same.
+        snapshot: True copies the weights on refresh steps, `snapshot_bytes` in all, until the refresh has arrived.
+            False copies nothing: the refresh reads the weights themselves and is waited for before the optimizer
+            changes them, so that none of its time is hidden, whatever `lead` says. The bits are the same. The
+            decoupled form then must be attached.
+        static_factors: True keeps the factors of the coupled form in the same memory for good and their ranks on the
+            device, so that a captured CUDA graph can hold `add_grad`; see `advance`.
         impl: implementation of the operations (of those that have it), or None to choose.
 
     Raises:
         TypeError: `model` is no module.
         ValueError: a value out of range, a pattern that matches nothing.
-        NotImplementedError: sharded (DTensor, ZeRO-3) parameters, more than one process in torch.distributed.
+        NotImplementedError: parameters that are DTensors, belong to DeepSpeed ZeRO or are updated in the backward; more
+            than one process in torch.distributed. The same may come from a later step, where a trainer took the
+            parameters over after this S2D was built.
 
     Attributes:
         step: completed optimizer steps.
@@ -147,6 +109,8 @@ class S2D:
         splits: Mapping[str, Sequence[int]] | None = None,
         seed: int = 0,
         asynchronous: bool = True,
+        snapshot: bool = True,
+        static_factors: bool = False,
         impl: str | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -160,13 +124,7 @@ class S2D:
                     "S2D.strength_for_half_life(sigma, lr_sum) gives the one that halves sigma"
                 )
             strength = STRENGTH
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            world = torch.distributed.get_world_size()
-            if world > 1:
-                raise NotImplementedError(
-                    f"S2D on {world} processes is not supported yet: each would decide from its own batch, and the "
-                    "weights would drift apart"
-                )
+        check_processes()
         self.mode = mode
         self.strength = ops.check_number("strength", strength)
         self.power = ops.check_number("power", power)
@@ -201,29 +159,34 @@ class S2D:
                 len(low),
                 low[0],
             )
+        if static_factors and mode != "coupled":
+            raise ValueError("static_factors=True belongs to mode='coupled': the decoupled form acts outside of graphs")
+        self.snapshot = snapshot
         self._layers = {matrix.name: self._empty_layer(matrix) for matrix in self._matrices}
-        device = self._matrices[0].parameter.device if self._matrices else torch.device("cpu")
+        self._built_for = device, _ = self._place()
         self._side = SideStream(device, asynchronous=asynchronous)
-        self._capture = ActivationCapture(self._matrices)
-        self._pending: Pending[dict[str, _Refreshed]] | None = None
+        ranks = torch.zeros(len(self._matrices), dtype=torch.int32, device=device)
+        self._static_ranks = ranks if static_factors else None
+        self._capture = ActivationCapture(self._matrices, copy_weights=snapshot)
+        self._pending: Pending[dict[str, Refreshed]] | None = None
         self._pending_step = -1
-        self._handle: torch.utils.hooks.RemovableHandle | _Fused | None = None
+        self._handles: list[torch.utils.hooks.RemovableHandle | _Fused] = []
         self._closed = False
         self._warned: set[str] = set()
         self._arm()
 
     # --- use in a training loop ---------------------------------------------------------------------------------
 
-    def add_grad(self, *, grad_scale: float = 1.0, lr: float | None = None) -> None:
+    def add_grad(self, *, grad_scale: float = 1.0, lr: float | Mapping[str, float] | None = None) -> None:
         """Add the penalty gradient to `.grad` of the decided layers. Once per optimizer step, after `backward()`.
 
         A call at a refresh step in which no penalized layer ran forward with gradients does nothing and is not counted.
 
         Args:
             grad_scale: factor the gradients carry at this moment, for calls before `GradScaler.unscale_`.
-            lr: learning rate of a plain SGD-like optimizer, to check that stale factors do not overshoot:
-                interval * lr * strength * s_1^(power-1) above 0.3 is warned about, 1 and more refused. With momentum
-                give lr / (1 - momentum). `attach` knows it by itself.
+            lr: learning rate of a plain SGD-like optimizer, or one per matrix name, to check that stale factors do not
+                overshoot: interval * lr * strength * s_1^(power-1) above 0.3 is warned about, 1 and more refused. With
+                momentum give lr / (1 - momentum). `attach` knows it by itself.
 
         Raises:
             ValueError: mode is "decoupled", or S2D is attached or closed; no gradients at all; the check above.
@@ -232,12 +195,21 @@ class S2D:
         if self.mode != "coupled":
             raise ValueError("add_grad belongs to mode='coupled'; with mode='decoupled' call decay_(lr) after the step")
         self._check_callable("add_grad")
-        self._add_grad(grad_scale, {} if lr is None else {m.name: ops.check_number("lr", lr) for m in self._matrices})
+        if not isinstance(lr, Mapping):
+            lr = {} if lr is None else {m.name: ops.check_number("lr", lr) for m in self._matrices}
+        self._add_grad(grad_scale, lr)
 
     def _add_grad(self, grad_scale: float, rates: Mapping[str, float]) -> None:
+        if self._side.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if self._static_ranks is None:
+                raise ValueError(
+                    "a captured CUDA graph needs S2D(static_factors=True): other factors change their memory"
+                )
+            self._add_factors(grad_scale)
+            return
         if not ops.check_number("grad_scale", grad_scale) > 0:
             raise ValueError(f"grad_scale={grad_scale} must be positive")
-        if self._matrices and all(matrix.parameter.grad is None for matrix in self._matrices):
+        if self._no_gradients():
             raise ValueError(
                 f"no parameter has a gradient (first: {self._matrices[0].name!r}): call add_grad after backward() and "
                 "before zero_grad(). Frameworks that keep .grad to themselves (DeepSpeed ZeRO, optimizer-in-backward) "
@@ -248,19 +220,57 @@ class S2D:
                 return
             self._arrive_if_due()
             self._check_deviation(rates)
-            grads, factors, ranks, coefficients, touched = [], [], [], [], []
-            for matrix in self._matrices:
-                layer, grad = self._layers[matrix.name], matrix.parameter.grad
-                if layer.rank and grad is not None:
-                    grads.append(matrix.rows(grad))
-                    factors.append(layer.factors())
-                    ranks.append(layer.rank)
-                    coefficients.append(layer.coefficients(self.strength * grad_scale, self.power))
-                    touched.append((matrix, grad))
-            if grads:
-                add_penalty_grad_(grads, factors, ranks=ranks, coefficients=coefficients, impl=self.impl)
-            for (matrix, grad), rows in zip(touched, grads, strict=True):
-                matrix.write_back(grad, rows)
+            self._add_factors(grad_scale)
+        self._end_step()
+
+    def _add_factors(self, grad_scale: float) -> None:
+        """The penalty of the factors in use; with static ones of every matrix, whatever its rank is at the moment."""
+        grads, factors, indices, touched = [], [], [], []
+        for index, matrix in enumerate(self._matrices):
+            layer, grad = self._layers[matrix.name], matrix.parameter.grad
+            if grad is not None and (layer.rank or self._static_ranks is not None):
+                grads.append(matrix.rows(grad))
+                factors.append(layer.factors())
+                indices.append(index)
+                touched.append((matrix, grad))
+        if not grads:
+            return
+        if self._static_ranks is not None:
+            static = self._static_ranks
+            own = static if len(indices) == len(static) else torch.stack([static[index] for index in indices])
+            add_penalty_grad_(
+                grads, factors, strength=self.strength * grad_scale, power=self.power, ranks=own, impl=self.impl
+            )
+        else:
+            layers = [self._layers[self._matrices[index].name] for index in indices]
+            coefficients = [layer.coefficients(self.strength * grad_scale, self.power) for layer in layers]
+            ranks = [layer.rank for layer in layers]
+            add_penalty_grad_(grads, factors, ranks=ranks, coefficients=coefficients, impl=self.impl)
+        for (matrix, grad), rows in zip(touched, grads, strict=True):
+            matrix.write_back(grad, rows)
+
+    @property
+    def refresh_due(self) -> bool:
+        """Whether this step's activations are looked at: hooks are installed, and no captured graph may replace it."""
+        return self._capture.active
+
+    def advance(self) -> None:
+        """Before the replay of a captured step: swap in the factors whose step has come, and count the step.
+
+        A refresh step runs the same calls without the graph, on the same gradients::
+
+            step_eagerly() if reg.refresh_due else (reg.advance(), graph.replay())
+
+        Raises:
+            ValueError: factors are not static; the step is a refresh step; closed.
+            RuntimeError: a refresh failed in the worker.
+        """
+        self._check_callable("advance")
+        if self._static_ranks is None:
+            raise ValueError("advance belongs to S2D(static_factors=True)")
+        if self.refresh_due:
+            raise ValueError(f"step {self.step} is a refresh step: run it without the graph, so that hooks see it")
+        self._arrive_if_due()
         self._end_step()
 
     def decay_(self, lr: float | Mapping[str, float]) -> None:
@@ -280,6 +290,10 @@ class S2D:
         if self.mode != "decoupled":
             raise ValueError("decay_ belongs to mode='decoupled'; with mode='coupled' call add_grad() before the step")
         self._check_callable("decay_")
+        if not self.snapshot:
+            raise ValueError(
+                "snapshot=False: decay_ comes after the step has changed the weights; use attach(optimizer)"
+            )
         if isinstance(lr, Mapping):
             missing = [m.name for m in self._matrices if m.name not in lr]
             if missing:
@@ -302,11 +316,11 @@ class S2D:
             self._change_weights(changes)
         self._end_step()
 
-    def _changes(self, rates: Mapping[str, float]) -> list[tuple[Matrix, _Layer, Tensor]] | None:
+    def _changes(self, rates: Mapping[str, float]) -> list[tuple[Matrix, LayerState, Tensor]] | None:
         """What this step takes from the singular values of each decided layer; None where the step does not count."""
         if not self._launch_if_due():
             return None
-        before = {name: (layer, layer.basis, layer.S) for name, layer in self._layers.items()}
+        before = self._in_use()
         late = self._catch_up(before) if self._arrive_if_due() else {}
         changes = []
         for matrix in self._matrices:
@@ -321,11 +335,12 @@ class S2D:
                 changes.append((matrix, layer, change))
         return changes
 
-    def _begin_fused(self, optimizer: torch.optim.Optimizer) -> list[Penalty] | None:
+    def _begin_fused(self) -> list[Penalty] | None:
         """The penalties of this step for an optimizer that applies them itself; None where the step does not count."""
-        if self._no_gradients():
+        (handle,) = self._handles
+        if self._no_gradients() or not isinstance(handle, _Fused):
             return None
-        groups = self._group_of(optimizer)
+        groups = handle.groups()
         trained = {m.name for m in self._matrices if m.name in groups and m.parameter.grad is not None}
         with ops.exact_arithmetic(self._side.device):
             if self.mode == "coupled":
@@ -351,54 +366,77 @@ class S2D:
     def _fuse(self, optimizer: torch.optim.Optimizer) -> None:
         """Leave the calls to the step of an optimizer that applies the penalties itself, until `detach` or `close`."""
         self._check_callable(type(optimizer).__name__)
-        self._check_holds(optimizer)
+        self._check_supported()
+        groups = self._groups_of([optimizer])
         if self.mode == "coupled":
             self._warn_adaptive(optimizer)
-        self._handle = _Fused(optimizer)
+        self._handles = [_Fused(optimizer, groups)]
 
-    def _change_weights(self, changes: Sequence[tuple[Matrix, _Layer, Tensor]]) -> None:
+    def _change_weights(self, changes: Sequence[tuple[Matrix, LayerState, Tensor]]) -> None:
         """W += U diag(change) Vh of each layer's decided components."""
-        if not changes:
-            return
         weights = [matrix.rows(matrix.parameter.detach()) for matrix, _, _ in changes]
-        add_penalty_grad_(
-            weights,
-            [layer.factors() for _, layer, _ in changes],
-            ranks=[layer.rank for _, layer, _ in changes],
-            coefficients=[change for _, _, change in changes],
-            impl=self.impl,
-        )
+        self._add_changes([(rows, layer, c) for rows, (_, layer, c) in zip(weights, changes, strict=True)])
         for (matrix, _, _), rows in zip(changes, weights, strict=True):
             matrix.write_back(matrix.parameter.detach(), rows)
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+    def _add_changes(self, changes: Sequence[tuple[Tensor, LayerState, Tensor]]) -> None:
+        if changes:
+            add_penalty_grad_(
+                [rows for rows, _, _ in changes],
+                [layer.factors() for _, layer, _ in changes],
+                ranks=[layer.rank for _, layer, _ in changes],
+                coefficients=[change for _, _, change in changes],
+                impl=self.impl,
+            )
+
+    def attach(self, optimizer: torch.optim.Optimizer, *, parts: Sequence[torch.optim.Optimizer] | None = None) -> None:
         """Let hooks of `optimizer.step()` make the call, until `detach` or `close`.
 
         The coupled form then acts after gradient clipping done by the loop, the decoupled form after the step with
         each parameter group's learning rate. A step without any gradient is left alone, and so is a parameter without
         one.
 
+        Args:
+            optimizer: the one whose step is called. Wrappers of trainers are for `s2d_kernels.integrations`.
+            parts: where `optimizer` only steps others, those others, which hold the parameters.
+
         Raises:
+            TypeError: not a torch optimizer, or a wrapper without hooks.
             ValueError: already attached or closed; the optimizer holds none of the penalized parameters. Later, from
                 the step: it is called with a closure, or with gradients still scaled by a GradScaler.
+            NotImplementedError: see the class.
         """
         self._check_callable("attach")
-        self._check_holds(optimizer)
-        adaptive = ADAPTIVE.search(type(optimizer).__name__) is not None
+        self._check_supported()
+        parts = [optimizer] if parts is None else list(parts)
+        for one in (optimizer, *parts):
+            if not isinstance(one, torch.optim.Optimizer) or not hasattr(one, "_optimizer_step_pre_hooks"):
+                raise TypeError(
+                    f"{type(one).__module__}.{type(one).__name__} is no torch.optim.Optimizer with step hooks: attach "
+                    "the optimizer inside it, or use s2d_kernels.integrations"
+                )
+        groups = self._groups_of(parts)
         if self.mode == "decoupled":
 
             def after(inner: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
                 found_inf = getattr(inner, "found_inf", None)  # a fused optimizer skips such a step by itself
                 if self._no_gradients() or (found_inf is not None and bool(found_inf)):
                     return
-                groups = self._group_of(inner)
-                trained = {m.name for m in self._matrices if m.name in groups and m.parameter.grad is not None}
-                self._decay({m.name: float(groups[m.name]["lr"]) if m.name in trained else 0.0 for m in self._matrices})
+                group_of = groups()
+                trained = {m.name for m in self._matrices if m.name in group_of and m.parameter.grad is not None}
+                self._decay(
+                    {m.name: float(group_of[m.name]["lr"]) if m.name in trained else 0.0 for m in self._matrices}
+                )
 
-            self._handle = optimizer.register_step_post_hook(after)
+            def start(inner: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+                if not self.snapshot and not self._no_gradients():
+                    with ops.exact_arithmetic(self._side.device):
+                        self._launch_if_due()
+
+            self._handles = [optimizer.register_step_pre_hook(start), optimizer.register_step_post_hook(after)]
             return
-        if adaptive:
-            self._warn_adaptive(optimizer)
+        if groups.adaptive:
+            self._warn_adaptive(parts[0])
 
         def before(inner: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             positional = [a for a in args if a is not inner]  # torch passes the optimizer itself among the arguments
@@ -414,17 +452,28 @@ class S2D:
                 )
             if self._no_gradients():
                 return
-            groups = {} if adaptive else self._group_of(inner)
-            self._add_grad(1.0, {name: _effective_rate(group) for name, group in groups.items()})
+            self._add_grad(1.0, groups.effective_rates())
 
-        self._handle = optimizer.register_step_pre_hook(before)
+        self._handles = [optimizer.register_step_pre_hook(before)]
 
-    def _check_holds(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._matrices and not self._group_of(optimizer):
+    def _groups_of(self, optimizers: Sequence[torch.optim.Optimizer]) -> ParameterGroups:
+        """Their groups; a ValueError where they hold none of the matrices, a warning where some are missing."""
+        groups = ParameterGroups(self._matrices, optimizers)
+        held = groups()
+        if self._matrices and not held:
             raise ValueError(
                 f"the optimizer holds none of the {len(self._matrices)} penalized matrices "
                 f"(first: {self._matrices[0].name!r}): attach the optimizer that trains this model"
             )
+        missing = [matrix.name for matrix in self._matrices if matrix.name not in held]
+        if missing:
+            logger.warning(
+                "S2D: %d of the %d penalized matrices are not in the attached optimizer (first: %s)",
+                len(missing),
+                len(self._matrices),
+                missing[0],
+            )
+        return groups
 
     def _warn_adaptive(self, optimizer: torch.optim.Optimizer) -> None:
         logger.warning(
@@ -435,11 +484,16 @@ class S2D:
 
     def detach(self) -> None:
         """End what `attach` or `SpectralAdamW` began."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     # --- what one looks at --------------------------------------------------------------------------------------
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """The penalized matrices."""
+        return tuple(self._matrices)
 
     @property
     def penalty(self) -> Tensor:
@@ -463,6 +517,13 @@ class S2D:
             status = STATUS_NAMES[layer.status]
             reports.append(LayerReport(matrix.name, matrix.shape, layer.rank, *decision[1:5], layer.sigma, status))
         return reports
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Memory that the copies of a refresh's weights take, from its step's first forward until it has arrived."""
+        if not self.snapshot:
+            return 0
+        return sum(m.shape[0] * m.shape[1] * m.parameter.element_size() for m in self._matrices)
 
     @property
     def late(self) -> int:
@@ -503,21 +564,11 @@ class S2D:
         self._pending = _completed(self._side, pending)
         return self._pack(self._pending_step, pending)
 
-    def _pack(self, pending_step: int, pending: Mapping[str, _Refreshed]) -> dict[str, Tensor]:
+    def _pack(self, pending_step: int, pending: Mapping[str, Refreshed]) -> dict[str, Tensor]:
         state = {"step": torch.tensor(self.step), "pending_step": torch.tensor(pending_step)}
         for matrix in self._matrices:
-            layer = self._layers[matrix.name]
-            fresh = pending.get(matrix.name)
-            empty = self._empty_layer(matrix)
-            basis = empty.basis if fresh is None else fresh.basis
-            integers = [layer.arrived, layer.rank, layer.status]
-            integers += [0, 0, 0] if fresh is None else [1, fresh.rank, fresh.status]
-            state |= {f"{matrix.name}.basis.{k}": t.clone() for k, t in layer.basis._asdict().items()}
-            state |= {f"{matrix.name}.pending.{k}": t.clone() for k, t in basis._asdict().items()}
-            state[f"{matrix.name}.S"] = layer.S.clone()
-            state[f"{matrix.name}.S_at_snapshot"] = layer.S_at_snapshot.clone()
-            state[f"{matrix.name}.missed_lr"] = torch.tensor(layer.missed_lr, dtype=torch.float64)
-            state[f"{matrix.name}.flags"] = torch.tensor([int(v) for v in integers])
+            packed = pack(self._layers[matrix.name], pending.get(matrix.name), self._empty_layer(matrix))
+            state |= {f"{matrix.name}.{key}": tensor for key, tensor in packed.items()}
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
@@ -543,33 +594,23 @@ class S2D:
         self._capture.stop()
         self.step = int(state_dict["step"])
         self._pending_step = int(state_dict["pending_step"])
-        pending: dict[str, _Refreshed] = {}
+        pending: dict[str, Refreshed] = {}
         for matrix in self._matrices:
-            name, empty = matrix.name, self._empty_layer(matrix)
-
-            def load(key: str, like: Tensor, name: str = name) -> Tensor:
-                return state_dict[f"{name}.{key}"].to(like.device, like.dtype, copy=True)
-
-            flags = [int(v) for v in state_dict[f"{name}.flags"]]
-            self._layers[name] = _Layer(
-                basis=SVDBasis(*(load(f"basis.{k}", t) for k, t in empty.basis._asdict().items())),
-                S=load("S", empty.S),
-                S_at_snapshot=load("S_at_snapshot", empty.S),
-                rank=flags[1],
-                status=flags[2],
-                arrived=bool(flags[0]),
-                missed_lr=float(state_dict[f"{name}.missed_lr"]),
-                sigma=float(state_dict[f"{name}.basis.S"][0]),
-            )
-            if flags[3]:
-                basis = SVDBasis(*(load(f"pending.{k}", t) for k, t in empty.basis._asdict().items()))
-                pending[name] = _Refreshed(basis, flags[4], flags[5], float(basis.S[0]), None)
+            stored = {key: state_dict[f"{matrix.name}.{key}"] for key in KEYS}
+            layer, fresh = unpack(stored, self._empty_layer(matrix))
+            if self._static_ranks is not None:
+                old = self._layers[matrix.name]
+                layer.basis, layer.S = copied(old.basis, layer.basis), old.S.copy_(layer.S)
+            self._layers[matrix.name] = layer
+            if fresh is not None:
+                pending[matrix.name] = fresh
+        self._store_ranks()
         self._pending = _completed(self._side, pending) if self._pending_step >= 0 else None
         self._arm()
 
     # --- the refresh --------------------------------------------------------------------------------------------
 
-    def _empty_layer(self, matrix: Matrix) -> _Layer:
+    def _empty_layer(self, matrix: Matrix) -> LayerState:
         (m, n), device = matrix.shape, matrix.parameter.device
         dtype = torch.float64 if matrix.parameter.dtype == torch.float64 else torch.float32
         k = min(self.k_max, m, n)
@@ -578,7 +619,28 @@ class S2D:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        return _Layer(SVDBasis(zeros(m, b), zeros(b), zeros(b, n), zeros(b)), S=zeros(k), S_at_snapshot=zeros(k))
+        return LayerState(SVDBasis(zeros(m, b), zeros(b), zeros(b, n), zeros(b)), S=zeros(k), S_at_snapshot=zeros(k))
+
+    def _place(self) -> tuple[torch.device, torch.dtype]:
+        if not self._matrices:
+            return torch.device("cpu"), torch.float32
+        return self._matrices[0].parameter.device, self._matrices[0].parameter.dtype
+
+    def _follow_parameters(self) -> None:
+        """The model was moved, or changed its dtype, since the factors were made."""
+        pending = None if self._pending is None else self._join_pending()
+        for matrix in self._matrices:
+            layer, like = self._layers[matrix.name], self._empty_layer(matrix)
+            layer.basis = moved(layer.basis, like.S)
+            layer.S, layer.S_at_snapshot = layer.S.to(like.S), layer.S_at_snapshot.to(like.S)
+            if pending is not None and matrix.name in pending:
+                fresh = pending[matrix.name]
+                pending[matrix.name] = fresh._replace(basis=moved(fresh.basis, like.S))
+        self._built_for = self._place()
+        self._side.move(self._built_for[0])
+        self._pending = None if pending is None else _completed(self._side, pending)
+        if self._static_ranks is not None:
+            self._static_ranks = self._static_ranks.to(self._built_for[0])
 
     def _arm(self) -> None:
         if self.step % self.interval == 0 and self._matrices:
@@ -590,10 +652,13 @@ class S2D:
 
     def _launch_if_due(self) -> bool:
         """Start the refresh of this step if it is one; False if it should have one but nothing was captured."""
+        if self._built_for != self._place():
+            self._follow_parameters()
         if self._pending is not None and self._pending.failed():
             self._join_pending()
         if not self._capture.active:
             return True
+        self._check_supported()
         captured = self._capture.stop()
         if not captured:
             self._warn_once(
@@ -603,8 +668,14 @@ class S2D:
             )
             self._capture.start()
             return False
-        if self._pending is not None:
-            self._take_over()  # only after loading a state of another interval or lead can one still be under way
+        if self._pending is not None:  # only after loading a state of another interval or lead
+            before = self._in_use()
+            self._take_over()
+            if self.mode == "decoupled":  # the copies of this step's weights are from before what is caught up here
+                late = self._catch_up(before)
+                changes = [(m, self._layers[m.name], late[m.name]) for m in self._matrices if m.name in late]
+                self._change_weights(changes)
+                self._add_changes([(captured[m.name].weight, at, c) for m, at, c in changes if m.name in captured])
         bases: dict[str, SVDBasis | None] = {}
         for name, layer in self._layers.items():
             layer.S_at_snapshot, layer.missed_lr = layer.S, 0.0
@@ -612,11 +683,13 @@ class S2D:
             bases[name] = layer.basis if layer.arrived and layer.status == CONVERGED else None
         self._pending_step = self.step
         self._pending = self._side.submit(self._refresh, captured, bases, self.seed + self.step)
+        if not self.snapshot:
+            self._pending.wait()
         return True
 
     def _refresh(
         self, captured: dict[str, Captured], bases: dict[str, SVDBasis | None], seed: int
-    ) -> dict[str, _Refreshed]:
+    ) -> dict[str, Refreshed]:
         """Factors and decisions of every captured matrix; runs on the side stream and touches no live parameter."""
         names = list(captured)
         weights = [captured[name].weight for name in names]
@@ -642,10 +715,10 @@ class S2D:
             U, S, Vh, residual = factor.basis
             basis = SVDBasis(U[:, :width].contiguous(), S[:width], Vh[:width], residual[:width])
             rank = 0 if status in (NON_FINITE, OVERFLOW) else min(decision.k_target, k)
-            refreshed[name] = _Refreshed(basis, rank, int(status), sigma, decision)
+            refreshed[name] = Refreshed(basis, rank, int(status), sigma, decision)
         return refreshed
 
-    def _join_pending(self) -> dict[str, _Refreshed]:
+    def _join_pending(self) -> dict[str, Refreshed]:
         """Wait for the pending refresh; on failure forget it, so that training can go on, and say so."""
         try:
             return self._pending.join() if self._pending is not None else {}
@@ -678,11 +751,13 @@ class S2D:
             elif fresh.status != CONVERGED:
                 logger.info("S2D refresh of step %d: %s did not converge, cold start next", self._pending_step, name)
             old = self._layers[name]
-            k = old.S.shape[0]
-            self._layers[name] = _Layer(
-                basis=fresh.basis,
-                S=fresh.basis.S[:k],
-                S_at_snapshot=fresh.basis.S[:k],
+            basis, S = fresh.basis, fresh.basis.S[: old.S.shape[0]]
+            if self._static_ranks is not None:
+                basis, S = copied(old.basis, basis), old.S.copy_(S)
+            self._layers[name] = LayerState(
+                basis=basis,
+                S=S,
+                S_at_snapshot=S,
                 rank=fresh.rank,
                 status=fresh.status,
                 arrived=True,
@@ -690,6 +765,7 @@ class S2D:
                 sigma=fresh.sigma,
                 pcdr=fresh.pcdr,
             )
+        self._store_ranks()
         chosen = [f"{name} ({fresh.rank})" for name, fresh in refreshed.items() if fresh.rank]
         logger.info(
             "S2D refresh of step %d: %d of %d matrices decayed: %s",
@@ -699,7 +775,15 @@ class S2D:
             ", ".join(chosen) or "none",
         )
 
-    def _catch_up(self, before: Mapping[str, tuple[_Layer, SVDBasis, Tensor]]) -> dict[str, Tensor]:
+    def _store_ranks(self) -> None:
+        if self._static_ranks is not None:
+            self._static_ranks.copy_(torch.tensor([self._layers[m.name].rank for m in self._matrices]))
+
+    def _in_use(self) -> dict[str, tuple[LayerState, SVDBasis, Tensor]]:
+        """What `_catch_up` must know of the factors that `_take_over` replaces."""
+        return {name: (layer, layer.basis, layer.S) for name, layer in self._layers.items()}
+
+    def _catch_up(self, before: Mapping[str, tuple[LayerState, SVDBasis, Tensor]]) -> dict[str, Tensor]:
         """By name what gives fresh factors the decay of the steps between their snapshot and now.
 
         A component that went on being decayed by the previous factors has it already: along the new u_i, v_i they took
@@ -748,23 +832,36 @@ class S2D:
     def _check_callable(self, name: str) -> None:
         if self._closed:
             raise ValueError(f"{name}: this S2D is closed, build a new one")
-        if self._handle is not None:
+        if self._handles:
             raise ValueError(f"{name}: attached to an optimizer, whose step already makes the call; detach() first")
 
     def _no_gradients(self) -> bool:
-        return bool(self._matrices) and all(matrix.parameter.grad is None for matrix in self._matrices)
+        """Whether there is no gradient at all; a NotImplementedError where somebody took them away."""
+        if not self._matrices or any(matrix.parameter.grad is not None for matrix in self._matrices):
+            return False
+        self._check_supported()
+        taken = [m.name for m in self._matrices if getattr(m.parameter, "_post_accumulate_grad_hooks", None)]
+        if taken and self._capture.seen:
+            raise NotImplementedError(
+                f"{taken[0]!r} and {len(taken) - 1} more have run forward, but their gradients are gone, and they have "
+                "hooks that run when a gradient is complete: S2D cannot act with an optimizer in the backward. Step it "
+                "after backward() instead"
+            )
+        return True
 
-    def _group_of(self, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-        """Parameter group of each matrix the optimizer holds."""
-        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        return {m.name: groups[id(m.parameter)] for m in self._matrices if id(m.parameter) in groups}
+    def _check_supported(self) -> None:
+        """What the constructor checks of processes and parameters, again: trainers change them after it."""
+        check_processes()
+        for matrix in self._matrices:
+            check_whole(matrix.name, matrix.parameter)
 
 
 class _Fused:
     """The bond with an optimizer that applies the penalties itself, in the place of a hook's handle."""
 
-    def __init__(self, optimizer: Any) -> None:
+    def __init__(self, optimizer: Any, groups: ParameterGroups) -> None:
         self._optimizer = weakref.ref(optimizer)
+        self.groups = groups
 
     def remove(self) -> None:
         optimizer = self._optimizer()
@@ -772,14 +869,6 @@ class _Fused:
             optimizer.regularizer = None
 
 
-def _effective_rate(group: Mapping[str, Any]) -> float:
-    """What a constant gradient moves a parameter by per step in the long run: momentum multiplies the learning rate."""
-    momentum = float(group.get("momentum", 0.0))
-    if momentum == 0.0:
-        return float(group["lr"])
-    return float(group["lr"]) * (1 - float(group.get("dampening", 0.0))) / max(1 - momentum, 1e-12)
-
-
-def _completed(side: SideStream, result: dict[str, _Refreshed]) -> Pending[dict[str, _Refreshed]]:
-    work: Callable[[], dict[str, _Refreshed]] = lambda: result  # noqa: E731
+def _completed(side: SideStream, result: dict[str, Refreshed]) -> Pending[dict[str, Refreshed]]:
+    work: Callable[[], dict[str, Refreshed]] = lambda: result  # noqa: E731
     return SideStream(side.device, asynchronous=False).submit(work)

@@ -9,13 +9,17 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch.profiler import record_function
+
+from s2d_kernels import ops
 
 T = TypeVar("T")
+LABEL = "s2d side stream"  # of the work, in a profile
 
 
 class Pending(Generic[T]):
@@ -39,21 +43,31 @@ class Pending(Generic[T]):
 
     def join(self) -> T:
         """Wait for the result; the current CUDA stream waits for the side stream. Re-raises the work's exception."""
-        if os.getpid() != self._process and not self._future.done():
-            raise RuntimeError("this refresh was started in another process: after a fork only the parent can join it")
+        self.wait()
+        value, _ = self._future.result()
+        self._arguments = ()
+        return value
+
+    def wait(self) -> None:
+        """Wait as `join` does, but leave the result, or the exception, to it.
+
+        For work that reads tensors in place: what is done to them after this call comes after the reads.
+        """
         if not self._future.done():
+            if os.getpid() != self._process:
+                raise RuntimeError(
+                    "this refresh was started in another process: after a fork only the parent can join it"
+                )
             self._side.late += 1
             begin = time.perf_counter()
             try:
-                value, event = self._future.result()
+                self._future.exception()
             finally:
                 self._side.waited_seconds += time.perf_counter() - begin
-        else:
-            value, event = self._future.result()
-        if event is not None:
-            torch.cuda.current_stream(self._side.device).wait_event(event)
-        self._arguments = ()
-        return value
+        if self._future.exception() is None:
+            _, event = self._future.result()
+            if event is not None:
+                torch.cuda.current_stream(self._side.device).wait_event(event)
 
 
 class SideStream:
@@ -62,17 +76,27 @@ class SideStream:
     Args:
         device: where the work's tensors live.
         asynchronous: False runs the work inside `submit`, which gives the same bits (for debugging and comparison).
+        max_sms: most multiprocessors that a persistent kernel of the work may occupy, `ops.max_sms()` inside it. CUDA
+            knows no lower priority than that of an ordinary stream, and priority takes no running block off its
+            multiprocessor: a kernel of short blocks lets the training stream in by itself, a persistent one must be
+            kept small.
 
     Attributes:
         late: how often `join` had to wait.
         waited_seconds: how long the host waited in total.
 
-    Streams: on CUDA, work submitted on stream s sees everything enqueued on s before; tensors handed to it must stay
-        alive until `join`, which the `Pending` guarantees by holding the work's arguments.
+    Streams: on CUDA, work submitted on stream s sees everything enqueued on s before. The `Pending` holds the work's
+        arguments until `join`, so that the allocator cannot give their memory away while the side stream reads it.
+        Results are allocated on the side stream: their memory, once freed, goes to later work, which starts after
+        everything that was enqueued before its own `submit`. So nothing enqueued after a `submit` may use a result
+        that is freed before the `join` of that `submit`'s work.
     """
 
-    def __init__(self, device: torch.device | str = "cpu", *, asynchronous: bool = True) -> None:
+    def __init__(
+        self, device: torch.device | str = "cpu", *, asynchronous: bool = True, max_sms: int | None = None
+    ) -> None:
         self.device = torch.device(device)
+        self.max_sms = None if max_sms is None else ops.check_integer("max_sms", max_sms, low=1)
         self.asynchronous = asynchronous
         self.late = 0
         self.waited_seconds = 0.0
@@ -104,6 +128,11 @@ class SideStream:
                 self._executor.shutdown(wait=True)
             self._executor = None
 
+    def move(self, device: torch.device) -> None:
+        """Work on another device from now on; what was submitted is finished first. The counts go on."""
+        self.close()
+        self.device, self._stream = device, None
+
     def _thread(self) -> ThreadPoolExecutor:
         with self._lock:
             if self._executor is None or self._process != os.getpid():  # a forked child has no worker thread
@@ -115,10 +144,24 @@ class SideStream:
         self, fork: torch.cuda.Event | None, work: Callable[..., T], args: tuple[Any, ...]
     ) -> tuple[T, torch.cuda.Event | None]:
         # Autocast belongs to the calling thread: without this, work done in place would differ from the worker's.
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with ops.exact_arithmetic(self.device), ops.limit_sms(self.max_sms), record_function(LABEL):
             if fork is None or self._stream is None:
                 return work(*args), None
             with torch.cuda.stream(self._stream):
                 self._stream.wait_event(fork)
                 value = work(*args)
                 return value, self._stream.record_event()
+
+
+def share_out(costs: Sequence[float], ranks: int) -> list[int]:
+    """Which of `ranks` processes does each piece of work: the dearest piece first, to whoever has least to do so far.
+
+    Depends on the costs and their order alone, so that every process finds the same without asking the others. The
+    busiest rank gets at most 4/3 of the least possible (Graham's bound).
+    """
+    loads = [0.0] * ops.check_integer("ranks", ranks, low=1)
+    owner = [0] * len(costs)
+    for piece in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
+        owner[piece] = loads.index(min(loads))
+        loads[owner[piece]] += costs[piece]
+    return owner

@@ -1,0 +1,226 @@
+"""`python -m bench soak`: thousands of steps with a disturbed worker, lost layers and reloads, against a quiet twin."""
+
+from __future__ import annotations
+
+import faulthandler
+import io
+import logging
+import math
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+
+from s2d_kernels import S2D
+
+INTERVAL, LEAD, LR = 10, 3, 1e-3
+HANG_SECONDS = 300
+
+
+@dataclass
+class Soak:
+    """What a run did and held.
+
+    Attributes:
+        steps, refreshes, arrived: of training; refreshes started, and factors taken over.
+        expected: refreshes that must have arrived by the last step.
+        late, waited_seconds: how often and how long a step waited for the worker.
+        poisoned: refreshes that saw a layer with a NaN.
+        reloads, reloads_in_flight: from a checkpoint in memory; of these with a refresh under way.
+        same_bits: whether the weights equal those of the twin: no delay, no worker, no reload.
+        resident: MB of memory in use after each tenth of the steps.
+        growth: MB between the end of the first half and the end.
+        threads: alive at the end, more than at the start.
+        seconds: both runs together.
+    """
+
+    steps: int
+    refreshes: int = 0
+    arrived: int = 0
+    expected: int = 0
+    late: int = 0
+    waited_seconds: float = 0.0
+    poisoned: int = 0
+    reloads: int = 0
+    reloads_in_flight: int = 0
+    same_bits: bool = False
+    resident: list[float] = field(default_factory=list)
+    growth: float = 0.0
+    threads: int = 0
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        """Nothing lost, nothing changed, nothing leaked; an allocator's wanderings are below 8 MB."""
+        return self.same_bits and self.arrived == self.expected and self.threads <= 0 and self.growth < 8.0
+
+
+class _Model(nn.Module):
+    """A trained path, and a layer beside it that may be lost without hurting the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        first = nn.Linear(32, 64)
+        self.path = nn.Sequential(first, nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 32))
+        self.beside = nn.Linear(32, 48)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+            first.weight[:2] += 3
+            self.beside.weight[0] += 5
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.beside(x)
+        return (self.path(x) - x).square().mean()
+
+
+class _Counted(S2D):
+    taken: int = 0
+    started: int = 0
+
+    def _take_over(self) -> None:
+        super()._take_over()
+        self.taken += 1
+
+    def _refresh(self, *arguments: Any) -> Any:
+        self.started += 1
+        return super()._refresh(*arguments)
+
+
+def soak(
+    steps: int = 5000, *, mode: str = "decoupled", seed: int = 0, advance: Callable[[], object] | None = None
+) -> Soak:
+    """Train twice, disturbed and quietly, and compare.
+
+    Args:
+        steps: of each run.
+        mode: of `S2D`.
+        seed: of the delays, the lost layers and the reloads. The lost layers are the same in both runs.
+        advance: called after each step of either run.
+    """
+    begin = time.perf_counter()
+    threads = threading.active_count()
+    faulthandler.dump_traceback_later(HANG_SECONDS, repeat=True, file=2)
+    try:
+        result = Soak(steps, expected=math.ceil(max(steps - LEAD, 0) / INTERVAL))
+        disturbed = _run(result, mode, seed, advance, disturb=True)
+        quiet = _run(Soak(steps), mode, seed, advance, disturb=False)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    pairs = zip(disturbed.path.parameters(), quiet.path.parameters(), strict=True)
+    result.same_bits = all(torch.equal(a, b) for a, b in pairs)
+    result.growth = result.resident[-1] - result.resident[len(result.resident) // 2]
+    result.threads = threading.active_count() - threads
+    result.seconds = time.perf_counter() - begin
+    return result
+
+
+def _run(result: Soak, mode: str, seed: int, advance: Callable[[], object] | None, *, disturb: bool) -> _Model:
+    losses, events = random.Random(seed), random.Random(seed + 1)
+    model = _Model()
+
+    def build() -> tuple[_Counted, torch.optim.Optimizer]:
+        strength = 5e-4 if mode == "coupled" else 0.1
+        reg = _Counted(model, mode=mode, strength=strength, interval=INTERVAL, lead=LEAD, asynchronous=disturb)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        reg.attach(optimizer)
+        if disturb:
+            refresh = reg._refresh
+
+            def delayed(*arguments: Any) -> Any:
+                time.sleep(events.choice((0.0, 0.0, 0.002, 0.01, 0.03)))
+                return refresh(*arguments)
+
+            reg._refresh = delayed  # type: ignore[method-assign]
+        return reg, optimizer
+
+    reg, optimizer = build()
+    beside = model.beside.weight.detach().clone()
+    for step in range(result.steps):
+        if step % INTERVAL == 0:
+            lost = losses.random() < 0.3
+            with torch.no_grad():
+                model.beside.weight.copy_(beside)
+                if lost:
+                    model.beside.weight[losses.randrange(48), losses.randrange(32)] = float("nan")
+            result.poisoned += lost
+        x = torch.randn(16, 32, generator=torch.Generator().manual_seed(step)) + 1
+        optimizer.zero_grad()
+        model(x).backward()
+        optimizer.step()
+        if disturb and events.random() < 0.02:
+            result.reloads += 1
+            result.reloads_in_flight += reg._pending is not None
+            file = io.BytesIO()
+            torch.save({"s2d": reg.state_dict(), "optimizer": optimizer.state_dict()}, file)
+            _count(result, reg)
+            file.seek(0)
+            stored = torch.load(file, weights_only=True)
+            reg, optimizer = build()
+            optimizer.load_state_dict(stored["optimizer"])
+            reg.load_state_dict(stored["s2d"])
+        if disturb and (step + 1) % max(result.steps // 10, 1) == 0:
+            result.resident.append(_resident_megabytes())
+        if advance is not None:
+            advance()
+    _count(result, reg)
+    return model
+
+
+def _count(result: Soak, reg: _Counted) -> None:
+    result.refreshes += reg.started
+    result.arrived += reg.taken
+    result.late += reg.late
+    result.waited_seconds += reg.waited_seconds
+    reg.close()
+
+
+def _resident_megabytes() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def table(result: Soak) -> Table:
+    """The figures of a run."""
+    rows = {
+        "steps": f"{result.steps} disturbed, {result.steps} quiet, {result.seconds:.0f} s",
+        "refreshes started / arrived / expected": f"{result.refreshes} / {result.arrived} / {result.expected}",
+        "waited for": f"{result.late} times, {result.waited_seconds:.1f} s",
+        "refreshes with a lost layer": str(result.poisoned),
+        "reloads / with a refresh under way": f"{result.reloads} / {result.reloads_in_flight}",
+        "same bits as the quiet run": "yes" if result.same_bits else "NO",
+        "resident MB at each tenth": " ".join(f"{value:.1f}" for value in result.resident),
+        "growth over the second half": f"{result.growth:.2f} MB",
+        "threads left over": str(result.threads),
+    }
+    shown = Table("what", "figure")
+    for name, value in rows.items():
+        shown.add_row(name, value)
+    return shown
+
+
+def command(
+    steps: Annotated[int, typer.Option(min=20, help="Training steps, run twice.")] = 5000,
+    mode: Annotated[str, typer.Option(help="coupled or decoupled.")] = "decoupled",
+    seed: Annotated[int, typer.Option(help="Of the delays, the lost layers and the reloads.")] = 0,
+) -> None:
+    """Thousands of steps with a disturbed worker, lost layers and reloads; fails unless the bits are a quiet run's."""
+    logging.getLogger("s2d_kernels").setLevel(logging.ERROR)  # every lost layer is reported, as it should be
+    with Progress(*Progress.get_default_columns(), transient=True) as progress:
+        task = progress.add_task("soak", total=2 * steps)
+        result = soak(steps, mode=mode, seed=seed, advance=lambda: progress.advance(task))
+    Console().print(table(result))
+    if not result.passed:
+        raise typer.Exit(1)
