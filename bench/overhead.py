@@ -27,6 +27,12 @@ from s2d_kernels.scheduler import LABEL
 
 LR = 2e-5
 IN_STEP = "S2D in the step: start, join, decay"
+LANES = {
+    "forward and backward": "training thread",
+    "optimizer step": "training thread",
+    IN_STEP: "S2D, in that thread",
+    LABEL: "side worker",
+}
 
 
 class FineTuning:
@@ -245,15 +251,13 @@ def trace(
         if on_gpu:
             torch.cuda.synchronize()
     run.reg.close()
-    labels = ("forward and backward", "optimizer step", IN_STEP, LABEL)
     spans = []
     for event in profiled.events():
         span = event.time_range
         if on_gpu and event.device_type == torch.autograd.DeviceType.CUDA:
             spans.append((f"stream {event.device_resource_id}", "kernel", span.start / 1e3, span.end / 1e3))
-        elif event.name in labels:
-            lane = "side worker" if event.name == LABEL else "training thread"
-            spans.append((lane, event.name, span.start / 1e3, span.end / 1e3))
+        elif event.name in LANES:
+            spans.append((LANES[event.name], event.name, span.start / 1e3, span.end / 1e3))
     first = min(begin for _, _, begin, _ in spans)
     # longer spans first, so that those inside them are drawn over them
     spans.sort(key=lambda span: (span[0], span[2], -span[3]))
@@ -272,11 +276,8 @@ def timeline(
     spans, reg = trace(chosen, steps=steps, batch=batch, tokens=tokens)
     png.parent.mkdir(parents=True, exist_ok=True)
     name = timing.environment(chosen)["device_name"]
-    draw(
-        spans,
-        png,
-        f"MiniLM fine-tuning, {batch} x 2 paragraphs of {tokens} tokens, {name}, {torch.get_num_threads()} threads",
-    )
+    setting = f"{batch} x 2 paragraphs of {tokens} tokens, {name}, {torch.get_num_threads()} threads"
+    draw(spans, png, f"MiniLM fine-tuning under the profiler, {setting}")
     Console().print(f"{png}: {len(spans)} spans, waited {reg.late} times")
 
 
@@ -292,12 +293,17 @@ def draw(spans: list[tuple[str, str, float, float]], png: Path, title: str) -> N
         LABEL: "#55a868",
         "kernel": "#8172b3",
     }
-    order = {"training thread": 0, "side worker": 1}
-    lanes = sorted({lane for lane, *_ in spans}, key=lambda lane: (order.get(lane, 2), lane))
+    order = list(dict.fromkeys(LANES.values()))
+    found = {lane for lane, *_ in spans}
+    lanes = [lane for lane in order if lane in found] + sorted(found - set(order))
     figure, axes = plt.subplots(figsize=(11, 1.2 + 0.7 * len(lanes)), layout="constrained")
     for lane, name, begin, end in spans:
         row = lanes.index(lane)
-        axes.barh(row, end - begin, left=begin, height=0.6, color=colours[name], edgecolor="white", linewidth=0.5)
+        axes.barh(row, end - begin, left=begin, height=0.6, color=colours[name])
+        if name == IN_STEP:  # too short to be seen otherwise
+            axes.plot([begin, begin], [row - 0.3, row + 0.3], color=colours[name], linewidth=1.5)
+        if name in (IN_STEP, LABEL):
+            axes.annotate(f"{end - begin:.1f}", (end, row), (3, 0), textcoords="offset points", fontsize=8, va="center")
     starts = [begin for _, name, begin, _ in spans if name == "forward and backward"]
     for number, begin in enumerate(starts):
         axes.axvline(begin, color="0.8", linewidth=0.8, zorder=0)
