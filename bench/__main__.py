@@ -1,4 +1,4 @@
-"""`python -m bench {svd, linear, penalty, pcdr, accuracy, table, audit, summary}`."""
+"""`python -m bench {svd, linear, penalty, pcdr, accuracy, overhead, timeline, soak, table, audit, summary}`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,20 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from bench import accuracy, audit, cases, linear_peers, pcdr_cases, peers, penalty_peers, runs, soak, tables, timing
+from bench import (
+    accuracy,
+    audit,
+    cases,
+    linear_peers,
+    overhead,
+    pcdr_cases,
+    peers,
+    penalty_peers,
+    runs,
+    soak,
+    tables,
+    timing,
+)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 # 80 columns, a pipe's default, would fold every cell
@@ -215,6 +228,8 @@ def table(
 app.command()(audit.audit)
 app.command()(accuracy.accuracy)
 app.command("soak")(soak.command)
+app.command()(overhead.overhead)
+app.command()(overhead.timeline)
 
 
 @app.command()

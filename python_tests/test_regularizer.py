@@ -208,6 +208,34 @@ def test_resume_and_asynchrony_change_no_bit(mode: str, strength: float, tmp_pat
     reg.close()
 
 
+@pytest.mark.parametrize(("mode", "strength"), MODES)
+def test_resume_at_every_step_of_an_interval(mode: str, strength: float) -> None:
+    """Every step from before a refresh until after its arrival, with momentum, through a checkpoint in memory."""
+
+    def run(save_at: int | None) -> nn.Module:
+        model, v = spiked_model()
+        reg = S2D(model, mode=mode, strength=strength, interval=6, lead=3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
+        if save_at is not None:
+            train(model, reg, optimizer, v, range(save_at))
+            file = io.BytesIO()
+            torch.save([model.state_dict(), optimizer.state_dict(), reg.state_dict()], file)
+            reg.close()
+            file.seek(0)
+            states = torch.load(file, weights_only=True)
+            model, _ = spiked_model()
+            reg = S2D(model, mode=mode, strength=strength, interval=6, lead=3)
+            optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
+            for target, state in zip((model, optimizer, reg), states, strict=True):
+                target.load_state_dict(state)
+        train(model, reg, optimizer, v, range(save_at or 0, 20))
+        reg.close()
+        return model
+
+    straight = run(None)
+    assert [save_at for save_at in range(14) if not same_bits(straight, run(save_at))] == []
+
+
 def test_saving_does_not_disturb_the_run_that_goes_on() -> None:
     results = []
     for save in (False, True):
