@@ -348,5 +348,6 @@ int load(void (*kernel)(Parameters...)) {
 int load_penalty_grad();
 int load_topk_svd();
 int load_adamw();
+int load_capture();
 
 }  // namespace s2d

@@ -32,7 +32,7 @@ const char* s2d_status_string(int status) {
 }
 
 int s2d_check_device(void) {
-  for (const auto load : {s2d::load_penalty_grad, s2d::load_topk_svd, s2d::load_adamw}) {
+  for (const auto load : {s2d::load_penalty_grad, s2d::load_topk_svd, s2d::load_adamw, s2d::load_capture}) {
     if (const int status = load()) return status;
   }
   return S2D_OK;

@@ -483,6 +483,17 @@ def test_with_s2d_no_bit_depends_on_timing(mode: str) -> None:
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
+def test_with_s2d_a_capture_that_stays_in_the_graph_changes_no_bit(mode: str, fused: bool) -> None:
+    (one, reg), (other, graph_reg) = (trained(mode, fused=fused, capture=kind) for kind in ("hooks", "graph"))
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+    assert reg.layers == graph_reg.layers
+    assert other[0]._forward_hooks
+    graph_reg.close()
+    assert not other[0]._forward_hooks
+
+
 def test_the_penalty_is_applied_exactly_once(caplog: pytest.LogCaptureFixture) -> None:
     model, _ = spiked()
     reg = S2D(model, mode="coupled")

@@ -2,6 +2,7 @@
 
 # these enter their implementations
 from s2d_kernels import (
+    capture_ops as _capture_ops,
     cuda_adamw as _cuda_adamw,
     cuda_ops as _cuda_ops,
     cuda_svd as _cuda_svd,

@@ -118,6 +118,27 @@ class AdamWOptions(ctypes.Structure):
     )
 
 
+class CaptureCall(ctypes.Structure):
+    """`s2d_capture_call` of csrc/s2d.h, field for field."""
+
+    _fields_ = (
+        ("y", c_void_p),
+        ("x", c_void_p),
+        ("bias", c_void_p),
+        ("enabled", c_void_p),
+        ("value", c_void_p),
+        ("place", c_void_p),
+        ("row", c_void_p),
+        ("tokens", c_int64),
+        ("neurons", c_int64),
+        ("features", c_int64),
+        ("y_stride", c_int64),
+        ("x_stride", c_int64),
+        ("y_dtype", c_int32),
+        ("x_dtype", c_int32),
+    )
+
+
 _SVD_TABLE = [POINTER(SvdLayer), c_int32]
 _WORKSPACE_AND_STREAM = [c_void_p, c_size_t, c_void_p]
 # name -> (result type, argument types); a test compares it with the header
@@ -134,6 +155,8 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
             *_WORKSPACE_AND_STREAM,
         ],
     ),
+    "s2d_capture_workspace": (c_size_t, [POINTER(CaptureCall)]),
+    "s2d_capture": (c_int, [POINTER(CaptureCall), *_WORKSPACE_AND_STREAM]),
     "s2d_topk_svd_check": (c_int, _SVD_TABLE),
     "s2d_topk_svd_workspace": (c_size_t, _SVD_TABLE),
     "s2d_topk_svd_begin": (c_int, [*_SVD_TABLE, *_WORKSPACE_AND_STREAM]),
@@ -249,6 +272,16 @@ def adamw(layers: Sequence[AdamWLayer], groups: Sequence[AdamWGroup], options: A
     if layers:
         table, hyper = (AdamWLayer * len(layers))(*layers), (AdamWGroup * len(groups))(*groups)
         _call("s2d_adamw", table, len(layers), hyper, len(groups), ctypes.byref(options), None, 0, stream)
+
+
+def capture_workspace_bytes(call: CaptureCall) -> int:
+    """Bytes of the workspace, which must be aligned to 256."""
+    return int(load().s2d_capture_workspace(ctypes.byref(call)))
+
+
+def capture(call: CaptureCall, workspace: int, workspace_bytes: int, stream: int) -> None:
+    """Enqueue `s2d_capture` on `stream`."""
+    _call("s2d_capture", ctypes.byref(call), workspace, workspace_bytes, stream)
 
 
 class SvdRun:

@@ -15,20 +15,20 @@ import logging
 import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from s2d_kernels import ops, reference
-from s2d_kernels.capture import ActivationCapture, Captured
+from s2d_kernels.capture import ActivationCapture, Captured, GraphCapture
+from s2d_kernels.layer_state import LayerReport, LayerState, Refreshed
 from s2d_kernels.optim import Penalty
 from s2d_kernels.parameters import Matrix, ParameterDecision, find_matrices
-from s2d_kernels.penalty import add_penalty_grad_, penalty_coefficients, penalty_status
+from s2d_kernels.penalty import add_penalty_grad_, penalty_status
 from s2d_kernels.scheduler import Pending, SideStream
 from s2d_kernels.selection import PCDR, pcdr
-from s2d_kernels.svd import CONVERGED, NON_FINITE, OVERFLOW, STATUS_NAMES, SVDBasis, TopkSVD, topk_svd, warm_width
+from s2d_kernels.svd import CONVERGED, NON_FINITE, OVERFLOW, STATUS_NAMES, SVDBasis, topk_svd, warm_width
 
 logger = logging.getLogger("s2d_kernels")
 
@@ -36,57 +36,6 @@ ADAPTIVE = re.compile(r"adam|rmsprop|adagrad|adadelta|adafactor|lamb|lion|muon|s
 STRENGTH = 5e-4
 DEVIATION_WARNING = 0.3
 DEVIATION_LIMIT = 1.0
-
-
-class LayerReport(NamedTuple):
-    """What the last refresh that has arrived said about one matrix."""
-
-    name: str
-    shape: tuple[int, int]
-    k_target: int
-    route: str
-    lower: tuple[float, ...]
-    upper: tuple[float, ...]
-    activation: float
-    sigma_max: float
-    status: str
-
-
-@dataclass
-class _Layer:
-    """Factors in use on one matrix, all on the parameter's device. Zero tensors until a refresh has arrived."""
-
-    basis: SVDBasis  # as the refresh delivered it: the next warm start
-    S: Tensor  # [k], the cached singular values, which the decoupled form decays
-    S_at_snapshot: Tensor  # [k], S when the weights of the refresh under way were copied
-    rank: int = 0
-    status: int = CONVERGED
-    arrived: bool = False
-    missed_lr: float = 0.0  # sum of the learning rates since that copy
-    sigma: float = 0.0  # the largest singular value at the snapshot, on the host
-    pcdr: PCDR | None = None
-    prepared: tuple[float, float, Tensor] | None = None  # strength, power and their coefficients
-
-    def coefficients(self, strength: float, power: float) -> Tensor:
-        """strength * s^power `[k]`, of which the coupled form needs the same at every step between two refreshes."""
-        if self.prepared is None or self.prepared[:2] != (strength, power):
-            self.prepared = strength, power, penalty_coefficients([self.S], strength=strength, power=power)[0]
-        return self.prepared[2]
-
-    def factors(self) -> TopkSVD:
-        k = self.S.shape[0]
-        basis, zero = self.basis, self.S.new_zeros(())
-        return TopkSVD(basis.U[:, :k], self.S, basis.Vh[:k], basis.residual[:k], zero, zero.to(torch.int32), basis)
-
-
-class _Refreshed(NamedTuple):
-    """Result of a refresh for one matrix, on the host's side of the decision."""
-
-    basis: SVDBasis
-    rank: int
-    status: int
-    sigma: float
-    pcdr: PCDR | None
 
 
 class S2D:
@@ -115,6 +64,9 @@ class S2D:
         select: (regex, penalize) pairs on parameter names, first match wins; see `parameters.find_matrices`.
         splits: regex -> row counts of fused projections.
         seed: seed of the random columns of the SVD.
+        capture: "hooks", installed on refresh steps only, on which a compiled model runs eagerly; or "graph", an
+            operation that stays in the model, for CUDA graphs and models that shall not leave their compiled code: load
+            the weights, build S2D, then compile.
         asynchronous: False runs each refresh in place; the bits are the same.
         impl: implementation of the operations (of those that have it), or None to choose.
 
@@ -146,6 +98,7 @@ class S2D:
         select: Sequence[tuple[str, bool]] = (),
         splits: Mapping[str, Sequence[int]] | None = None,
         seed: int = 0,
+        capture: str = "hooks",
         asynchronous: bool = True,
         impl: str | None = None,
     ) -> None:
@@ -153,6 +106,8 @@ class S2D:
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         if mode not in ("coupled", "decoupled"):
             raise ValueError(f"mode={mode!r} is neither 'coupled' nor 'decoupled'")
+        if capture not in ("hooks", "graph"):
+            raise ValueError(f"capture={capture!r} is neither 'hooks' nor 'graph'")
         if strength is None:
             if mode == "decoupled":
                 raise ValueError(
@@ -204,8 +159,10 @@ class S2D:
         self._layers = {matrix.name: self._empty_layer(matrix) for matrix in self._matrices}
         device = self._matrices[0].parameter.device if self._matrices else torch.device("cpu")
         self._side = SideStream(device, asynchronous=asynchronous)
-        self._capture = ActivationCapture(self._matrices)
-        self._pending: Pending[dict[str, _Refreshed]] | None = None
+        self._capture: ActivationCapture | GraphCapture = ActivationCapture(self._matrices)
+        if capture == "graph":  # the decoupled form changes the weights before it asks for the capture
+            self._capture = GraphCapture(self._matrices, copy_at_start=mode == "decoupled")
+        self._pending: Pending[dict[str, Refreshed]] | None = None
         self._pending_step = -1
         self._handle: torch.utils.hooks.RemovableHandle | _Fused | None = None
         self._closed = False
@@ -302,7 +259,7 @@ class S2D:
             self._change_weights(changes)
         self._end_step()
 
-    def _changes(self, rates: Mapping[str, float]) -> list[tuple[Matrix, _Layer, Tensor]] | None:
+    def _changes(self, rates: Mapping[str, float]) -> list[tuple[Matrix, LayerState, Tensor]] | None:
         """What this step takes from the singular values of each decided layer; None where the step does not count."""
         if not self._launch_if_due():
             return None
@@ -356,7 +313,7 @@ class S2D:
             self._warn_adaptive(optimizer)
         self._handle = _Fused(optimizer)
 
-    def _change_weights(self, changes: Sequence[tuple[Matrix, _Layer, Tensor]]) -> None:
+    def _change_weights(self, changes: Sequence[tuple[Matrix, LayerState, Tensor]]) -> None:
         """W += U diag(change) Vh of each layer's decided components."""
         if not changes:
             return
@@ -487,6 +444,8 @@ class S2D:
         self._closed = True
         self.detach()
         self._capture.stop()
+        if isinstance(self._capture, GraphCapture):
+            self._capture.remove()
         self._pending = None
         self._side.close()
 
@@ -503,7 +462,7 @@ class S2D:
         self._pending = _completed(self._side, pending)
         return self._pack(self._pending_step, pending)
 
-    def _pack(self, pending_step: int, pending: Mapping[str, _Refreshed]) -> dict[str, Tensor]:
+    def _pack(self, pending_step: int, pending: Mapping[str, Refreshed]) -> dict[str, Tensor]:
         state = {"step": torch.tensor(self.step), "pending_step": torch.tensor(pending_step)}
         for matrix in self._matrices:
             layer = self._layers[matrix.name]
@@ -543,7 +502,7 @@ class S2D:
         self._capture.stop()
         self.step = int(state_dict["step"])
         self._pending_step = int(state_dict["pending_step"])
-        pending: dict[str, _Refreshed] = {}
+        pending: dict[str, Refreshed] = {}
         for matrix in self._matrices:
             name, empty = matrix.name, self._empty_layer(matrix)
 
@@ -551,7 +510,7 @@ class S2D:
                 return state_dict[f"{name}.{key}"].to(like.device, like.dtype, copy=True)
 
             flags = [int(v) for v in state_dict[f"{name}.flags"]]
-            self._layers[name] = _Layer(
+            self._layers[name] = LayerState(
                 basis=SVDBasis(*(load(f"basis.{k}", t) for k, t in empty.basis._asdict().items())),
                 S=load("S", empty.S),
                 S_at_snapshot=load("S_at_snapshot", empty.S),
@@ -563,13 +522,13 @@ class S2D:
             )
             if flags[3]:
                 basis = SVDBasis(*(load(f"pending.{k}", t) for k, t in empty.basis._asdict().items()))
-                pending[name] = _Refreshed(basis, flags[4], flags[5], float(basis.S[0]), None)
+                pending[name] = Refreshed(basis, flags[4], flags[5], float(basis.S[0]), None)
         self._pending = _completed(self._side, pending) if self._pending_step >= 0 else None
         self._arm()
 
     # --- the refresh --------------------------------------------------------------------------------------------
 
-    def _empty_layer(self, matrix: Matrix) -> _Layer:
+    def _empty_layer(self, matrix: Matrix) -> LayerState:
         (m, n), device = matrix.shape, matrix.parameter.device
         dtype = torch.float64 if matrix.parameter.dtype == torch.float64 else torch.float32
         k = min(self.k_max, m, n)
@@ -578,7 +537,7 @@ class S2D:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        return _Layer(SVDBasis(zeros(m, b), zeros(b), zeros(b, n), zeros(b)), S=zeros(k), S_at_snapshot=zeros(k))
+        return LayerState(SVDBasis(zeros(m, b), zeros(b), zeros(b, n), zeros(b)), S=zeros(k), S_at_snapshot=zeros(k))
 
     def _arm(self) -> None:
         if self.step % self.interval == 0 and self._matrices:
@@ -616,7 +575,7 @@ class S2D:
 
     def _refresh(
         self, captured: dict[str, Captured], bases: dict[str, SVDBasis | None], seed: int
-    ) -> dict[str, _Refreshed]:
+    ) -> dict[str, Refreshed]:
         """Factors and decisions of every captured matrix; runs on the side stream and touches no live parameter."""
         names = list(captured)
         weights = [captured[name].weight for name in names]
@@ -642,10 +601,10 @@ class S2D:
             U, S, Vh, residual = factor.basis
             basis = SVDBasis(U[:, :width].contiguous(), S[:width], Vh[:width], residual[:width])
             rank = 0 if status in (NON_FINITE, OVERFLOW) else min(decision.k_target, k)
-            refreshed[name] = _Refreshed(basis, rank, int(status), sigma, decision)
+            refreshed[name] = Refreshed(basis, rank, int(status), sigma, decision)
         return refreshed
 
-    def _join_pending(self) -> dict[str, _Refreshed]:
+    def _join_pending(self) -> dict[str, Refreshed]:
         """Wait for the pending refresh; on failure forget it, so that training can go on, and say so."""
         try:
             return self._pending.join() if self._pending is not None else {}
@@ -679,7 +638,7 @@ class S2D:
                 logger.info("S2D refresh of step %d: %s did not converge, cold start next", self._pending_step, name)
             old = self._layers[name]
             k = old.S.shape[0]
-            self._layers[name] = _Layer(
+            self._layers[name] = LayerState(
                 basis=fresh.basis,
                 S=fresh.basis.S[:k],
                 S_at_snapshot=fresh.basis.S[:k],
@@ -699,7 +658,7 @@ class S2D:
             ", ".join(chosen) or "none",
         )
 
-    def _catch_up(self, before: Mapping[str, tuple[_Layer, SVDBasis, Tensor]]) -> dict[str, Tensor]:
+    def _catch_up(self, before: Mapping[str, tuple[LayerState, SVDBasis, Tensor]]) -> dict[str, Tensor]:
         """By name what gives fresh factors the decay of the steps between their snapshot and now.
 
         A component that went on being decayed by the previous factors has it already: along the new u_i, v_i they took
@@ -780,6 +739,6 @@ def _effective_rate(group: Mapping[str, Any]) -> float:
     return float(group["lr"]) * (1 - float(group.get("dampening", 0.0))) / max(1 - momentum, 1e-12)
 
 
-def _completed(side: SideStream, result: dict[str, _Refreshed]) -> Pending[dict[str, _Refreshed]]:
-    work: Callable[[], dict[str, _Refreshed]] = lambda: result  # noqa: E731
+def _completed(side: SideStream, result: dict[str, Refreshed]) -> Pending[dict[str, Refreshed]]:
+    work: Callable[[], dict[str, Refreshed]] = lambda: result  # noqa: E731
     return SideStream(side.device, asynchronous=False).submit(work)

@@ -3,7 +3,7 @@
 Triton is optional: without it this package imports, and impl="triton" says what to install.
 """
 
-from s2d_kernels.triton_kernels import adamw, penalty, svd
+from s2d_kernels.triton_kernels import adamw, capture, penalty, svd
 from s2d_kernels.triton_kernels.common import INSTALL_HINT, Variant, interpreted, triton
 
 __all__ = ["INSTALL_HINT", "Variant", "interpreted", "triton", "variants"]
@@ -11,4 +11,4 @@ __all__ = ["INSTALL_HINT", "Variant", "interpreted", "triton", "variants"]
 
 def variants() -> list[Variant]:
     """What `python -m bench audit` compiles."""
-    return penalty.variants() + svd.variants() + adamw.variants()
+    return penalty.variants() + svd.variants() + adamw.variants() + capture.variants()
