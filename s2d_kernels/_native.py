@@ -267,10 +267,11 @@ def add_penalty_grad(layers: Sequence[PenaltyLayer], stream: int) -> None:
         _call("s2d_add_penalty_grad", (PenaltyLayer * len(layers))(*layers), len(layers), None, 0, stream)
 
 
-def adamw(layers: Sequence[AdamWLayer], groups: Sequence[AdamWGroup], options: AdamWOptions, stream: int) -> None:
-    """Enqueue one step of AdamW for all layers on `stream`."""
-    if layers:
-        table, hyper = (AdamWLayer * len(layers))(*layers), (AdamWGroup * len(groups))(*groups)
+def adamw(layers: Any, groups: Sequence[AdamWGroup], options: AdamWOptions, stream: int) -> None:
+    """Enqueue one step of AdamW for all layers, a sequence or an array of `AdamWLayer`, on `stream`."""
+    if len(layers):
+        table = layers if isinstance(layers, ctypes.Array) else (AdamWLayer * len(layers))(*layers)
+        hyper = (AdamWGroup * len(groups))(*groups)
         _call("s2d_adamw", table, len(layers), hyper, len(groups), ctypes.byref(options), None, 0, stream)
 
 
