@@ -287,8 +287,8 @@ class SpectralAdamW(AdamW):
             known = self._tables[device, dtype] = key, table
         with ops.exact_arithmetic(device):
             launch(entries[0][0], known[1], *rest)  # type: ignore[misc]
-        for place in (0, 2, 3):
-            torch.autograd.graph.increment_version([entry[place] for entry in entries])
+        for param, _, exp_avg, exp_avg_sq, _, _ in entries:
+            torch.autograd.graph.increment_version((param, exp_avg, exp_avg_sq))
 
 
 def _refuse_amsgrad(amsgrad: bool) -> None:
