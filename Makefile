@@ -84,7 +84,7 @@ asan:
 GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON))
 K ?=
 OPS ?=
-BENCHMARKS := svd linear penalty
+BENCHMARKS := svd linear penalty step
 # Before anything runs: a misspelled operation must not cost a build and all the other benchmarks.
 ifneq ($(filter gpu-bench,$(MAKECMDGOALS)),)
 ifneq ($(filter-out $(BENCHMARKS),$(OPS)),)

@@ -1,4 +1,4 @@
-"""`python -m bench {svd, linear, penalty, pcdr, accuracy, overhead, timeline, soak, table, audit, summary}`."""
+"""`python -m bench {svd, linear, penalty, step, pcdr, accuracy, overhead, timeline, soak, table, audit, summary}`."""
 
 from __future__ import annotations
 
@@ -169,6 +169,31 @@ def penalty(
         task = progress.add_task("", total=len(chosen))
         for one in chosen:
             rows += runs.run_penalty(one, context, lambda t: progress.update(task, advance=1, description=t))
+    _finish(rows, json)
+    for sentence in penalty_peers.left_out(context.device):
+        console.print(f"[yellow]{sentence}")
+
+
+@app.command()
+def step(
+    device: Device = "cpu",
+    case: Annotated[
+        list[str] | None, typer.Option(help=f"Any of {', '.join(cases.PENALTY_CASES)}; repeatable.")
+    ] = None,
+    quick: Quick = False,
+    repeats: Repeats = 7,
+    threads: Threads = None,
+    json: Json = None,
+) -> None:
+    """One optimizer step of all layers: plain fused AdamW, + the paper's dense G, + add_penalty_grad_, ours fused."""
+    default = ["siglip2-b", "llama3-8b"] if device.startswith("cuda") else ["siglip2-b"]
+    names = _known(["quick"] if quick else (case or default), cases.PENALTY_CASES)
+    chosen = [shapes for name in names for shapes in cases.PENALTY_CASES[name]]
+    rows: list[timing.Row] = []
+    with _run(device, repeats, threads) as context, _progress() as progress:
+        task = progress.add_task("", total=len(chosen))
+        for one in chosen:
+            rows += runs.run_step(one, context, lambda t: progress.update(task, advance=1, description=t))
     _finish(rows, json)
     for sentence in penalty_peers.left_out(context.device):
         console.print(f"[yellow]{sentence}")

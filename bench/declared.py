@@ -183,6 +183,12 @@ CUDA_KERNELS = {
         shape="[4096, 4096] fp32, k=3",
         traffic=lambda _: (7 * 4 * 4096**2 + 4 * 3 * (2 * 4096 + 1), 20 * 4096**2 + 3 * 4096),
     ),
+    mangled("capture_search"): Declared(
+        256, 0, {"LDG.128": 3}, "y [4096, 3072] fp32", lambda _: (4 * 4096 * 3072, 2 * 4096 * 3072)
+    ),
+    mangled("capture_keep"): Declared(
+        256, 0, {}, "1024 blocks, x [4096, 768] fp32", lambda _: (16 * 1024 + 2 * 4 * 768, 0)
+    ),
     mangled("find_largest"): Declared(256, 0, {"LDG.128": 2}, _SHAPE, lambda _: (4 * _D * _d, 0)),
     mangled("begin"): Declared(256, 0, {}, _SHAPE, lambda _: (8 * _B * _d, 8 * _B * _B * _d)),
     mangled("product", "f", 8, 8, 1): _product("f", 8, 8, 1),

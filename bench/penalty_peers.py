@@ -85,16 +85,23 @@ def _ours(impl: str) -> PenaltyPeer:
     def prepare(t: PenaltyTensors) -> Run:
         return lambda: add_penalty_grad_(t.grads, t.factors, coefficients=t.coefficients, impl=impl)
 
-    def widens(case: PenaltyCase) -> bool:
+    def splits(case: PenaltyCase) -> bool:
         return impl == "torch" and case.dtype != torch.float32
+
+    def extra(case: PenaltyCase) -> int:
+        if impl != "torch":
+            return 0
+        rows, columns = (sum(shape[side] for shape in case.shapes) for side in (0, 1))
+        return FACTOR_BYTES * RANK * (rows + max(rows, columns))
 
     return PenaltyPeer(
         "ours",
         prepare,
-        lambda case: "one fp32 copy of a layer at a time" if widens(case) else "fp32 sum",
-        # The copy and the sum, each written and read in fp32.
-        lambda case: case.bytes + (4 * FACTOR_BYTES * case.parameters if widens(case) else 0),
-        lambda case: 2 * FACTOR_BYTES * case.largest if widens(case) else 0,
+        lambda case: "bf16 factors in two parts, fp32 sum" if splits(case) else "fp32 sum",
+        # Three products of rank k, whose factors are written and read.
+        lambda case: case.bytes + (2 * 3 * _factor_reads(case) if splits(case) else 0),
+        # Scaled U of all layers, and once in a row what is looked at for NaN.
+        extra,
         variant=impl,
     )
 

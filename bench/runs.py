@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bench import linear_peers, penalty_peers
+from bench import linear_peers, penalty_peers, step_peers
 from bench.cases import (
     DRIFT,
     ERROR_LIMIT,
@@ -246,3 +246,88 @@ def run_penalty(
         )
     fill_speedups(rows)
     return rows
+
+
+def judge_step(
+    peer: step_peers.StepPeer, tensors: step_peers.StepTensors, device: torch.device
+) -> tuple[Callable[[], object], list[float], int | None]:
+    """The function to time, the errors of its first step, and on a GPU the most bytes held during a later one.
+
+    The timed steps go on from there; gradients to which a penalty is added in place keep it.
+    """
+    tensors.restore()
+    optimizer, function = peer.prepare(tensors)
+    function()
+    errors = step_peers.step_errors(tensors, optimizer, peer.penalized)
+    if device.type != "cuda":
+        return function, errors, None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    function()
+    torch.cuda.synchronize(device)
+    return function, errors, torch.cuda.max_memory_allocated(device) - before
+
+
+def run_step(
+    case: PenaltyCase,
+    context: Context,
+    step: Step = lambda _: None,
+    peers: Sequence[step_peers.StepPeer] | None = None,
+) -> list[Row]:
+    """Rows of one optimizer step of all layers: plain fused AdamW, with the paper's dense G, and both forms of ours."""
+    dtype = str(case.dtype).removeprefix("torch.")
+    step(f"{case.name}, {dtype}")
+    if peers is None:
+        peers = [step_peers.PLAIN, step_peers.DENSE, *step_peers.ours(context.device)]
+    tensors = step_peers.make_tensors(case, context.device)
+    limit = step_peers.EPS_ALLOWED * torch.finfo(case.dtype).eps
+    judged = [judge_step(peer, tensors, context.device) for peer in peers]
+    samples = measure_in_turn([f for f, _, _ in judged], [context.repeats] * len(judged), context.device)
+    rows = []
+    for peer, (_, errors, held), measured in zip(peers, judged, samples, strict=True):
+        median, least, most, count = summary(measured)
+        moved, extra = peer.moved(case), peer.extra(case)
+        # Kept from step to step, and taken during one: of the first only G is known to the allocator's counters.
+        peak = 4 * case.grad_bytes + _factor_memory(case) + (extra if held is None else held + _kept(peer, case))
+        rows.append(
+            context.row(
+                op="adamw step",
+                case=case.name,
+                variant=peer.variant,
+                dtype=dtype,
+                impl=peer.name,
+                setting=peer.setting,
+                seconds=median,
+                seconds_min=least,
+                seconds_max=most,
+                repeats=count,
+                error_p90=quantile(errors),
+                error_max=quantile(errors, 1.0),
+                error_limit=limit,
+                error_of=f"p, m and v after the first step, relative Frobenius, {len(case.shapes)} layers, fp64 truth",
+                gate=quantile(errors, 1.0) <= limit,
+                reads=None,
+                bytes=step_peers.floor_bytes(case),
+                problem=f"{case.source}, {len(case.shapes)} matrices, {case.parameters / 1e6:.1f} M elements, all "
+                f"selected, k = {RANK}, coupled",
+                traffic={
+                    "moved_bytes": moved,
+                    "bytes_per_second": moved / median,
+                    "copy_fraction": moved / median / context.environment["copy_bytes_per_second"],
+                    "extra_bytes": extra,
+                    "peak_bytes": peak,
+                    "peak_is_measured": float(held is not None),
+                },
+            )
+        )
+    fill_speedups(rows)
+    return rows
+
+
+def _factor_memory(case: PenaltyCase) -> int:
+    return case.bytes - 2 * case.grad_bytes
+
+
+def _kept(peer: step_peers.StepPeer, case: PenaltyCase) -> int:
+    return case.grad_bytes if peer is step_peers.DENSE else 0

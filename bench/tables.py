@@ -19,13 +19,20 @@ TRAFFIC_HEADINGS = (
     *("case", "variant", "implementation", "setting", "time", "error max"),
     *("GB/s", "of copy", "extra memory", "ours is faster by"),
 )
+STEP_HEADINGS = (
+    *("case", "variant", "implementation", "setting", "time", "error max"),
+    *("GB/s", "of copy", "of floor", "peak memory", "ours is faster by"),
+)
 SVD_HEADINGS = (
     *("case", "variant", "implementation", "setting", "time", "error p90"),
     *("residual", "reads, of copy", "ours is faster by"),
 )
 LINEAR_HEADINGS = ("case", "variant", "implementation", "setting", "time", "error p90", "saved", "ours is faster by")
 PAPER = Path(__file__).parent / "baselines" / "paper_a100.json"
-_NUMBERS = ("time", "saved", "residual", "reads, of copy", "error p90", "error max", "GB/s", "of copy", "extra memory")
+_NUMBERS = (
+    *("time", "saved", "residual", "reads, of copy", "error p90", "error max", "GB/s"),
+    *("of copy", "of floor", "extra memory", "peak memory"),
+)
 _INCLUDED = re.compile(r"(<!-- include:([\w./-]+) -->\n)(.*?)(<!-- /include -->)", re.DOTALL)
 _MARKED = re.compile(r"(<!-- bench:([\w.-]+) -->\n)(.*?)(<!-- /bench:\2 -->)", re.DOTALL)
 
@@ -49,6 +56,8 @@ def headings(row: Row) -> tuple[str, ...]:
         return SVD_HEADINGS
     if row.op == "fake_quant_linear":
         return LINEAR_HEADINGS
+    if row.op == "adamw step":
+        return STEP_HEADINGS
     return TRAFFIC_HEADINGS if row.traffic else HEADINGS
 
 
@@ -80,11 +89,14 @@ def _linear_cells(row: Row) -> tuple[str, ...]:
 def _traffic_cells(row: Row) -> tuple[str, ...]:
     """What fills the columns from the error to the extra memory, the error with its limit."""
     t = row.traffic
+    memory: tuple[str, ...] = (f"{t['extra_bytes'] / 1e6:.3g} MB" if t["extra_bytes"] else "none",)
+    if row.op == "adamw step":
+        memory = f"{row.seconds / row.floor_seconds:.2f}x", f"{t['peak_bytes'] / 1e6:.4g} MB"
     return (
         f"{row.error_max:.1e} " + (f"<= {row.error_limit:.1e}" if row.gate else f"> {row.error_limit:.1e} FAILED"),
         f"{t['bytes_per_second'] / 1e9:.3g}",
         f"{t['copy_fraction']:.0%}",
-        f"{t['extra_bytes'] / 1e6:.3g} MB" if t["extra_bytes"] else "none",
+        *memory,
     )
 
 
@@ -111,6 +123,13 @@ def caption(row: Row) -> str:
         f"{e['copy_bytes_per_second'] / 1e9:.1f} GB/s, fp32 product {e['fp32_flops_per_second'] / 1e9:.0f} GFLOP/s. "
         f"{e.get('instructions') or ''}{'. ' * bool(e.get('instructions'))}Time: median (min-max). "
     )
+    if row.op == "adamw step":
+        measured = "measured" if row.traffic["peak_is_measured"] else "counted, not measured"
+        return (
+            f"{common}Error: {row.error_of}, and the gate's limit. GB/s: read and written by this method, no cache "
+            "assumed; of floor: time over that of reading p, g, m, v and writing p, m, v at the measured copy's "
+            f"bandwidth. Peak memory: p, g, m, v, factors and what the step holds beside them, {measured}."
+        )
     if row.op == "fake_quant_linear":
         common += "Saved: kept for the backward beside the parameters, in all and by element of the input. "
     elif row.traffic:

@@ -43,7 +43,8 @@ class Row:
         problem: what the case is, drift included.
         note: what a reader must know about this row.
         traffic: of operations that only move memory: `moved_bytes` by this implementation, `bytes_per_second` and its
-            `copy_fraction` of the copy bandwidth measured in this run, `extra_bytes` of memory held for it.
+            `copy_fraction` of the copy bandwidth measured in this run, `extra_bytes` of memory held for it;
+            of an optimizer step also `peak_bytes` and whether that `peak_is_measured`.
     """
 
     run: str

@@ -405,5 +405,6 @@ int load_topk_svd();
 int load_quantize();
 int load_integer_gemm();
 int load_adamw();
+int load_capture();
 
 }  // namespace s2d

@@ -109,6 +109,26 @@ typedef struct s2d_adamw_options {
 int s2d_adamw(const s2d_adamw_layer* layers, int32_t count, const s2d_adamw_group* groups, int32_t group_count,
               const s2d_adamw_options* options, void* workspace, size_t workspace_bytes, s2d_stream stream);
 
+/* One call of a layer, y = W x + bias, and what is kept of all calls. */
+typedef struct s2d_capture_call {
+  const void* y;              /* [tokens, neurons] of y_dtype, row stride y_stride, columns contiguous */
+  const void* x;              /* [tokens, features] of x_dtype, row stride x_stride, columns contiguous */
+  const float* bias;          /* [neurons], or null */
+  const uint8_t* enabled;     /* null, or one byte read on the device: 0 changes nothing */
+  float* value;               /* in and out, one number: the largest |y - bias| so far, -1 at first */
+  int64_t* place;             /* in and out, [2]: its neuron, and the row of x in the call that made it */
+  float* row;                 /* in and out, [features]: that row */
+  int64_t tokens, neurons, features;
+  int64_t y_stride, x_stride;
+  int32_t y_dtype, x_dtype;   /* s2d_dtype */
+} s2d_capture_call;
+
+/* Replaces value, place and row by the largest |y - bias| of this call where that is larger; of equal ones the lowest
+ * row, then the lowest neuron counts. NaN never counts, an infinity only where its row of x is finite. `call` is host
+ * memory, read before the call returns; the workspace must not be shared with a call on another stream. */
+size_t s2d_capture_workspace(const s2d_capture_call* call);
+int s2d_capture(const s2d_capture_call* call, void* workspace, size_t workspace_bytes, s2d_stream stream);
+
 /* One matrix of s2d_topk_svd_*: W [rows, cols], iterated on its smaller side d = min(rows, cols). */
 typedef struct s2d_svd_layer {
   const void* weight;         /* W, of `dtype`, strides row_stride and col_stride */

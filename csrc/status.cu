@@ -32,8 +32,8 @@ const char* s2d_status_string(int status) {
 }
 
 int s2d_check_device(void) {
-  for (const auto load : {s2d::load_penalty_grad, s2d::load_topk_svd, s2d::load_adamw, s2d::load_quantize,
-                          s2d::load_integer_gemm}) {
+  for (const auto load : {s2d::load_penalty_grad, s2d::load_topk_svd, s2d::load_adamw, s2d::load_capture,
+                          s2d::load_quantize, s2d::load_integer_gemm}) {
     if (const int status = load()) return status;
   }
   return S2D_OK;

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from s2d_kernels.capture import ActivationCapture
+from s2d_kernels.capture import ActivationCapture, GraphCapture
 from s2d_kernels.parameters import find_matrices
 
 
@@ -165,3 +165,70 @@ def test_a_linear_that_returns_its_bias_beside_the_output() -> None:
     x = torch.randn(5, 9)
     layer(x)
     check(capture, "weight", layer.weight.detach(), x)
+
+
+# --- the operation that stays in the graph ------------------------------------------------------------------------
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 8, 4, stride=4)
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.qkv(self.patch(x).flatten(2).mT)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_graph_capture_finds_what_hooks_find(compiled: bool) -> None:
+    torch.manual_seed(0)
+    model = Small()
+    matrices = find_matrices(model, k_max=1)[0]
+    hooks, resident = ActivationCapture(matrices), GraphCapture(matrices)
+    graphs = []
+
+    def count(module: torch.fx.GraphModule, _: list[Tensor]) -> Callable:
+        graphs.append(module)
+        return module
+
+    run = torch.compile(model, backend=count, fullgraph=True) if compiled else model
+    batches = torch.randn(4, 2, 3, 12, 8)
+    run(1000 * batches[0])  # not enabled
+    for turn in range(2):
+        resident.start()
+        for x in batches[2 * turn : 2 * turn + 2]:
+            run(x)
+        found = resident.stop()
+        hooks.start()
+        for x in batches[2 * turn : 2 * turn + 2]:
+            model(x)
+        expected = hooks.stop()
+        assert found.keys() == expected.keys()
+        assert len(found) == 4
+        for name, one in expected.items():
+            assert all(torch.equal(a, b) for a, b in zip(found[name], one, strict=True)), name
+    assert len(graphs) == compiled
+    assert not compiled or "capture_largest_" in graphs[0].code
+    assert resident.stop() == {}
+    resident.remove()
+    assert not model.qkv._forward_hooks
+
+
+def test_graph_capture_copies_the_weights_when_it_is_told() -> None:
+    layer = nn.Linear(9, 7)
+    before = layer.weight.detach().clone()
+    for at_start in (True, False):
+        capture = GraphCapture(find_matrices(layer)[0], copy_at_start=at_start)
+        with torch.no_grad():
+            layer.weight.copy_(before)
+        capture.start()
+        layer(torch.randn(2, 9))
+        with torch.no_grad():
+            layer.weight.mul_(2)
+        assert torch.equal(capture.stop()["weight"].weight, before if at_start else 2 * before)
+        capture.start()
+        assert capture.stop()["weight"].x.isnan().all()
+        capture.remove()
+    with pytest.raises(NotImplementedError, match=r"'in_proj_weight\[0:8\]' is projected inside"):
+        GraphCapture(find_matrices(nn.MultiheadAttention(8, 2))[0])

@@ -105,7 +105,7 @@ def test_without_operations_every_benchmark_runs(make) -> None:
     done, calls = make("gpu-bench")
     assert done.returncode == 0, done.stderr
     ran = [call.split()[3] for call in calls if call.startswith("python -m bench")]
-    assert ran == ["svd", "linear", "penalty"]
+    assert ran == ["svd", "linear", "penalty", "step"]
     commands = {command.name or command.callback.__name__ for command in app.registered_commands}
     assert set(ran) <= commands
 

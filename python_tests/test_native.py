@@ -46,6 +46,9 @@ C_TYPES = {
     "const int8_t*": ctypes.c_void_p,
     "const s2d_quantization*": ctypes.POINTER(_native.Quantization),
     "const s2d_integer_product*": ctypes.POINTER(_native.IntegerProduct),
+    "const uint8_t*": ctypes.c_void_p,
+    "int64_t*": ctypes.c_void_p,
+    "const s2d_capture_call*": ctypes.POINTER(_native.CaptureCall),
     "const s2d_adamw_layer*": ctypes.POINTER(_native.AdamWLayer),
     "const s2d_adamw_group*": ctypes.POINTER(_native.AdamWGroup),
     "const s2d_adamw_options*": ctypes.POINTER(_native.AdamWOptions),
@@ -71,6 +74,7 @@ def test_every_function_of_the_header_has_its_argument_types() -> None:
         ("adamw_layer", _native.AdamWLayer),
         ("adamw_group", _native.AdamWGroup),
         ("adamw_options", _native.AdamWOptions),
+        ("capture_call", _native.CaptureCall),
     ],
 )
 def test_the_structs_match_field_for_field(name: str, struct: type[ctypes.Structure]) -> None:

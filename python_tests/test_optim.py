@@ -19,6 +19,7 @@ from emulated import build_emulated
 from torch import Tensor, nn
 
 from s2d_kernels import S2D, SpectralAdamW, triton_kernels
+from s2d_kernels.adamw import ADDRESS_TABLES
 from s2d_kernels.optim import Penalty
 from s2d_kernels.penalty import LowRank, added
 
@@ -281,6 +282,43 @@ def test_emulated(name: str, emulated: None) -> None:
     RUNS[name]("cuda", torch.device("cpu"))
 
 
+def test_the_table_of_addresses_is_kept_while_no_address_changes(
+    emulated: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marshal, launch = ADDRESS_TABLES["cuda"]
+    made = []
+    monkeypatch.setitem(ADDRESS_TABLES, "cuda", (lambda *lists: made.append(1) or marshal(*lists), launch))
+    params = [nn.Parameter(torch.ones(6, 5)), nn.Parameter(torch.ones(3))]
+    optimizer = SpectralAdamW(params, 0.1, weight_decay=0.0, impl="cuda")
+    U, Vh, c = torch.ones(6, 1), torch.ones(1, 5), torch.zeros(1)
+    optimizer.set_penalties([Penalty(params[0], 0, None, U, Vh, c)])
+    grads = [[torch.full_like(p, value) for p in params] for value in (1.0, -1.0)]
+
+    def step(turn: int) -> list[float]:
+        """Where the first moments are afterwards: 0.9 m + 0.1 g."""
+        for p, g in zip(params, grads[turn], strict=True):
+            p.grad = g
+        optimizer.step()
+        return [round(optimizer.state[p]["exp_avg"].unique().item(), 5) for p in params]
+
+    assert step(0) == [0.1, 0.1]
+    assert step(0) == [0.19, 0.19]
+    assert len(made) == 1
+    assert step(1) == [0.071, 0.071]  # other gradients
+    assert len(made) == 2
+    c.fill_(10.0)  # in place: read on the device
+    assert step(1) == [round(0.9 * 0.071 + 0.9, 5), round(0.9 * 0.071 - 0.1, 5)]
+    assert len(made) == 2
+    optimizer.param_groups[0]["betas"] = (0.0, 0.999)
+    optimizer.set_penalties([])
+    assert step(1) == [-1.0, -1.0]
+    assert len(made) == 3
+    optimizer.set_penalties([Penalty(params[0], 0, None, U.double(), Vh, c)])  # to be converted at each step
+    assert step(1) == [9.0, -1.0]
+    assert step(1) == [9.0, -1.0]
+    assert len(made) == 5
+
+
 def test_interpreted() -> None:
     """All in one process: most of its time is the import."""
     assert triton_kernels.triton is not None, f"Triton is missing: {triton_kernels.INSTALL_HINT}"
@@ -481,6 +519,17 @@ def test_with_s2d_it_equals_the_calls_by_hand(mode: str, clip: float | None) -> 
 def test_with_s2d_no_bit_depends_on_timing(mode: str) -> None:
     one, other = (trained(mode, fused=True, asynchronous=asynchronous)[0] for asynchronous in (True, False))
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
+def test_with_s2d_a_capture_that_stays_in_the_graph_changes_no_bit(mode: str, fused: bool) -> None:
+    (one, reg), (other, graph_reg) = (trained(mode, fused=fused, capture=kind) for kind in ("hooks", "graph"))
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+    assert reg.layers == graph_reg.layers
+    assert other[0]._forward_hooks
+    graph_reg.close()
+    assert not other[0]._forward_hooks
 
 
 def test_the_penalty_is_applied_exactly_once(caplog: pytest.LogCaptureFixture) -> None:

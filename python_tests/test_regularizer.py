@@ -758,9 +758,9 @@ def test_a_dropped_s2d_and_copies_of_the_model_leave_no_live_hook() -> None:
     torch.save(model, stored)
     assert stored.tell() < 2.2 * sum(p.nbytes for p in model.parameters())
     duplicate(batch(v, 0))
-    assert reg._capture._captured == {}  # the copy's forward was not seen
+    assert reg._capture._kept == {}  # the copy's forward was not seen
     model(batch(v, 0))
-    assert set(reg._capture._captured) == {"0.weight", "2.weight"}
+    assert set(reg._capture._kept) == {"0.weight", "2.weight"}
     del reg
     gc.collect()
     assert not model[0]._forward_hooks

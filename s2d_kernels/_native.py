@@ -175,6 +175,27 @@ class AdamWOptions(ctypes.Structure):
     )
 
 
+class CaptureCall(ctypes.Structure):
+    """`s2d_capture_call` of csrc/s2d.h, field for field."""
+
+    _fields_ = (
+        ("y", c_void_p),
+        ("x", c_void_p),
+        ("bias", c_void_p),
+        ("enabled", c_void_p),
+        ("value", c_void_p),
+        ("place", c_void_p),
+        ("row", c_void_p),
+        ("tokens", c_int64),
+        ("neurons", c_int64),
+        ("features", c_int64),
+        ("y_stride", c_int64),
+        ("x_stride", c_int64),
+        ("y_dtype", c_int32),
+        ("x_dtype", c_int32),
+    )
+
+
 _SVD_TABLE = [POINTER(SvdLayer), c_int32]
 _WORKSPACE_AND_STREAM = [c_void_p, c_size_t, c_void_p]
 # name -> (result type, argument types); a test compares it with the header
@@ -191,6 +212,8 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
             *_WORKSPACE_AND_STREAM,
         ],
     ),
+    "s2d_capture_workspace": (c_size_t, [POINTER(CaptureCall)]),
+    "s2d_capture": (c_int, [POINTER(CaptureCall), *_WORKSPACE_AND_STREAM]),
     "s2d_topk_svd_check": (c_int, _SVD_TABLE),
     "s2d_topk_svd_team": (c_int, [POINTER(SvdLayer)]),
     "s2d_topk_svd_workspace": (c_size_t, _SVD_TABLE),
@@ -321,11 +344,22 @@ def add_penalty_grad(layers: Sequence[PenaltyLayer], stream: int) -> None:
         _call("s2d_add_penalty_grad", (PenaltyLayer * len(layers))(*layers), len(layers), None, 0, stream)
 
 
-def adamw(layers: Sequence[AdamWLayer], groups: Sequence[AdamWGroup], options: AdamWOptions, stream: int) -> None:
-    """Enqueue one step of AdamW for all layers on `stream`."""
-    if layers:
-        table, hyper = (AdamWLayer * len(layers))(*layers), (AdamWGroup * len(groups))(*groups)
+def adamw(layers: Any, groups: Sequence[AdamWGroup], options: AdamWOptions, stream: int) -> None:
+    """Enqueue one step of AdamW for all layers, a sequence or an array of `AdamWLayer`, on `stream`."""
+    if len(layers):
+        table = layers if isinstance(layers, ctypes.Array) else (AdamWLayer * len(layers))(*layers)
+        hyper = (AdamWGroup * len(groups))(*groups)
         _call("s2d_adamw", table, len(layers), hyper, len(groups), ctypes.byref(options), None, 0, stream)
+
+
+def capture_workspace_bytes(call: CaptureCall) -> int:
+    """Bytes of the workspace, which must be aligned to 256."""
+    return int(load().s2d_capture_workspace(ctypes.byref(call)))
+
+
+def capture(call: CaptureCall, workspace: int, workspace_bytes: int, stream: int) -> None:
+    """Enqueue `s2d_capture` on `stream`."""
+    _call("s2d_capture", ctypes.byref(call), workspace, workspace_bytes, stream)
 
 
 class SvdRun:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +14,10 @@ from s2d_kernels.penalty import added, masked, screened
 
 # lr, beta1, beta2, eps, weight_decay, maximize
 NUMBERS_PER_GROUP = 6
+# impl -> (marshal, launch), where the table of addresses can be kept as long as no address changes: `marshal` takes the
+# lists up to `coefficients` and `groups` and gives None for tensors that would have to be converted at each step;
+# `launch` takes a parameter, the table, and the operation's arguments from `numbers` on.
+ADDRESS_TABLES: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {}
 
 
 def check_step(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from s2d_kernels.capture_ops import capture_largest_
 from s2d_kernels.ops import exact_arithmetic
 from s2d_kernels.parameters import Matrix
 
@@ -25,6 +26,27 @@ class Captured(NamedTuple):
     neuron: Tensor
     x: Tensor
     weight: Tensor
+
+
+class _Kept(NamedTuple):
+    """What `capture_largest_` keeps: value [], place [2] and row [n]."""
+
+    value: Tensor
+    place: Tensor
+    row: Tensor
+
+    @classmethod
+    def nothing(cls, features: int, device: torch.device) -> _Kept:
+        place = torch.zeros(2, dtype=torch.int64, device=device)
+        return cls(torch.full((), -1.0, device=device), place, torch.full((features,), torch.nan, device=device))
+
+    def clear(self) -> None:
+        self.value.fill_(-1.0)
+        self.place.zero_()
+        self.row.fill_(torch.nan)
+
+    def captured(self, weight: Tensor) -> Captured:
+        return Captured(self.value.clone(), self.place[0].clone(), self.row.clone(), weight)
 
 
 class _EagerWhileCapturing:
@@ -83,7 +105,7 @@ class ActivationCapture:
         self._require_grad = require_grad
         self._copy_weights = copy_weights
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._captured: dict[str, Captured] = {}
+        self._kept: dict[str, tuple[_Kept, Tensor]] = {}
 
     def __del__(self) -> None:
         if not sys.is_finalizing():  # nothing can be imported any more, and nothing will run
@@ -97,7 +119,7 @@ class ActivationCapture:
     @property
     def seen(self) -> bool:
         """Whether any matrix has been called since `start`."""
-        return bool(self._captured)
+        return bool(self._kept)
 
     def start(self) -> None:
         """Install the hooks and forget what was captured. Compiled models run eagerly until `stop`.
@@ -105,7 +127,7 @@ class ActivationCapture:
         torch.compile does not look for hooks that were installed after it traced a module.
         """
         self.stop()
-        self._captured = {}
+        self._kept = {}
         hook = _Hook(self)
         for module in self._by_module:
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
@@ -119,15 +141,8 @@ class ActivationCapture:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        captured, self._captured = self._captured, {}
-        return captured
-
-    def __enter__(self) -> dict[str, Captured]:
-        self.start()
-        return self._captured
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
+        found, self._kept = self._kept, {}
+        return {name: kept.captured(weight) for name, (kept, weight) in found.items()}
 
     def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Take one call of `module` into account."""
@@ -137,32 +152,112 @@ class ActivationCapture:
             for matrix in self._by_module[module]:
                 self._keep_larger(matrix, *_inputs_and_outputs(matrix, args, kwargs, output))
 
-    def _keep_larger(self, matrix: Matrix, x: Tensor, y: Tensor) -> None:
+    def _keep_larger(self, matrix: Matrix, x: Tensor, y: Tensor, bias: Tensor | None) -> None:
         if y.numel() == 0:
             return
-        magnitude = y.float().abs()
-        usable = x.isfinite().all(1, keepdim=True) & ~magnitude.isnan()
-        magnitude = torch.where(usable, magnitude, -1.0)
-        value, flat = magnitude.flatten().max(0)
-        row = x.index_select(0, (flat // y.shape[1]).reshape(1)).squeeze(0).float()
-        neuron = flat % y.shape[1]
-        old = self._captured.get(matrix.name)
-        if old is None:
+        if matrix.name not in self._kept:
             weight = matrix.rows(matrix.parameter.detach())
             weight = weight.clone() if self._copy_weights else weight
-        else:
-            larger = value > old.value
-            value = torch.where(larger, value, old.value)
-            neuron = torch.where(larger, neuron, old.neuron)
-            row = torch.where(larger, row, old.x)
-            weight = old.weight
-        self._captured[matrix.name] = Captured(value, neuron, row, weight)
+            self._kept[matrix.name] = _Kept.nothing(x.shape[1], x.device), weight
+        kept = self._kept[matrix.name][0]
+        capture_largest_(*kept, y.detach(), x.detach(), bias=None if bias is None else bias.detach())
+
+
+class GraphCapture:
+    """`ActivationCapture` for CUDA graphs and compiled models: the operation is always there and acts when enabled.
+
+    Hooks are not replayed with a CUDA graph, and installing one later recompiles. Build this before capturing or
+    compiling; `start` and `stop` write one flag on the device. All else is as there, except that the weight is copied
+    by `stop`, or by `start` where `copy_at_start`, as neither knows of the first forward; and that a matrix whose
+    largest value was never found has a row of NaN.
+
+    Only linear layers and patch embeddings: what nn.MultiheadAttention projects inside cannot be seen without a second
+    product.
+
+    Args:
+        matrices: of one model on one device.
+        copy_at_start: the weights are those of `start`, for a loop that changes them before `stop`.
+
+    Raises:
+        NotImplementedError: a matrix of a packed attention projection.
+    """
+
+    def __init__(self, matrices: Iterable[Matrix], *, copy_at_start: bool = False) -> None:
+        self._matrices = list(matrices)
+        packed = [matrix.name for matrix in self._matrices if matrix.kind == "attention"]
+        if packed:
+            raise NotImplementedError(f"{packed[0]!r} is projected inside nn.MultiheadAttention: capture it with hooks")
+        self._copy_at_start = copy_at_start
+        self._weights: dict[str, Tensor] = {}
+        self._kept: dict[str, _Kept] = {}
+        self.active = False
+        by_module: dict[nn.Module, list[Matrix]] = {}
+        for matrix in self._matrices:
+            self._kept[matrix.name] = _Kept.nothing(matrix.shape[1], matrix.parameter.device)
+            by_module.setdefault(matrix.module, []).append(matrix)
+        device = self._matrices[0].parameter.device if self._matrices else torch.device("cpu")
+        self._enabled = torch.zeros((), dtype=torch.bool, device=device)
+        self._handles = [
+            module.register_forward_hook(_always(some, self._kept, self._enabled), with_kwargs=True)
+            for module, some in by_module.items()
+        ]
+
+    def start(self) -> None:
+        """Forget what was captured, and let the operations act."""
+        for kept in self._kept.values():
+            kept.clear()
+        if self._copy_at_start:
+            self._copy_weights()
+        self._enabled.fill_(True)
+        self.active = True
+
+    def stop(self) -> dict[str, Captured]:
+        """Let the operations rest; returns what was captured by matrix name."""
+        self._enabled.fill_(False)
+        if not self.active:
+            return {}
+        self.active = False
+        if not self._copy_at_start:
+            self._copy_weights()
+        weights, self._weights = self._weights, {}
+        return {name: kept.captured(weights[name]) for name, kept in self._kept.items()}
+
+    def remove(self) -> None:
+        """Take the operations out of the model; what was compiled with them is compiled anew."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self.active = [], False
+
+    @property
+    def seen(self) -> bool:
+        """Unknown to the host: False."""
+        return False
+
+    def _copy_weights(self) -> None:
+        self._weights = {m.name: m.rows(m.parameter.detach()).clone() for m in self._matrices}
+
+
+def _always(
+    matrices: Sequence[Matrix], kept: Mapping[str, _Kept], enabled: Tensor
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
+    """A hook of plain tensors and one operation, which Dynamo traces through."""
+    targets = [(matrix, *kept[matrix.name]) for matrix in matrices]
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
+        for matrix, value, place, row in targets:
+            x, y, bias = _inputs_and_outputs(matrix, args, kwargs, output)
+            bias = None if bias is None else bias.detach()
+            torch.ops.s2d.capture_largest_(value, place, row, y.detach(), x.detach(), bias, enabled, None)
+
+    return hook
 
 
 def _inputs_and_outputs(
     matrix: Matrix, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> tuple[Tensor, Tensor]:
-    """Input rows x `[tokens, n]` and W x `[tokens, m]`, bias excluded, of one call."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Input rows x `[tokens, n]`, the output y `[tokens, m]`, and the bias in it, of one call."""
     module: Any = matrix.module
     block = slice(matrix.start, matrix.stop)
     if matrix.kind == "attention":
@@ -171,7 +266,7 @@ def _inputs_and_outputs(
         names = ("query", "key", "value")
         x = args[position] if len(args) > position else kwargs[names[position]]
         x = x.reshape(-1, x.shape[-1])
-        return x, F.linear(x, matrix.rows(matrix.parameter).to(x.dtype))
+        return x, F.linear(x, matrix.rows(matrix.parameter).to(x.dtype)), None
     x = args[0] if args else kwargs["input"]
     bias = module.bias
     output = output[0] if isinstance(output, tuple | list) else output  # some subclasses return the bias beside it
@@ -182,7 +277,4 @@ def _inputs_and_outputs(
         y = y.flatten(2).mT.reshape(-1, y.shape[1])
     else:
         x, y = x.reshape(-1, x.shape[-1]), output.reshape(-1, output.shape[-1])
-    y = y[:, block]
-    if isinstance(bias, Tensor):
-        y = y.float() - bias[block].float()
-    return x, y
+    return x, y[:, block], bias[block] if isinstance(bias, Tensor) else None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from s2d_kernels import _native, ops
-from s2d_kernels.adamw import NUMBERS_PER_GROUP, check_step
+from s2d_kernels.adamw import ADDRESS_TABLES, NUMBERS_PER_GROUP, check_step
 from s2d_kernels.cuda_ops import DTYPES, current_stream
 
 
@@ -97,7 +99,6 @@ def _adamw_cuda(
         params, grads, exp_avgs, exp_avg_sqs, steps, Us, Vhs, coefficients, ranks, groups, numbers, lrs, scalars,
         tuple(DTYPES),
     )  # fmt: skip
-    context, stream = current_stream(params[0])
     # The converted copies live until the launch is enqueued; the allocator reuses their memory on the same stream only.
     kept: list[Any] = []
     if ranks is not None:
@@ -112,16 +113,66 @@ def _adamw_cuda(
             operands = operands[0], operands[1].contiguous(), operands[2]
         kept.append(operands)
         layers.append(_layer(index, param, grad, exp_avg, exp_avg_sq, step, *operands, ranks, group))
+    _launch(params[0], layers, numbers, lrs, *scalars, decoupled, clip_penalty)
+
+
+def _launch(
+    param: Tensor,
+    layers: list[_native.AdamWLayer],
+    numbers: Sequence[float],
+    lrs: Tensor | None,
+    clip_coef: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    decoupled: bool,
+    clip_penalty: bool,
+) -> None:
+    context, stream = current_stream(param)
     hyper = []
     for group in range(len(numbers) // NUMBERS_PER_GROUP):
         *given, maximize = numbers[NUMBERS_PER_GROUP * group :][:NUMBERS_PER_GROUP]
         lr = None if lrs is None else lrs.data_ptr() + 4 * group
         hyper.append(_native.AdamWGroup(lr, *given, int(maximize)))
-    options = _native.AdamWOptions(*map(_address, scalars), decoupled, clip_penalty)
+    options = _native.AdamWOptions(*map(_address, (clip_coef, grad_scale, found_inf)), decoupled, clip_penalty)
+    most = _native.MAX_GROUPS
     with context:
-        for first in range(0, len(hyper), _native.MAX_GROUPS):
-            some = range(first, first + _native.MAX_GROUPS)
-            part = layers if len(hyper) <= _native.MAX_GROUPS else [layer for layer in layers if layer.group in some]
-            for layer in part:
-                layer.group -= first
-            _native.adamw(part, hyper[first : first + _native.MAX_GROUPS], options, stream)
+        if len(hyper) <= most:
+            _native.adamw(layers, hyper, options, stream)
+            return
+        for first in range(0, len(hyper), most):
+            part = []
+            for layer in layers:
+                if first <= layer.group < first + most:
+                    part.append(_native.AdamWLayer.from_buffer_copy(layer))
+                    part[-1].group -= first
+            _native.adamw(part, hyper[first : first + most], options, stream)
+
+
+def _marshal(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    Us: list[Tensor],
+    Vhs: list[Tensor],
+    coefficients: list[Tensor],
+    groups: list[int],
+) -> Any:
+    """The table of `s2d_adamw`, addresses only; None where a factor would have to be converted."""
+    for U, Vh, c in zip(Us, Vhs, coefficients, strict=True):
+        if len(c) and not (
+            U.dtype == Vh.dtype == c.dtype == torch.float32 and c.is_contiguous() and _contiguous_columns(Vh)
+        ):
+            return None
+    numbers = [0.0] * (NUMBERS_PER_GROUP * (max(groups, default=0) + 1))
+    check_step(
+        params, grads, exp_avgs, exp_avg_sqs, steps, Us, Vhs, coefficients, None, groups, numbers, None,
+        (None, None, None), tuple(DTYPES),
+    )  # fmt: skip
+    tensors = zip(params, grads, exp_avgs, exp_avg_sqs, steps, Us, Vhs, coefficients, groups, strict=True)
+    rows = [_layer(index, *some, None, group) for index, (*some, group) in enumerate(tensors)]  # type: ignore[call-arg]
+    return (_native.AdamWLayer * len(rows))(*rows)
+
+
+ADDRESS_TABLES["cuda"] = _marshal, _launch

@@ -12,6 +12,7 @@ from torch.optim.adamw import AdamW
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
 from s2d_kernels import ops
+from s2d_kernels.adamw import ADDRESS_TABLES
 
 if TYPE_CHECKING:
     from s2d_kernels.regularizer import S2D
@@ -32,6 +33,10 @@ class Penalty(NamedTuple):
     U: Tensor
     Vh: Tensor
     coefficients: Tensor
+
+
+# A parameter, its gradient, exp_avg, exp_avg_sq, step, and the place of its group.
+_Entry = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]
 
 
 class _Block(NamedTuple):
@@ -102,6 +107,7 @@ class SpectralAdamW(AdamW):
         self.impl = impl
         self._penalties: list[Penalty] = []
         self._decoupled = False
+        self._tables: dict[tuple[torch.device, torch.dtype], tuple[Any, Any]] = {}
         self.regularizer: S2D | None = None
         if regularizer is not None:
             regularizer._fuse(self)
@@ -109,7 +115,10 @@ class SpectralAdamW(AdamW):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for name, value in (("impl", None), ("_penalties", []), ("_decoupled", False), ("regularizer", None)):
+        for name, value in (
+            *(("impl", None), ("_penalties", []), ("_decoupled", False)),
+            *(("regularizer", None), ("_tables", {})),
+        ):
             self.__dict__.setdefault(name, value)
         for group in self.param_groups:
             _refuse_amsgrad(group["amsgrad"])
@@ -203,10 +212,7 @@ class SpectralAdamW(AdamW):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        of_parameter: dict[int, list[Penalty]] = {}
-        for penalty in penalties:
-            of_parameter.setdefault(id(penalty.parameter), []).append(penalty)
-        blocks: dict[tuple[torch.device, torch.dtype], list[_Block]] = {}
+        entries: dict[tuple[torch.device, torch.dtype], list[_Entry]] = {}
         steps: dict[torch.device, list[Tensor]] = {}
         copied: list[tuple[Tensor, Tensor]] = []
         numbers: list[float] = []
@@ -221,42 +227,78 @@ class SpectralAdamW(AdamW):
             if self._init_group(group, *lists):
                 raise TypeError("SpectralAdamW takes no complex parameters: pass torch.view_as_real of them")
             for param, grad, exp_avg, exp_avg_sq, step in zip(*lists[:4], lists[5], strict=True):
-                found = blocks.setdefault((param.device, param.dtype), [])
+                found = entries.setdefault((param.device, param.dtype), [])
+                found.append((param, grad, exp_avg, exp_avg_sq, step, place))
                 steps.setdefault(param.device, []).append(step)
-                tensors = (param, grad, exp_avg, exp_avg_sq)
-                found += _blocks(tensors, step, place, of_parameter.get(id(param), []), copied)
         for counts in steps.values():
             torch._foreach_add_(counts, 1)
-        for (device, _), some in blocks.items():
-            views = [list(column) for column in zip(*(block.views for block in some), strict=True)]
+        for (device, dtype), some in entries.items():
             lrs = None
             if any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in rates):
                 lrs = torch.stack([torch.as_tensor(lr, dtype=torch.float32).to(device).reshape(()) for lr in rates])
-            torch.ops.s2d.adamw_(
-                *views,
-                [block.step for block in some],
-                [block.U for block in some],
-                [block.Vh for block in some],
-                [block.coefficients for block in some],
-                None,
-                [block.group for block in some],
-                numbers,
-                lrs,
-                *(_on(device, scalar) for scalar in (clip_coef, grad_scale, found_inf)),
-                decoupled,
-                clip_penalty,
-                self.impl,
-            )
+            scalars = [_on(device, scalar) for scalar in (clip_coef, grad_scale, found_inf)]
+            rest = (numbers, lrs, *scalars, decoupled, clip_penalty)
+            self._update_alike(device, dtype, some, penalties, copied, rest)
         if found_inf is not None:
             for device, counts in steps.items():
                 torch._foreach_sub_(counts, [found_inf.to(device, torch.float32).reshape(())] * len(counts))
         for target, copy in copied:
             target.copy_(copy.reshape(target.shape))
 
+    def _update_alike(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        entries: list[_Entry],
+        penalties: Sequence[Penalty],
+        copied: list[tuple[Tensor, Tensor]],
+        rest: tuple[Any, ...],
+    ) -> None:
+        """The tensors of one device and dtype. What the host prepares is kept while no address changes."""
+        marshal, launch = ADDRESS_TABLES.get(ops.choose("adamw_", self.impl, device), (None, None))
+        key: list[Any] | None = None
+        if marshal is not None and all(tensor.is_contiguous() for entry in entries for tensor in entry[:4]):
+            key = [
+                *((*(tensor.data_ptr() for tensor in entry[:5]), entry[0].shape, entry[5]) for entry in entries),
+                *((id(p.parameter), p.start, p.stop, *map(_where, p[3:])) for p in penalties),
+            ]
+        known = self._tables.get((device, dtype))
+        if key is None or known is None or known[0] != key:
+            of_parameter: dict[int, list[Penalty]] = {}
+            for penalty in penalties:
+                of_parameter.setdefault(id(penalty.parameter), []).append(penalty)
+            blocks = []
+            for entry in entries:
+                blocks += _blocks(entry[:4], entry[4], entry[5], of_parameter.get(id(entry[0]), []), copied)
+            views = [list(column) for column in zip(*(block.views for block in blocks), strict=True)]
+            others: list[list[Tensor]] = [
+                [block.step for block in blocks],
+                [block.U for block in blocks],
+                [block.Vh for block in blocks],
+                [block.coefficients for block in blocks],
+            ]
+            groups = [block.group for block in blocks]
+            table = None
+            if key is not None and ops.choose("adamw_", self.impl, device, (*views, *others)) in ADDRESS_TABLES:
+                table = marshal(*views, *others, groups)  # type: ignore[misc]
+            if table is None:
+                torch.ops.s2d.adamw_(*views, *others, None, groups, *rest, self.impl)
+                return
+            known = self._tables[device, dtype] = key, table
+        with ops.exact_arithmetic(device):
+            launch(entries[0][0], known[1], *rest)  # type: ignore[misc]
+        for param, _, exp_avg, exp_avg_sq, _, _ in entries:
+            torch.autograd.graph.increment_version((param, exp_avg, exp_avg_sq))
+
 
 def _refuse_amsgrad(amsgrad: bool) -> None:
     if amsgrad:
         raise ValueError("amsgrad=True is not supported here: use torch.optim.AdamW with reg.attach(optimizer)")
+
+
+def _where(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...], torch.dtype]:
+    """What a kernel is told of a tensor."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _on(device: torch.device, scalar: Tensor | None) -> Tensor | None:

@@ -91,6 +91,7 @@ def add_penalty_grad_(
         ops.check_same_length(grads=grads, ranks=ranks)
     if coefficients is not None:
         ops.check_same_length(grads=grads, coefficients=coefficients)
+    device = grads[0].device if grads else None
     for index, (grad, factor) in enumerate(zip(grads, factors, strict=True)):
         if not isinstance(factor, TopkSVD):
             raise TypeError(f"factors[{index}] must be a TopkSVD, got {type(factor).__name__}")
@@ -100,19 +101,19 @@ def add_penalty_grad_(
                 f"factors[{index}] has U {tuple(factor.U.shape)} and Vh {tuple(factor.Vh.shape)}, "
                 f"which do not fit grads[{index}] of shape {tuple(grad.shape)}"
             )
-        if _overlaps(grad):
+        if not grad.is_contiguous() and _overlaps(grad):
             raise ValueError(
                 f"grads[{index}] overlaps itself in memory (shape {tuple(grad.shape)}, stride {grad.stride()}): pass a "
                 "tensor with its own memory"
             )
         if coefficients is not None:
-            ops.check_tensor(f"coefficients[{index}]", coefficients[index], device=grad.device)
+            ops.check_tensor(f"coefficients[{index}]", coefficients[index], device=device)
             if coefficients[index].shape != (k,):
                 raise ValueError(
                     f"coefficients[{index}] must have shape ({k},), got {tuple(coefficients[index].shape)}"
                 )
         for name, tensor in (("U", factor.U), ("S", factor.S), ("Vh", factor.Vh)):
-            ops.check_tensor(f"factors[{index}].{name}", tensor, device=grad.device)
+            ops.check_tensor(f"factors[{index}].{name}", tensor, device=device)
     cs = (
         penalty_coefficients([factor.S for factor in factors], strength=strength, power=power)
         if coefficients is None
@@ -125,7 +126,8 @@ def add_penalty_grad_(
         if ranks is not None and device_ranks is None:
             rank = ops.check_integer(f"ranks[{index}]", ranks[index], low=0, high=k)
         if rank and grad.numel():
-            touched.append((grad, factor.U[:, :rank], factor.Vh[:rank], c[:rank]))
+            some = (factor.U, factor.Vh, c) if rank == k else (factor.U[:, :rank], factor.Vh[:rank], c[:rank])
+            touched.append((grad, *some))
             places.append(index)
     if not touched:
         return
@@ -190,45 +192,70 @@ def masked(coefficients: list[Tensor], ranks: Tensor | None) -> list[Tensor]:
 
 
 def screened(
-    dtypes: Sequence[torch.dtype], Us: Sequence[Tensor], Vhs: Sequence[Tensor], coefficients: Sequence[Tensor]
+    dtypes: Sequence[torch.dtype],
+    Us: Sequence[Tensor],
+    Vhs: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    *,
+    split: bool = False,
 ) -> list[LowRank | None]:
     """The sums for gradients of `dtypes`; None where there is nothing to add.
 
-    On a CPU one look at all factors tells which layers need no guard; on a GPU it would be a synchronization.
+    On a CPU one look at all factors tells which layers need no guard; on a GPU it would be a synchronization. With
+    `split`, unguarded ones for bf16 come as a product of three times the rank in bf16, exact to 2^-16: torch sums bf16
+    products in fp32 and rounds once.
     """
-    sums = [torch.float64 if dtype == torch.float64 else torch.float32 for dtype in dtypes]
-    lefts = [_as(U * c, dtype) for U, c, dtype in zip(Us, coefficients, sums, strict=True)]
-    rights = [_as(Vh, dtype) for Vh, dtype in zip(Vhs, sums, strict=True)]
-    if not lefts or lefts[0].device.type != "cpu":
-        return [LowRank(*sides, True) for sides in zip(lefts, rights, strict=True)]
-    guarded = not _largest(lefts) * _largest(rights) < SAFE_SIZE
-    numbers, found, end = torch.cat(list(coefficients)).tolist(), [], 0
-    for left, right, c in zip(lefts, rights, coefficients, strict=True):
-        begin, end = end, end + c.shape[0]
-        nothing = not any(numbers[begin:end])
-        bad = guarded and not _largest([left]) * _largest([right]) < SAFE_SIZE
-        found.append(None if nothing else LowRank(left, right, bad))
+    if not Us or Us[0].device.type != "cpu":
+        sides = zip(Us, Vhs, coefficients, map(_sum_dtype, dtypes), strict=True)
+        return [LowRank((U * c).to(dtype), Vh.to(dtype), True) for U, Vh, c, dtype in sides]
+    alike: dict[tuple[int, torch.dtype, torch.dtype], list[int]] = {}
+    for index, (U, dtype) in enumerate(zip(Us, dtypes, strict=True)):
+        alike.setdefault((U.shape[1], dtype, U.dtype), []).append(index)
+    found: list[LowRank | None] = [None] * len(Us)
+    for (_, dtype, _), members in alike.items():
+        of_members = ([column[i] for i in members] for column in (Us, Vhs, coefficients))
+        for index, low_rank in zip(members, _of_one_rank(dtype, *of_members, split=split), strict=True):
+            found[index] = low_rank
     return found
+
+
+def _of_one_rank(
+    dtype: torch.dtype, Us: list[Tensor], Vhs: list[Tensor], coefficients: list[Tensor], *, split: bool
+) -> list[LowRank | None]:
+    """`screened` for layers of one rank and dtype, in a few operations on all: the calls cost more than the sums."""
+    sum_dtype, cs = _sum_dtype(dtype), torch.stack(coefficients)
+    rows, columns = [U.shape[0] for U in Us], [Vh.shape[1] for Vh in Vhs]
+    left = _as(torch.cat(Us), sum_dtype)
+    left *= _as(cs, sum_dtype).repeat_interleave(torch.tensor(rows), 0)
+    right = _as(torch.cat(Vhs, 1), sum_dtype)
+    nothing = (cs == 0).all(1).tolist()
+    if not _largest(left) * _largest(right) < SAFE_SIZE:
+        pairs = zip(nothing, left.split(rows), right.split(columns, 1), strict=True)
+        return [None if zero else LowRank(a, b, not _largest(a) * _largest(b) < SAFE_SIZE) for zero, a, b in pairs]
+    rights = [_as(Vh, sum_dtype) for Vh in Vhs]
+    if split and dtype == torch.bfloat16:
+        high, high_right = left.bfloat16(), right.bfloat16()
+        low, low_right = left.sub_(high).bfloat16(), right.sub_(high_right).bfloat16()
+        left = torch.cat([high, low, high], 1)
+        rights = list(torch.cat([high_right, high_right, low_right]).split(columns, 1))
+    sides = zip(nothing, left.split(rows), rights, strict=True)
+    return [None if zero else LowRank(a, b, False) for zero, a, b in sides]
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)  # the call alone is a microsecond a layer
 
 
-def _largest(tensors: Sequence[Tensor]) -> float:
+def _largest(tensor: Tensor) -> float:
     """max |element|, NaN where one is NaN, on the host."""
-    low, high = torch.aminmax(torch.cat([tensor.flatten() for tensor in tensors]))
+    if tensor.numel() == 0:
+        return 0.0
+    low, high = torch.aminmax(tensor)
     return float(torch.maximum(-low, high))
-
-
-def _in_bfloat16(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """left right to 2^-16 as a product of three times the rank in bf16, which has the range of fp32.
-
-    Each side in two parts, all of them exact but the last; torch sums bf16 products in fp32 and rounds once.
-    """
-    high, high_right = left.bfloat16(), right.bfloat16()
-    low, low_right = (left - high).bfloat16(), (right - high_right).bfloat16()
-    return torch.cat([high, low, high], 1), torch.cat([high_right, high_right, low_right])
 
 
 def added(grad: Tensor, low_rank: LowRank) -> Tensor:
@@ -253,16 +280,13 @@ def _add_reference(
 def _add_torch(
     grads: list[Tensor], Us: list[Tensor], Vhs: list[Tensor], coefficients: list[Tensor], ranks: Tensor | None
 ) -> None:
-    low_ranks = screened([grad.dtype for grad in grads], Us, Vhs, masked(coefficients, ranks))
+    low_ranks = screened([grad.dtype for grad in grads], Us, Vhs, masked(coefficients, ranks), split=True)
     for grad, low_rank in zip(grads, low_ranks, strict=True):
         if low_rank is None:
             continue
         left, right, guarded = low_rank
         if not guarded and grad.dtype == left.dtype:
             grad.addmm_(left, right)
-            continue
-        if not guarded and grad.dtype == torch.bfloat16:
-            grad.addmm_(*_in_bfloat16(left, right))
             continue
         # In blocks of rows: what is widened stays in the cache.
         rows = max(1, BLOCK_ELEMENTS // max(grad.shape[1], 1))

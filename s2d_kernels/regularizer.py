@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from s2d_kernels import ops, reference
-from s2d_kernels.capture import ActivationCapture, Captured
+from s2d_kernels.capture import ActivationCapture, Captured, GraphCapture
 from s2d_kernels.layers import KEYS, LayerReport, LayerState, Refreshed, copied, moved, pack, unpack
 from s2d_kernels.optim import Penalty
 from s2d_kernels.parameters import (
@@ -69,6 +69,9 @@ class S2D:
         select: (regex, penalize) pairs on parameter names, first match wins; see `parameters.find_matrices`.
         splits: regex -> row counts of fused projections.
         seed: seed of the random columns of the SVD.
+        capture: "hooks", installed on refresh steps only, on which a compiled model runs eagerly; or "graph", an
+            operation that stays in the model, for CUDA graphs and models that shall not leave their compiled code: load
+            the weights, build S2D, then compile.
         asynchronous: False runs each refresh in place; the bits are the same.
         snapshot: True copies the weights on refresh steps, `snapshot_bytes` in all, until the refresh has arrived.
             False copies nothing: the refresh reads the weights themselves and is waited for before the optimizer
@@ -108,6 +111,7 @@ class S2D:
         select: Sequence[tuple[str, bool]] = (),
         splits: Mapping[str, Sequence[int]] | None = None,
         seed: int = 0,
+        capture: str = "hooks",
         asynchronous: bool = True,
         snapshot: bool = True,
         static_factors: bool = False,
@@ -117,6 +121,8 @@ class S2D:
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         if mode not in ("coupled", "decoupled"):
             raise ValueError(f"mode={mode!r} is neither 'coupled' nor 'decoupled'")
+        if capture not in ("hooks", "graph"):
+            raise ValueError(f"capture={capture!r} is neither 'hooks' nor 'graph'")
         if strength is None:
             if mode == "decoupled":
                 raise ValueError(
@@ -161,13 +167,19 @@ class S2D:
             )
         if static_factors and mode != "coupled":
             raise ValueError("static_factors=True belongs to mode='coupled': the decoupled form acts outside of graphs")
+        if capture == "graph" and not snapshot:
+            raise ValueError("snapshot=False belongs to capture='hooks': the operation in a graph copies the weights")
         self.snapshot = snapshot
         self._layers = {matrix.name: self._empty_layer(matrix) for matrix in self._matrices}
         self._built_for = device, _ = self._place()
         self._side = SideStream(device, asynchronous=asynchronous)
         ranks = torch.zeros(len(self._matrices), dtype=torch.int32, device=device)
         self._static_ranks = ranks if static_factors else None
-        self._capture = ActivationCapture(self._matrices, copy_weights=snapshot)
+        self._capture: ActivationCapture | GraphCapture
+        if capture == "graph":  # the decoupled form changes the weights before it asks for the capture
+            self._capture = GraphCapture(self._matrices, copy_at_start=mode == "decoupled")
+        else:
+            self._capture = ActivationCapture(self._matrices, copy_weights=snapshot)
         self._pending: Pending[dict[str, Refreshed]] | None = None
         self._pending_step = -1
         self._handles: list[torch.utils.hooks.RemovableHandle | _Fused] = []
@@ -548,6 +560,8 @@ class S2D:
         self._closed = True
         self.detach()
         self._capture.stop()
+        if isinstance(self._capture, GraphCapture):
+            self._capture.remove()
         self._pending = None
         self._side.close()
 

@@ -22,7 +22,7 @@ from s2d_kernels.svd import NON_FINITE, OVERFLOW, TopkSVD
 # with both there were no wrong decisions where unwidened ones were violated by up to 0.20 (spec, section 2).
 USABLE_RESIDUAL = 1e-2
 WIDENING = 1e-2
-# The exact route in fp32 stands where it is further than this from the threshold, 10 times the largest error seen, plus
+# The exact route in fp32 stands where it is further than this from the threshold, 4 times the largest error seen, plus
 # what near-ties at the boundary can hide.
 FP32_ERROR = 1e-3
 MIXING = 16.0
@@ -85,7 +85,7 @@ def pcdr(
 
     Accuracy: the bounds are rigorous for exact singular vectors and estimates for computed ones, hence widened by
         max(0.01, residual/s_1), and a component in a cluster (gap below 4 residual/s_1) goes the exact way, which
-        is computed in fp32 after what sticks out was taken away in fp64, to 1e-4, and in fp64 where that is not clear
+        is computed in fp32 after what sticks out was taken away in fp64, to 3e-4, and in fp64 where that is not clear
         about the threshold.
     Cost: one product W x a layer; the exact route one Gram matrix and its `eigh`, a fifth of an fp64 SVD on a CPU.
     Streams: the decisions by bounds need no synchronization, see `pcdr_begin`; this function waits for them.

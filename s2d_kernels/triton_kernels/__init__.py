@@ -3,7 +3,7 @@
 Triton is optional: without it this package imports, and impl="triton" says what to install.
 """
 
-from s2d_kernels.triton_kernels import adamw, gradient, linear, penalty, quantize, svd
+from s2d_kernels.triton_kernels import adamw, capture, gradient, linear, penalty, quantize, svd
 from s2d_kernels.triton_kernels.common import INSTALL_HINT, Variant, interpreted, triton
 
 __all__ = ["INSTALL_HINT", "Variant", "interpreted", "triton", "variants"]
@@ -11,5 +11,5 @@ __all__ = ["INSTALL_HINT", "Variant", "interpreted", "triton", "variants"]
 
 def variants() -> list[Variant]:
     """What `python -m bench audit` compiles."""
-    modules = (penalty, svd, adamw, quantize, linear, gradient)
+    modules = (penalty, svd, adamw, capture, quantize, linear, gradient)
     return [variant for module in modules for variant in module.variants()]

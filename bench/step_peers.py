@@ -1,0 +1,190 @@
+"""One optimizer step of all layers with the penalty: plain fused AdamW, with the paper's dense G, and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bench.cases import RANK, PenaltyCase, PenaltyTensors
+from s2d_kernels import SpectralAdamW, ops
+from s2d_kernels.optim import Penalty
+from s2d_kernels.penalty import add_penalty_grad_
+
+LR, BETAS, EPS, WEIGHT_DECAY = 1e-2, (0.9, 0.999), 1e-8, 1e-2
+# Of p, m and v after the first step, relative to their norms: one rounding is 0.3 eps in the root mean square, a
+# gradient rounded on the way 0.3 more, which v doubles.
+EPS_ALLOWED = 1.5
+
+
+@dataclass
+class StepTensors:
+    """Parameters with gradients, what both were at first, and the factors of each."""
+
+    params: list[nn.Parameter]
+    start: list[Tensor]
+    penalty: PenaltyTensors
+
+    def restore(self) -> None:
+        self.penalty.restore()
+        for param, start in zip(self.params, self.start, strict=True):
+            param.data.copy_(start)
+
+
+@dataclass(frozen=True)
+class StepPeer:
+    """One way to make a step.
+
+    Attributes:
+        prepare: tensors -> the optimizer and the function to time.
+        moved: case -> bytes read and written, as if no cache held them.
+        extra: case -> bytes held beside p, g, m, v and the fp32 factors.
+        penalized: whether the step has the penalty; plain AdamW is what the others are measured against.
+        variant: of ours, what it is called; "" for peers.
+    """
+
+    name: str
+    setting: str
+    prepare: Callable[[StepTensors], tuple[torch.optim.Optimizer, Callable[[], object]]]
+    moved: Callable[[PenaltyCase], int]
+    extra: Callable[[PenaltyCase], int]
+    penalized: bool = True
+    variant: str = ""
+
+
+def make_tensors(case: PenaltyCase, device: torch.device) -> StepTensors:
+    """Weights N(0, 1/n) beside the gradients and factors of the penalty's benchmark."""
+    penalty = case.tensors(device)
+    generator = torch.Generator().manual_seed(1)
+    start = [(torch.randn(m, n, generator=generator) * n**-0.5).to(device, case.dtype) for m, n in case.shapes]
+    params = [nn.Parameter(weight.clone()) for weight in start]
+    for param, grad in zip(params, penalty.grads, strict=True):
+        param.grad = grad
+    return StepTensors(params, start, penalty)
+
+
+def step_errors(tensors: StepTensors, optimizer: torch.optim.Optimizer, penalized: bool) -> list[float]:
+    """Of p, m and v of each layer after the first step: Frobenius distance from fp64 over the norm of the truth."""
+    errors = []
+    beta1, beta2 = BETAS
+    t = tensors.penalty
+    for param, first, grad, factor, c in zip(
+        tensors.params, tensors.start, t.start, t.factors, t.coefficients, strict=True
+    ):
+        g = grad.double()
+        if penalized:
+            g = g + (factor.U.double() * c.double()) @ factor.Vh.double()
+        m, v = (1 - beta1) * g, (1 - beta2) * g * g
+        p = first.double() * (1 - LR * WEIGHT_DECAY) - LR * g / (g.abs() + EPS)
+        state = optimizer.state[param]
+        for got, truth in ((param, p), (state["exp_avg"], m), (state["exp_avg_sq"], v)):
+            errors.append(float((got.detach().double() - truth).norm() / truth.norm()))
+    return errors
+
+
+def floor_bytes(case: PenaltyCase) -> int:
+    """p, g, m, v read and p, m, v written."""
+    return 7 * case.grad_bytes
+
+
+def _factor_bytes(case: PenaltyCase) -> int:
+    return case.bytes - 2 * case.grad_bytes
+
+
+def _adamw(t: StepTensors) -> torch.optim.AdamW:
+    return torch.optim.AdamW(t.params, LR, BETAS, EPS, WEIGHT_DECAY, fused=True)
+
+
+def _plain(t: StepTensors) -> tuple[torch.optim.Optimizer, Callable[[], object]]:
+    optimizer = _adamw(t)
+    return optimizer, optimizer.step
+
+
+def _dense(t: StepTensors) -> tuple[torch.optim.Optimizer, Callable[[], object]]:
+    optimizer, p = _adamw(t), t.penalty
+    pairs = zip(p.grads, p.factors, p.coefficients, strict=True)
+    dense = [((f.U * c) @ f.Vh).to(grad.dtype) for grad, f, c in pairs]
+
+    def step() -> None:
+        torch._foreach_add_(p.grads, dense)
+        optimizer.step()
+
+    return optimizer, step
+
+
+def _coupled(impl: str) -> Callable[[StepTensors], tuple[torch.optim.Optimizer, Callable[[], object]]]:
+    def prepare(t: StepTensors) -> tuple[torch.optim.Optimizer, Callable[[], object]]:
+        optimizer, p = _adamw(t), t.penalty
+
+        def step() -> None:
+            add_penalty_grad_(p.grads, p.factors, coefficients=p.coefficients, impl=impl)
+            optimizer.step()
+
+        return optimizer, step
+
+    return prepare
+
+
+def _fused(impl: str) -> Callable[[StepTensors], tuple[torch.optim.Optimizer, Callable[[], object]]]:
+    def prepare(t: StepTensors) -> tuple[torch.optim.Optimizer, Callable[[], object]]:
+        optimizer = SpectralAdamW(t.params, LR, BETAS, EPS, WEIGHT_DECAY, impl=impl)
+        layers = zip(t.params, t.penalty.factors, t.penalty.coefficients, strict=True)
+        optimizer.set_penalties([Penalty(param, 0, None, f.U, f.Vh, c) for param, f, c in layers])
+        return optimizer, optimizer.step
+
+    return prepare
+
+
+PLAIN = StepPeer("AdamW(fused=True)", "no penalty at all", _plain, floor_bytes, lambda _: 0, penalized=False)
+DENSE = StepPeer(
+    "_foreach_add_ of dense G, AdamW",
+    "G kept in the gradient's dtype, as in the paper",
+    _dense,
+    lambda case: floor_bytes(case) + 3 * case.grad_bytes,
+    lambda case: case.grad_bytes,
+)
+
+
+def usable(device: torch.device) -> list[str]:
+    """Implementations of ours that can be measured on `device`."""
+    candidates = ("cuda", "triton", "torch") if device.type == "cuda" else ("torch",)
+    return [impl for impl in candidates if ops.problem_of(impl, device) is None]
+
+
+def ours(device: torch.device) -> list[StepPeer]:
+    """Both forms, with each implementation that is usable on `device`."""
+    found = []
+    for impl in usable(device):
+        # Without a kernel of its own the fused form sums into a copy of one gradient at a time.
+        copies = impl == "torch"
+        found.append(
+            StepPeer(
+                "ours",
+                "SpectralAdamW" + (", a layer's gradient copied" if copies else ", one pass"),
+                _fused(impl),
+                lambda case, copies=copies: (
+                    floor_bytes(case)  # type: ignore[misc]
+                    + _factor_bytes(case)
+                    + (2 * case.grad_bytes if copies else 0)
+                ),
+                lambda case, copies=copies: (  # type: ignore[misc]
+                    4 * RANK * sum(m for m, _ in case.shapes) + 4 * case.largest if copies else 0
+                ),
+                variant=f"fused, {impl}",
+            )
+        )
+        found.append(
+            StepPeer(
+                "ours",
+                "add_penalty_grad_, AdamW(fused=True)",
+                _coupled(impl),
+                lambda case: floor_bytes(case) + case.bytes,
+                lambda case, copies=copies: (  # type: ignore[misc]
+                    4 * RANK * sum(m for m, _ in case.shapes) if copies else 0
+                ),
+                variant=f"coupled, {impl}",
+            )
+        )
+    return found
