@@ -47,6 +47,8 @@ def product(factor: Tensor, scale: Tensor, values: Tensor, mask: Tensor, out_dty
         VNNI and up to eight with AMX.
     """
     (rows, depth), K = factor.shape, values.shape[1]
+    if rows == 0 or K == 0:
+        return torch.zeros((rows, K), dtype=out_dtype)
     digits = _digits(out_dtype)
     step = min(max(64, min(256, 2**20 // depth)) * torch.get_num_threads(), rows)  # about 1 MB a thread and buffer
     column_major = factor.stride(0) == 1 and factor.stride(1) != 1
