@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from s2d_kernels import fixed_point, integer_gemm
+from s2d_kernels import fixed_point, int8_product
 from s2d_kernels.quant_ops import fake_quant_linear, integer_accumulator, quantize_activation, quantize_weight
 from s2d_kernels.quantizers import pack_mask
 
 
 @pytest.fixture(autouse=True)
 def _asked_anew():
-    caches = integer_gemm.int8_product_serves, integer_gemm._int8_product_is_faster
+    caches = int8_product.int8_product_serves, int8_product._int8_product_is_faster
     for cached in caches:
         cached.cache_clear()
     yield
@@ -74,9 +74,9 @@ def test_accumulators_by_every_route(route: str, monkeypatch: pytest.MonkeyPatch
     else:
         monkeypatch.setattr(torch, "_int_mm", counted)
     if route == "saturates":
-        monkeypatch.setattr(integer_gemm, "_int8_product_is_faster", lambda: True)
-        assert integer_gemm.int8_product_serves(15)  # pairs of these do not saturate
-    chosen = integer_gemm.int8_product_serves(127)
+        monkeypatch.setattr(int8_product, "_int8_product_is_faster", lambda: True)
+        assert int8_product.int8_product_serves(15)  # pairs of these do not saturate
+    chosen = int8_product.int8_product_serves(127)
     if route != "tried":
         assert not chosen
     tries = len(called)
@@ -86,7 +86,7 @@ def test_accumulators_by_every_route(route: str, monkeypatch: pytest.MonkeyPatch
     if chosen:
         assert len(called) > tries + 50
     with torch.backends.mkldnn.flags(enabled=False):
-        assert not integer_gemm.use_int8_product(torch.device("cpu"), 64, 7, 7)
+        assert not int8_product.use_int8_product(torch.device("cpu"), 64, 7, 7)
 
 
 def test_a_cpu_that_saturates_is_seen() -> None:
@@ -94,10 +94,10 @@ def test_a_cpu_that_saturates_is_seen() -> None:
     program = """
 import torch
 from python_tests.test_cpu_products import every_kind_is_exact
-from s2d_kernels import integer_gemm
+from s2d_kernels import int8_product
 x, w = torch.full((64, 128), 127, dtype=torch.int8), torch.full((64, 128), 127, dtype=torch.int8)
 right = bool((torch._int_mm(x, w.mT) == 127 * 127 * 128).all())
-serves = integer_gemm.int8_product_serves(127)
+serves = int8_product.int8_product_serves(127)
 assert right or not serves
 every_kind_is_exact()
 print(right, serves)

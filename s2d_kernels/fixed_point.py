@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from s2d_kernels import reference
-from s2d_kernels.integer_gemm import use_int8_product
+from s2d_kernels.int8_product import use_int8_product
 from s2d_kernels.quantizers import unpack_mask
 
 _BASE = 254  # a remainder in -1/2..1/2 becomes a digit in -127..127
