@@ -19,7 +19,9 @@ from s2d_kernels.quantizers import pack_mask
 
 @pytest.fixture(autouse=True)
 def _asked_anew():
-    caches = int8_product.int8_product_serves, int8_product._int8_product_is_faster
+    caches = (
+        int8_product.int8_product_is_exact, int8_product._int8_product_is_faster, int8_product.int8_digits_serve,
+    )  # fmt: skip
     for cached in caches:
         cached.cache_clear()
     yield
@@ -105,6 +107,28 @@ print(right, serves)
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+def test_trying_leaves_the_random_numbers_alone() -> None:
+    state = torch.get_rng_state()
+    int8_product.int8_product_serves(127)
+    int8_product._int8_product_is_faster()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_clock_does_not_decide_about_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward bits are the same by either route, gradients are not: they depend on the CPU alone."""
+    x, w = torch.randn(40, 64, requires_grad=True), torch.randn(48, 64, requires_grad=True)
+    results = []
+    for faster in (True, False):
+        monkeypatch.setattr(int8_product, "_int8_product_is_faster", lambda faster=faster: faster)
+        y = fake_quant_linear(x, w)
+        results.append((y.detach(), *torch.autograd.grad(y.square().sum(), (x, w))))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    int8_product.int8_digits_serve.cache_clear()
+    assert not fixed_point.serves(x, 64, 7)
 
 
 # --- fp32 times integers ------------------------------------------------------------------------------------------
