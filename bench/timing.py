@@ -208,7 +208,7 @@ def _cpu_name() -> str:
 
 def cpu_instructions() -> str:
     """What an integer GEMM can use of this CPU, and whether ours uses its int8 product."""
-    from s2d_kernels.integer_gemm import int8_product_serves
+    from s2d_kernels.int8_product import int8_product_serves
 
     has = torch.cpu.get_capabilities()
     names = (

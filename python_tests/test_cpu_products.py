@@ -12,14 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from s2d_kernels import fixed_point, integer_gemm
+from s2d_kernels import fixed_point, int8_product
 from s2d_kernels.quant_ops import fake_quant_linear, integer_accumulator, quantize_activation, quantize_weight
 from s2d_kernels.quantizers import pack_mask
 
 
 @pytest.fixture(autouse=True)
 def _asked_anew():
-    caches = integer_gemm.int8_product_serves, integer_gemm._int8_product_is_faster
+    caches = (
+        int8_product.int8_product_is_exact, int8_product._int8_product_is_faster, int8_product.int8_digits_serve,
+    )  # fmt: skip
     for cached in caches:
         cached.cache_clear()
     yield
@@ -74,9 +76,9 @@ def test_accumulators_by_every_route(route: str, monkeypatch: pytest.MonkeyPatch
     else:
         monkeypatch.setattr(torch, "_int_mm", counted)
     if route == "saturates":
-        monkeypatch.setattr(integer_gemm, "_int8_product_is_faster", lambda: True)
-        assert integer_gemm.int8_product_serves(15)  # pairs of these do not saturate
-    chosen = integer_gemm.int8_product_serves(127)
+        monkeypatch.setattr(int8_product, "_int8_product_is_faster", lambda: True)
+        assert int8_product.int8_product_serves(15)  # pairs of these do not saturate
+    chosen = int8_product.int8_product_serves(127)
     if route != "tried":
         assert not chosen
     tries = len(called)
@@ -86,7 +88,7 @@ def test_accumulators_by_every_route(route: str, monkeypatch: pytest.MonkeyPatch
     if chosen:
         assert len(called) > tries + 50
     with torch.backends.mkldnn.flags(enabled=False):
-        assert not integer_gemm.use_int8_product(torch.device("cpu"), 64, 7, 7)
+        assert not int8_product.use_int8_product(torch.device("cpu"), 64, 7, 7)
 
 
 def test_a_cpu_that_saturates_is_seen() -> None:
@@ -94,10 +96,10 @@ def test_a_cpu_that_saturates_is_seen() -> None:
     program = """
 import torch
 from python_tests.test_cpu_products import every_kind_is_exact
-from s2d_kernels import integer_gemm
+from s2d_kernels import int8_product
 x, w = torch.full((64, 128), 127, dtype=torch.int8), torch.full((64, 128), 127, dtype=torch.int8)
 right = bool((torch._int_mm(x, w.mT) == 127 * 127 * 128).all())
-serves = integer_gemm.int8_product_serves(127)
+serves = int8_product.int8_product_serves(127)
 assert right or not serves
 every_kind_is_exact()
 print(right, serves)
@@ -105,6 +107,29 @@ print(right, serves)
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+def test_trying_leaves_the_random_numbers_alone() -> None:
+    state = torch.get_rng_state()
+    int8_product.int8_product_serves(127)
+    int8_product._int8_product_is_faster()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_clock_does_not_decide_about_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward bits are the same by either route, gradients are not: they depend on the CPU alone."""
+    x, w = torch.randn(40, 64, requires_grad=True), torch.randn(48, 64, requires_grad=True)
+    results = []
+    for faster in (True, False):
+        monkeypatch.setattr(int8_product, "_int8_product_is_faster", lambda faster=faster: faster)
+        int8_product.int8_digits_serve.cache_clear()
+        y = fake_quant_linear(x, w)
+        results.append((y.detach(), *torch.autograd.grad(y.square().sum(), (x, w))))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    int8_product.int8_digits_serve.cache_clear()
+    assert not fixed_point.serves(x, 64, 7)
 
 
 # --- fp32 times integers ------------------------------------------------------------------------------------------

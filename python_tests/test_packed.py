@@ -103,6 +103,18 @@ def test_what_the_file_holds(tmp_path: Path) -> None:
     assert (tmp_path / "large.safetensors").stat().st_size < 512 * 512 * 0.52
 
 
+def test_compiles_without_graph_breaks(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 8, 8)
+    model = Vision().eval()
+    quantize_(model, calibration=[x], mode="ptq")
+    export(model, tmp_path / "m.safetensors")
+    loaded = load_(Vision().eval(), tmp_path / "m.safetensors")
+    with torch.no_grad():
+        for one in (model, loaded):
+            compiled = torch.compile(one, fullgraph=True, backend="aot_eager")
+            assert torch.equal(compiled(x), one(x))
+
+
 def test_half_precision_and_casting(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 8, 8, dtype=torch.bfloat16)
     model = Vision().to(torch.bfloat16).eval()

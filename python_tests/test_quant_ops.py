@@ -438,8 +438,8 @@ def test_gradcheck_of_the_straight_through_surrogate(bits: int, impl: str) -> No
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_empty_sizes_and_single_rows(impl: str) -> None:
-    b = torch.randn(5)
-    for shape, N in itertools.product([(0, 7), (3, 0), (2, 0, 7), (7,), (0,), (0, 0)], (5, 0)):
+    b = torch.randn(40)
+    for shape, N in itertools.product([(0, 7), (3, 0), (2, 0, 7), (7,), (0,), (0, 0), (0, 70), (1, 70)], (40, 5, 0)):
         for granularity, group in (("per_channel", None), ("per_group", 7)):
             x = torch.randn(shape, requires_grad=True)
             w = torch.randn(N, shape[-1], requires_grad=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from s2d_kernels import reference
-from s2d_kernels.integer_gemm import use_int8_product
+from s2d_kernels.int8_product import int8_digits_serve
 from s2d_kernels.quantizers import unpack_mask
 
 _BASE = 254  # a remainder in -1/2..1/2 becomes a digit in -127..127
@@ -14,9 +14,9 @@ _BASE = 254  # a remainder in -1/2..1/2 becomes a digit in -127..127
 
 def serves(factor: Tensor, depth: int, span: int) -> bool:
     """Whether `product` takes `factor` and integers of magnitude <= `span`, added up over `depth`, and pays."""
-    if span > 127 or depth * 127 * span >= 2**31:
+    if span > 127 or not 16 <= depth < 2**31 / (127 * span) or factor.dtype == torch.float64:
         return False
-    return factor.dtype != torch.float64 and use_int8_product(factor.device, depth, 127, span)
+    return factor.device.type == "cpu" and bool(torch.backends.mkldnn.enabled) and int8_digits_serve()
 
 
 def _digits(out_dtype: torch.dtype) -> int:
@@ -47,6 +47,8 @@ def product(factor: Tensor, scale: Tensor, values: Tensor, mask: Tensor, out_dty
         VNNI and up to eight with AMX.
     """
     (rows, depth), K = factor.shape, values.shape[1]
+    if rows == 0 or K == 0:
+        return torch.zeros((rows, K), dtype=out_dtype)
     digits = _digits(out_dtype)
     step = min(max(64, min(256, 2**20 // depth)) * torch.get_num_threads(), rows)  # about 1 MB a thread and buffer
     column_major = factor.stride(0) == 1 and factor.stride(1) != 1

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import math
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +9,7 @@ import torch
 from torch import Tensor
 
 from s2d_kernels import ops, reference
+from s2d_kernels.int8_product import use_int8_product
 from s2d_kernels.quantizers import QuantizedOperand, block_rows, code_span, exact_chunk, row_sums
 
 _OPERAND = "Tensor {0}_codes, Tensor {0}_scale, Tensor {0}_zero_point, Tensor {0}_row_sum"
@@ -66,56 +64,6 @@ def centred(codes: Tensor, zero_point: Tensor, symmetric: bool, dtype: torch.dty
     values = codes.to(dtype, memory_format=torch.contiguous_format, copy=True)
     by_group(values, zero_point).sub_(zero_point.to(dtype).unsqueeze(2))
     return values
-
-
-# --- The int8 product of a CPU ----------------------------------------------------------------------------------------
-
-
-@functools.cache
-def int8_product_serves(span: int) -> bool:
-    """Whether this CPU's `torch._int_mm` is exact for operands of magnitude <= `span`, and faster than an fp32 GEMM.
-
-    It is oneDNN's s8 x s8 product with an s32 result. CPUs without VNNI (or AMX) add pairs of 8-bit products in 16 bits
-    and saturate, which shows with extreme operands only; elsewhere the operator may be missing or a plain loop. So it
-    is tried, once a process: products of nothing but extremes, and a product that both can do against the clock.
-    """
-    if not hasattr(torch, "_int_mm"):
-        return False
-    generator = torch.Generator().manual_seed(0)
-    extremes = torch.tensor([-min(span, 128), 0, min(span, 127)])
-    try:
-        for M, K, N in ((1, 64, 16), (37, 199, 63), (128, 256, 128)):
-            x, w = (extremes[torch.randint(3, (rows, K), generator=generator)] for rows in (M, N))
-            x[0], w[0], w[-1] = extremes[2], extremes[2], extremes[0]
-            got = torch._int_mm(x.to(torch.int8), w.to(torch.int8).mT)
-            if got.dtype != torch.int32 or not torch.equal(got.double(), x.double() @ w.double().mT):
-                return False
-    except RuntimeError:
-        return False
-    return _int8_product_is_faster()
-
-
-@functools.cache
-def _int8_product_is_faster() -> bool:
-    x, w = (torch.randint(-7, 8, shape, dtype=torch.int8) for shape in ((128, 512), (256, 512)))
-    as_fp32 = x.float(), w.float().mT
-    seconds = [math.inf, math.inf]
-    for _ in range(4):  # in turn, the first of them to warm up
-        for route, (function, operands) in enumerate(((torch._int_mm, (x, w.mT)), (torch.mm, as_fp32))):
-            begin = time.perf_counter()
-            function(*operands)
-            seconds[route] = min(seconds[route], time.perf_counter() - begin)
-    return seconds[0] < seconds[1]
-
-
-def use_int8_product(device: torch.device, depth: int, x_span: int, w_span: int) -> bool:
-    """Whether sums of `depth` products of integers of these magnitudes on `device` go through `torch._int_mm`.
-
-    Not for the shallowest: they gain nothing, and torch 2.11 to 2.13 return garbage for a depth of 1.
-    """
-    if device.type != "cpu" or depth < 16 or not bool(torch.backends.mkldnn.enabled):
-        return False
-    return int8_product_serves(max(x_span, w_span))
 
 
 class _ExactProducts:
@@ -186,6 +134,8 @@ def _linear_torch(*arguments: Any) -> Tensor:
     dtype = x_scale.dtype
     y = product.x.new_empty((M, N), dtype=out_dtype)
     step = block_rows(N, y.device, M)
+    if product.groups == 1:
+        step *= 8  # each product packs the weight anew: fewer of them gain more than a warmer epilogue
     for start in range(0, M, step):
         rows = slice(start, start + step)
         total = y[rows] if out_dtype == dtype else torch.empty_like(y[rows], dtype=dtype)

@@ -69,7 +69,8 @@ class _Packed(nn.Module):
         scale = tensors["weight_scale"]
         zero_point = torch.zeros_like(scale, dtype=torch.int32) if symmetric else tensors["weight_zero_point"]
         operand = {"codes": codes.contiguous(), "scale": scale, "zero_point": zero_point}
-        operand["row_sum"] = row_sums(operand["codes"], columns // (settings["group_size"] or columns or 1))
+        groups = columns // settings["group_size"] if settings["group_size"] else 1
+        operand["row_sum"] = row_sums(operand["codes"], groups)
         for name, value in operand.items():
             module.register_buffer(name, value.to(device))
         for name in ("bias", "act_min", "act_max"):

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from s2d_kernels import ops, reference
+from s2d_kernels.int8_product import use_int8_product
 
 ACTIVATION_GRANULARITIES = {"per_token": "per_row", "per_tensor": "per_tensor"}
 WEIGHT_GRANULARITIES = {"per_channel": "per_row", "per_tensor": "per_tensor", "per_group": "per_group"}
@@ -72,7 +73,18 @@ def exact_chunk(x_span: int, w_span: int) -> int:
 def row_sums(codes: Tensor, groups: int) -> Tensor:
     """Sums of `codes [rows, K]` over each of `groups` equal parts of a row, int32 `[rows, groups]`."""
     rows, K = codes.shape
-    return codes.reshape(rows, groups, K // groups if groups else 0).sum(2, dtype=torch.int32)
+    size = K // groups if groups else 0
+    if use_int8_product(codes.device, size, 128, 1):
+        ones = torch.ones((size, 1), dtype=torch.int8)
+        return torch._int_mm(codes.reshape(rows * groups, size), ones).view(rows, groups)
+    return codes.reshape(rows, groups, size).sum(2, dtype=torch.int32)
+
+
+def block_rows(width: int, device: torch.device, rows: int) -> int:
+    """How many rows of `width` numbers to work on at a time: about 1 MB a thread on a CPU, else all of them."""
+    if device.type != "cpu":
+        return max(rows, 1)
+    return max(64, 2**18 // max(width, 1)) * torch.get_num_threads()
 
 
 def pack_mask(mask: Tensor) -> Tensor:
@@ -164,17 +176,11 @@ def _quantize_reference(
     K = x.shape[1]
     shift = code_shift(bits, symmetric)
     codes = (q.codes - shift).contiguous()
-    row_sum = row_sums(codes, K // group_size if group_size else 1)
+    groups = K // group_size if group_size else 1
+    row_sum = codes.reshape(len(codes), groups, group_size or K).sum(2).to(torch.int32)
     zero_point = (q.zero_point - shift).to(torch.int32)
     out = (codes.to(torch.int8), q.scale, zero_point, row_sum, pack_mask(q.mask))
     return tuple(t.to(x.device) for t in out)
-
-
-def block_rows(width: int, device: torch.device, rows: int) -> int:
-    """How many rows of `width` numbers to work on at a time: about 1 MB a thread on a CPU, else all of them."""
-    if device.type != "cpu":
-        return max(rows, 1)
-    return max(64, 2**18 // max(width, 1)) * torch.get_num_threads()
 
 
 @ops.implements("quantize", "torch")
