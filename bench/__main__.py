@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from bench import accuracy, audit, cases, peers, penalty_peers, runs, tables, timing
+from bench import accuracy, audit, cases, linear_peers, peers, penalty_peers, runs, tables, timing
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 # 80 columns, a pipe's default, would fold every cell
@@ -100,19 +100,36 @@ def svd(
 @app.command()
 def linear(
     device: Device = "cpu",
+    case: Annotated[
+        list[str] | None, typer.Option(help=f"Any of {', '.join(cases.LINEAR_GROUPS)}; repeatable.")
+    ] = None,
     quick: Quick = False,
+    more: Annotated[bool, typer.Option("--more", help="Also the compiled peers and torchao's.")] = False,
     repeats: Repeats = 7,
     threads: Threads = None,
     json: Json = None,
 ) -> None:
-    """W4A4 fake-quantized linear layer: ours, the usual compositions and the plain layer."""
-    shapes = cases.QUICK_LINEAR_CASES if quick else cases.LINEAR_CASES
+    """W4A4 fake-quantized linear layer: ours, the usual compositions and the plain layer.
+
+    Compiled peers take half a minute of compiling for each case; peers that are not installed are named.
+    """
+    names = _known(case or ["mixed"], cases.LINEAR_GROUPS)
+    shapes = cases.QUICK_LINEAR_CASES if quick else [shape for name in names for shape in cases.LINEAR_GROUPS[name]]
+    chosen = list(linear_peers.LINEAR_PEERS)
+    if more and not quick:
+        chosen += [peer for peer in linear_peers.MORE_PEERS if peer.problem() is None]
     rows: list[timing.Row] = []
     with _run(device, repeats, threads) as context, _progress() as progress:
         task = progress.add_task("", total=2 * len(shapes))
         for shape in shapes:
-            rows += runs.run_linear(shape, context, lambda t: progress.update(task, advance=1, description=t))
+            rows += runs.run_linear(shape, context, lambda t: progress.update(task, advance=1, description=t), chosen)
     _finish(rows, json)
+    console.print(tables.ratio_table(rows))
+    if device == "cpu":
+        console.print(timing.cpu_instructions())
+    for peer in linear_peers.MORE_PEERS:
+        if more and not quick and (problem := peer.problem()) is not None:
+            console.print(f"[yellow]left out: {peer.name}, {peer.setting}: {problem}")
 
 
 @app.command()

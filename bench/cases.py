@@ -292,6 +292,31 @@ _LINEAR_SHAPES = (
 )
 _DTYPES = (torch.float32, torch.bfloat16)
 LINEAR_CASES = [replace(shape, dtype=dtype) for shape in _LINEAR_SHAPES for dtype in _DTYPES]
+
+
+def _layers(model: str, tokens: int, shapes: dict[str, tuple[int, int]]) -> list[LinearCase]:
+    """A model's layers, each (out, in) once, in both dtypes."""
+    return [
+        LinearCase(f"{model}.{name}, {tokens} tokens", tokens, *shape, dtype)
+        for dtype in _DTYPES
+        for name, shape in shapes.items()
+    ]
+
+
+_VIT_B = {"proj": (768, 768), "qkv": (2304, 768), "fc1": (3072, 768), "fc2": (768, 3072)}
+_QWEN = {"q, o": (896, 896), "k, v": (128, 896), "gate, up": (4864, 896), "down": (896, 4864)}
+_LLAMA = {"q, o": (4096, 4096), "k, v": (1024, 4096), "gate, up": (14336, 4096), "down": (4096, 14336)}
+LINEAR_GROUPS: dict[str, list[LinearCase]] = {
+    "mixed": LINEAR_CASES,
+    "vit-b": _layers("vit-b/384", 4 * 577, _VIT_B),  # four images of 24 x 24 patches and a class token
+    "qwen2.5-0.5b": _layers("qwen2.5-0.5b", 2048, _QWEN),
+    "llama3-8b": _layers("llama3-8b", 2048, _LLAMA),
+    "tokens": [
+        LinearCase(f"vit-b/384.fc1, {tokens} tokens", tokens, *_VIT_B["fc1"], dtype)
+        for dtype in _DTYPES
+        for tokens in (1, 4, 16, 64, 256, 1024, 4096, 16384)
+    ],
+}
 QUICK_LINEAR_CASES = [LinearCase("quick", 37, 96, 80, dtype) for dtype in _DTYPES]
 
 

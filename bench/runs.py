@@ -135,20 +135,31 @@ def judge_linear(
     """The function to time and the errors of its results; the call that gives them is the warm-up."""
     tensors = case.tensors(device)
     make = linear_peers.forward_backward if backward else linear_peers.forward
-    function = make(peer.layer, tensors)
+    function = make(peer.make(), tensors)
     return function, linear_peers.relative_errors(peer.truth(*tensors), function())
 
 
-def run_linear(case: LinearCase, context: Context, step: Step = lambda _: None) -> list[Row]:
-    """Rows of ours and the peers on one layer shape and dtype, forward and forward + backward."""
+def run_linear(
+    case: LinearCase, context: Context, step: Step = lambda _: None, peers: Sequence[LinearPeer] = LINEAR_PEERS
+) -> list[Row]:
+    """Rows of ours and the peers on one layer shape and dtype, forward and forward + backward.
+
+    Those of forward + backward carry the bytes that each keeps for the backward.
+    """
     rows = []
+    torch._dynamo.reset()  # it would stop compiling after a few shapes
     dtype = str(case.dtype).removeprefix("torch.")
     for variant in ("forward", "forward+backward"):
         backward = variant != "forward"
         step(f"{case.name}, {dtype}, {variant}")
-        judged = [judge_linear(case, peer, backward, context.device) for peer in LINEAR_PEERS]
+        able = [peer for peer in peers if peer.backward or not backward]
+        judged = [judge_linear(case, peer, backward, context.device) for peer in able]
         samples = measure_in_turn([f for f, _ in judged], [context.repeats] * len(judged), context.device)
-        for peer, (_, errors), measured in zip(LINEAR_PEERS, judged, samples, strict=True):
+        for peer, (_, errors), measured in zip(able, judged, samples, strict=True):
+            traffic = {}
+            if backward:
+                kept = linear_peers.saved_bytes(peer.make(), case.tensors(context.device))
+                traffic = {"saved_bytes": kept, "saved_per_element": kept / (case.tokens * case.in_features)}
             median, least, most, count = summary(measured)
             rows.append(
                 context.row(
@@ -170,6 +181,7 @@ def run_linear(case: LinearCase, context: Context, step: Step = lambda _: None) 
                     reads=None,
                     bytes=case.bytes(backward),
                     problem=f"W4A4, {case.tokens} tokens, {case.in_features} -> {case.out_features}, bias",
+                    traffic=traffic,
                 )
             )
     fill_speedups(rows)

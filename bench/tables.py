@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import re
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,8 +23,9 @@ SVD_HEADINGS = (
     *("case", "variant", "implementation", "setting", "time", "error p90"),
     *("residual", "reads, of copy", "ours is faster by"),
 )
+LINEAR_HEADINGS = ("case", "variant", "implementation", "setting", "time", "error p90", "saved", "ours is faster by")
 PAPER = Path(__file__).parent / "baselines" / "paper_a100.json"
-_NUMBERS = ("time", "residual", "reads, of copy", "error p90", "error max", "GB/s", "of copy", "extra memory")
+_NUMBERS = ("time", "saved", "residual", "reads, of copy", "error p90", "error max", "GB/s", "of copy", "extra memory")
 _INCLUDED = re.compile(r"(<!-- include:([\w./-]+) -->\n)(.*?)(<!-- /include -->)", re.DOTALL)
 _MARKED = re.compile(r"(<!-- bench:([\w.-]+) -->\n)(.*?)(<!-- /bench:\2 -->)", re.DOTALL)
 
@@ -45,6 +47,8 @@ def speedups(row: Row) -> str:
 def headings(row: Row) -> tuple[str, ...]:
     if row.op == "topk_svd":
         return SVD_HEADINGS
+    if row.op == "fake_quant_linear":
+        return LINEAR_HEADINGS
     return TRAFFIC_HEADINGS if row.traffic else HEADINGS
 
 
@@ -61,7 +65,16 @@ def _svd_cells(row: Row) -> tuple[str, ...]:
 def _judged_cells(row: Row) -> tuple[str, ...]:
     if row.op == "topk_svd":
         return _svd_cells(row)
+    if row.op == "fake_quant_linear":
+        return _linear_cells(row)
     return _traffic_cells(row) if row.traffic else (f"{row.error_p90:.1e}" + ("" if row.gate else " FAILED"),)
+
+
+def _linear_cells(row: Row) -> tuple[str, ...]:
+    """Error, and what is kept for the backward, in all and by element of the input."""
+    kept = row.traffic.get("saved_bytes")
+    saved = "" if kept is None else f"{kept / 1e6:.3g} MB, {row.traffic['saved_per_element']:.2f} B"
+    return f"{row.error_p90:.1e}" + ("" if row.gate else " FAILED"), saved
 
 
 def _traffic_cells(row: Row) -> tuple[str, ...]:
@@ -96,9 +109,11 @@ def caption(row: Row) -> str:
     common = (
         f"{e['device_name']}, {threads}, {versions}, commit {e['commit']}, {e['date']}; measured copy "
         f"{e['copy_bytes_per_second'] / 1e9:.1f} GB/s, fp32 product {e['fp32_flops_per_second'] / 1e9:.0f} GFLOP/s. "
-        "Time: median (min-max). "
+        f"{e.get('instructions') or ''}{'. ' * bool(e.get('instructions'))}Time: median (min-max). "
     )
-    if row.traffic:
+    if row.op == "fake_quant_linear":
+        common += "Saved: kept for the backward beside the parameters, in all and by element of the input. "
+    elif row.traffic:
         return (
             f"{common}Error: {row.error_of}, and the gate's limit, eps of the gradient's dtype. GB/s: read and written "
             "by this method, temporaries included and no cache assumed; of copy: over the measured copy, which on a "
@@ -137,6 +152,20 @@ def rich_table(rows: Sequence[Row]) -> Table:
         before = (row.case, row.dtype)
         style = "bold" if row.impl == "ours" else ("" if row.gate else "red")
         table.add_row(*cells(row), style=style)
+    return table
+
+
+def ratio_table(rows: Sequence[Row]) -> Table:
+    """How much faster ours is than each peer over the cases of a run: geometric mean and least."""
+    ratios: dict[tuple[str, str, str], list[float]] = {}
+    for row in rows:
+        for ratio in row.speedup.values():
+            ratios.setdefault((row.variant, row.dtype, f"{row.impl}, {row.setting}"), []).append(ratio)
+    table = Table(title="ours is faster by")
+    for heading in ("variant", "dtype", "than", "geometric mean", "least", "cases"):
+        table.add_column(heading, justify="right" if heading in ("geometric mean", "least", "cases") else "left")
+    for key, found in ratios.items():
+        table.add_row(*key, f"{statistics.geometric_mean(found):.2f}x", f"{min(found):.2f}x", str(len(found)))
     return table
 
 

@@ -173,6 +173,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     copies, products = measure_in_turn([lambda: target.copy_(source), lambda: factor @ factor], [6, 6], device)
     return {
         "device_name": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
+        "instructions": None if on_gpu else cpu_instructions(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "driver": _driver() if on_gpu else None,
@@ -202,6 +203,28 @@ def _cpu_name() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def cpu_instructions() -> str:
+    """What an integer GEMM can use of this CPU, and whether ours uses its int8 product."""
+    from s2d_kernels.int8_product import int8_product_serves
+
+    has = torch.cpu.get_capabilities()
+    names = (
+        "avx2",
+        "avx512_f",
+        "avx_vnni",
+        "avx512_vnni",
+        "avx512_bf16",
+        "amx_int8",
+        "amx_bf16",
+        "neon",
+        "i8mm",
+        "sve",
+    )
+    found = ", ".join(name for name in names if has.get(name)) or "none of those that matter here"
+    product = "exact and faster than fp32, used" if int8_product_serves(127) else "not used"
+    return f"CPU {torch.backends.cpu.get_cpu_capability()}: {found}; torch._int_mm: {product}"
 
 
 def _output(*command: str) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -230,6 +231,52 @@ def test_quick_linear_end_to_end(case):
     assert [set(row.speedup) for row in rows[1:4]] == 3 * [{"forward"}]
 
 
+def test_saved_bytes_by_hand():
+    """F.linear keeps x; ours codes, mask bits and parameters of both operands."""
+    case = cases.LinearCase("c", 64, 48, 256)
+    tensors = case.tensors(CPU)
+    assert linear_peers.saved_bytes(torch.nn.functional.linear, tensors) == 64 * 256 * 4
+    ours = linear_peers.saved_bytes(linear_peers.LINEAR_PEERS[0].layer, tensors)
+    assert ours == (64 + 48) * (256 // 2 + 256 // 8 + 4 + 4)
+    rows = runs.run_linear(case, CONTEXT)
+    assert [row.traffic.get("saved_bytes") for row in rows[:5]] == 4 * [None] + [ours]
+    assert all(len(tables.cells(row)) == len(tables.headings(row)) == 8 for row in rows)
+    assert f"{ours / (64 * 256):.2f} B" in tables.markdown(rows)
+    plain = [row.traffic.get("saved_bytes") for row in rows if row.impl == "F.linear"]
+    assert plain == [None, 64 * 256 * 4]
+
+
+def test_forward_only_and_optional_linear_peers():
+    (product,) = [peer for peer in linear_peers.MORE_PEERS if not peer.backward]
+    eager = dataclasses.replace(product, compiled=False)
+    case = cases.LinearCase("c", 64, 48, 256)
+    rows = runs.run_linear(case, CONTEXT, peers=[linear_peers.LINEAR_PEERS[0], eager])
+    assert [(row.impl, row.variant) for row in rows] == [
+        ("ours", "forward"), (eager.name, "forward"), ("ours", "forward+backward"),
+    ]  # fmt: skip
+    assert all(row.gate for row in rows)
+    missing = dataclasses.replace(eager, needs="no_such_package")
+    assert missing.problem() == "no_such_package is not installed"
+    assert eager.problem() is None
+
+
+def test_torchao_is_judged_by_its_own_codes():
+    pytest.importorskip("torchao")
+    (peer,) = [p for p in linear_peers.MORE_PEERS if p.needs == "torchao" and not p.compiled]
+    for dtype in (torch.float32, torch.bfloat16):
+        rows = runs.run_linear(cases.LinearCase("c", 64, 48, 256, dtype), CONTEXT, peers=[peer])
+        assert all(row.gate for row in rows)
+
+
+def test_groups_of_linear_cases():
+    tokens = [case.tokens for case in cases.LINEAR_GROUPS["tokens"]]
+    assert min(tokens) == 1
+    assert max(tokens) == 16384
+    names = [(case.name, case.dtype) for group in cases.LINEAR_GROUPS.values() for case in group]
+    assert len(names) == len(set(names))
+    assert {"vit-b", "qwen2.5-0.5b", "llama3-8b"} < cases.LINEAR_GROUPS.keys()
+
+
 # --- the penalty ----------------------------------------------------------------------------------------------------
 
 LAYERS = cases.PenaltyCase("layers", "twelve layers", 12 * ((24, 16),))
@@ -373,6 +420,10 @@ def test_commands(tmp_path, monkeypatch):
         assert result.exit_code == 0, result.output
     assert len(timing.read_rows(file)) == 32
     assert len(tables.latest(timing.read_rows(file))) == 16
+    assert re.search(r"ours is faster by\s*\n.*geometric mean", result.output, re.DOTALL)
+    assert "CPU " in result.output.splitlines()[-1]
+    assert "torch._int_mm" in result.output.splitlines()[-1]
+    assert CliRunner().invoke(app, ["linear", "--case", "nonsense"]).exit_code == 2
     assert CliRunner().invoke(app, ["svd", "--case", "nonsense"]).exit_code == 2
     assert CliRunner().invoke(app, ["svd", "--device", "tpu"]).exit_code == 2
 

@@ -219,8 +219,10 @@ def test_report_and_selection() -> None:
     rows = {row.name: row for row in report}
     assert rows.keys() == {
         "blocks.0.attention.qkv", "blocks.0.attention.out", "blocks.0.up", "blocks.0.down", "blocks.1.up",
-        "blocks.1.down", "lm_head", "decoder",
+        "blocks.1.down", "lm_head", "decoder", "embed",
     }  # fmt: skip
+    assert rows["embed"] == ("embed", (11, 16), "skip", "embedding: a look-up, no product")
+    del rows["embed"]
     assert {name for name, row in rows.items() if row.decision == "quantize"} == {
         "blocks.0.attention.qkv", "blocks.0.down", "blocks.1.up", "blocks.1.down",
     }  # fmt: skip
@@ -340,6 +342,124 @@ def test_quantize_refuses_and_leaves_the_model_alone(error: type[Exception], mat
     assert all(module.training for module in model.modules())
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert model(x).requires_grad
+
+
+def test_only_and_what_the_log_says(caplog: pytest.LogCaptureFixture) -> None:
+    model = Transformer()
+    with caplog.at_level(logging.INFO, logger="s2d_kernels"):
+        rows = {row.name: row for row in quantize_(model, only=(r"\.up$", r"lm_head"), skip=(r"blocks\.0",))}
+    assert [name for name, row in rows.items() if row.decision == "quantize"] == ["blocks.1.up"]
+    assert "matches none of only=" in rows["blocks.1.down"].reason
+    assert rows["lm_head"].reason == "output head"
+    for name in ("embed", "lm_head", "decoder", "blocks.0.up", "blocks.1.down"):
+        assert any(f"{name} " in message and rows[name].reason in message for message in caplog.messages)
+
+
+def test_ptq_gives_the_same_bits_and_follows_the_weight() -> None:
+    torch.manual_seed(0)
+    qat, ptq = (nn.Sequential(nn.Linear(48, 32), nn.GELU(), nn.Linear(32, 8)) for _ in range(2))
+    ptq.load_state_dict(qat.state_dict())
+    for model, mode in ((qat, "qat"), (ptq, "ptq")):
+        quantize_(model, mode=mode, calibration=[torch.linspace(-2, 2, 96).view(2, 48)])
+    x = torch.randn(5, 48)
+    calls = []
+    original = fake_quant.quant_ops.quantize_weight
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fake_quant.quant_ops, "quantize_weight", lambda *a, **k: calls.append(1) or original(*a, **k))
+        for _ in range(3):
+            assert torch.equal(ptq(x), qat(x))
+        assert len(calls) == 2  # once a layer
+        for model in (qat, ptq):
+            model[0].weight.mul_(1.5)
+        assert torch.equal(ptq(x), qat(x))
+        assert len(calls) == 3
+        state = {name: value * 0.5 for name, value in qat.state_dict().items()}
+        for model in (qat, ptq):
+            model.load_state_dict(state)
+        assert torch.equal(ptq(x), qat(x))
+        for model in (qat, ptq):
+            model[2].weight = nn.Parameter(torch.ones(8, 32))
+        assert torch.equal(ptq(x), qat(x))
+        assert torch.equal(copy.deepcopy(ptq)(x), qat(x))
+    with torch.inference_mode():
+        assert torch.equal(ptq(x), qat(x))
+    buffer = io.BytesIO()
+    torch.save(ptq, buffer)
+    assert len(buffer.getvalue()) < 4 * (48 * 32 + 32 * 8) + 12_000  # no codes beside the weights
+    ptq(x).sum().backward()  # with gradients it is the layer that is trained
+    assert ptq[0].weight.grad is not None
+    with pytest.raises(ValueError, match="mode='rtn'"):
+        quantize_(qat, mode="rtn")
+
+
+# --- Patch embeddings ---------------------------------------------------------------------------------------------
+
+
+class Patches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 10, (4, 2), stride=(4, 2))
+        self.overlapping = nn.Conv2d(10, 10, 3, padding=1)
+        self.line = nn.Conv1d(10, 10, 2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.line(self.overlapping(self.patch(x)).flatten(2))
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_patch_embeddings_are_linear_layers_on_patches(static: bool) -> None:
+    model = Patches()
+    weight, keys = model.patch.weight, model.state_dict().keys()
+    x = torch.randn(2, 3, 13, 8, requires_grad=True)  # a row is left over, as the convolution leaves it
+    rows = {row.name: row for row in quantize_(model, calibration=[x.detach()] if static else None)}
+    assert type(model.patch) is fake_quant.FakeQuantPatchEmbedding
+    assert isinstance(model.patch, nn.Conv2d)
+    assert model.patch.weight is weight
+    assert rows["patch"].decision == "quantize"
+    assert "overlapping" in rows["overlapping"].reason
+    assert "two-dimensional" in rows["line"].reason
+    assert (model.state_dict().keys() == keys) != static
+
+    patches = F.unfold(x, (4, 2), stride=(4, 2)).mT  # [batch, patches, in]
+    act_range = (model.patch.act_min, model.patch.act_max) if static else None
+    granularity = "per_tensor" if static else "per_token"
+    y = fake_quant_linear(
+        patches, weight.flatten(1), model.patch.bias, act_range=act_range, act_granularity=granularity
+    )
+    expected = y.mT.unflatten(2, (3, 4))
+    got = model.patch(x)
+    assert torch.equal(got, expected)
+    assert torch.equal(model.patch(x[0]), expected[0])
+    g = torch.randn(got.shape)
+    for mine, theirs in zip(
+        torch.autograd.grad(got, (x, weight), g), torch.autograd.grad(expected, (x, weight), g), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+    if static:
+        assert (float(model.patch.act_min), float(model.patch.act_max)) == (
+            float(x.detach().min()),
+            float(x.detach().max()),
+        )
+    with pytest.raises(ValueError, match=r"\(3, 8\), expected \[batch, 3"):
+        model.patch(x[0, :, 0])
+
+
+def test_from_conv() -> None:
+    conv = nn.Conv2d(3, 10, 4, stride=4, bias=False).eval()
+    layer = fake_quant.FakeQuantPatchEmbedding.from_conv(conv, weight_bits=8, act_bits=8)
+    assert layer.weight is conv.weight
+    assert type(conv) is nn.Conv2d
+    assert not layer.training
+    x = torch.randn(1, 3, 8, 8)
+    torch.testing.assert_close(layer(x), conv(x), rtol=0.1, atol=0.1)
+    assert "W8A8" in repr(layer)
+    with pytest.raises(TypeError, match="Linear"):
+        fake_quant.FakeQuantPatchEmbedding.from_conv(nn.Linear(2, 2))  # type: ignore[arg-type]
+    for bad in ({"stride": 2}, {"stride": 4, "padding": 1}, {"stride": 4, "dilation": 2}, {"stride": 4, "groups": 3}):
+        with pytest.raises(ValueError, match="no patch embedding"):
+            fake_quant.FakeQuantPatchEmbedding.from_conv(nn.Conv2d(3, 9, 4, **bad))
+    with pytest.raises(ValueError, match="weight_bits=9"):
+        fake_quant.FakeQuantPatchEmbedding.from_conv(conv, weight_bits=9)
 
 
 # --- quantize_: calibration ---------------------------------------------------------------------------------------

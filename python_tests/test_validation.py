@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from s2d_kernels import add_penalty_grad_, fake_quant_linear, pcdr, topk_svd, validate
+from s2d_kernels import add_penalty_grad_, fake_quant_linear, ops, pcdr, reference, topk_svd, validate
+from s2d_kernels.conventions import OTHERS, OURS, Convention
+from s2d_kernels.linear_validation import Setting, convention_rows, explain_linear, linear_rows, ulp_distance
 from s2d_kernels.quant_ops import QuantizedOperand, quantize_activation
 from s2d_kernels.validation import summarize, to_table
 
@@ -64,6 +67,155 @@ def test_wrong_shape_and_nan_are_failures() -> None:
     assert any("instead of" in what for what in failed(truncated))
     poisoned = validate(lambda x, w, b, **k: fake_quant_linear(x, w, b, **k) * float("nan"), op="fake_quant_linear")
     assert "y" in failed(poisoned)
+
+
+# --- Quantized linear layers ----------------------------------------------------------------------------------------
+
+
+def in_convention(of_x: Convention, of_weight: Convention, setting: Setting, floating: bool = False) -> Callable:
+    """A kernel of somebody else's."""
+
+    def kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        x, weight, bias = x.detach(), weight.detach(), bias.detach()
+        qx, qw = setting.operands(x, weight, of_x, of_weight)
+        if floating:
+            return torch.nn.functional.linear(reference.dequantize(qx), reference.dequantize(qw), bias)
+        return reference.integer_linear(qx, qw, bias, x.dtype)[0]
+
+    return kernel
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("other", OTHERS, ids=lambda o: o.name)
+def test_the_convention_that_explains_a_kernel_is_named(other: Convention, symmetric: bool) -> None:
+    if not other.applies(symmetric):
+        x = torch.randn(9, 64)
+        kind = {"bits": 4, "symmetric": symmetric, "granularity": "per_row"}
+        assert torch.equal(other.quantize(x, **kind).codes, reference.quantize(x, **kind).codes)
+        return
+    setting = Setting(act_symmetric=symmetric, act_granularity="per_token")
+    kernel = in_convention(other, OURS, setting)
+    checks = validate(kernel, **setting._asdict())
+    notes = [check.note for check in checks if not check.passed]
+    assert notes
+    assert all("Explained by" in note for note in notes)
+    name = other.name
+    if symmetric and other.add_first:  # without a zero point there is nothing to add
+        name = "multiplication by the reciprocal of the scale"
+    assert any(f"Explained by: {name}, in" in note and "all bits are equal" in note for note in notes)
+    assert "instead of" in notes[-1]
+    assert re.search(r"x\[\d+\] in \S+: scale \S+, zero point \d+", notes[-1])
+
+
+def test_a_note_shows_the_element_and_its_inputs() -> None:
+    x, weight = torch.tensor([[-8.0, 2.5, 7.0]]), torch.tensor([[7.0, 1.0, 0.0]])
+    setting = Setting()
+    got = in_convention(OTHERS[0], OURS, setting)(x, weight, torch.zeros(1))
+    note = explain_linear(got, x, weight, None, setting)
+    # codes of x: -8, 2 (half to even) and 7 against -8, 3 and 7; y = -8 * 7 + 2 against + 3
+    assert note.startswith("y[0, 0] = -53 instead of -54 ")
+    assert "x[0] in -8..7: scale 1, zero point 8." in note
+    assert "x[0, 1] = 2.5 is 2.5 scales: 10 here, 11 there." in note
+    assert explain_linear(got - 1, x, weight, None, setting) == ""
+
+
+def test_floating_point_kernels_are_told_from_wrong_codes() -> None:
+    setting = Setting(weight_bits=5, act_bits=6)
+    ours = validate(in_convention(OURS, OURS, setting, floating=True), **setting._asdict())
+    notes = [check.note for check in ours if check.note and "1x1x1" not in check.note]  # of one product much is said
+    assert notes
+    assert all("Our codes, other rounding" in note or "in floating point (then all" in note for note in notes)
+    assert not failed(validate(in_convention(OURS, OURS, setting), **setting._asdict()))
+    exact = in_convention(OURS, OURS, setting)
+
+    def one_off(*tensors: torch.Tensor) -> torch.Tensor:
+        y = exact(*tensors)
+        return torch.nextafter(y, y + 1)
+
+    assert not failed(validate(one_off, max_ulp=1, **setting._asdict()))
+    assert failed(validate(one_off, **setting._asdict())) == {"y"}
+    both = validate(in_convention(OTHERS[1], OTHERS[1], setting, floating=True), **setting._asdict())
+    assert any("away from zero, in both operands (equal up to rounding" in check.note for check in both)
+
+
+@pytest.mark.parametrize(
+    ("really", "explanation"),
+    [
+        ({"weight_bits": 5}, "weight_bits=5"),
+        ({"act_symmetric": True}, "act_symmetric=True"),
+        ({"act_granularity": "per_tensor"}, "act_granularity='per_tensor'"),
+        ({"weight_granularity": "per_tensor"}, "weight_granularity='per_tensor'"),
+    ],
+)
+def test_wrong_settings_are_named(really: dict, explanation: str) -> None:
+    checks = validate(lambda x, w, b: fake_quant_linear(x, w, b, **really), weight_bits=4)
+    notes = [check.note for check in checks if check.note]
+    assert any(f"Explained by: {explanation} (then all bits are equal)" in note for note in notes)
+
+
+def test_what_no_convention_explains_is_said_so() -> None:
+    wrong = validate(lambda x, w, b: fake_quant_linear(x, w, b) * 1.5, weight_bits=4)
+    assert any("No known convention explains it" in check.note for check in wrong)
+    unquantized = validate(torch.nn.functional.linear, weight_bits=4)
+    assert any("Explained by: nothing is quantized" in check.note for check in unquantized)
+    assert {"y", "grad_x", "grad_W"} <= failed(unquantized)
+
+
+def test_linear_kernels_in_groups_half_precision_and_of_a_wrong_shape() -> None:
+    grouped = {"weight_granularity": "per_group", "group_size": 32, "weight_symmetric": False}
+    checks = validate(lambda x, w, b: fake_quant_linear(x, w, b, **grouped), **grouped)
+    assert {check.what for check in checks} == {"y", "grad_x", "grad_W", "grad_b"}
+    assert not failed(checks)
+    half = validate(lambda x, w, b: fake_quant_linear(x, w, b), weight_bits=4, dtype=torch.bfloat16)
+    assert not failed(half)
+    assert any("instead of" in what for what in failed(validate(lambda x, w, b: x, weight_bits=4)))
+    with pytest.raises(TypeError, match=r"unknown setting\(s\) \['bits'\]"):
+        validate(fake_quant_linear, bits=4)
+    with pytest.raises(ValueError, match="go with a linear layer"):
+        validate(weight_bits=4)
+    with pytest.raises(ValueError, match=r"weight_bits=9.*2\.\.8"):
+        validate(fake_quant_linear, weight_bits=9)
+
+
+def test_ulp_distance() -> None:
+    one = torch.tensor(1.0)
+    above = torch.nextafter(one, torch.tensor(2.0))
+    a = torch.stack((one, above, torch.tensor(0.0), torch.tensor(-0.0), torch.tensor(float("nan")), one))
+    b = torch.stack((one, one, torch.tensor(-0.0), torch.tensor(1e-45), torch.tensor(float("nan")), a[4]))
+    assert ulp_distance(a, b).tolist() == [0, 1, 0, 1, 0, 2**31]
+    assert ulp_distance(-a[:2], -b[:2]).tolist() == [0, 1]
+    assert int(ulp_distance(torch.tensor([-1e-45]), torch.tensor([1e-45]))) == 2
+    assert int(ulp_distance(one.bfloat16().view(1), above.bfloat16().view(1) * 1.0078125)) == 1
+
+
+def test_rows_over_all_bits_and_granularities(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = list(linear_rows(["torch"], shape=(9, 128, 5)))
+    assert len(rows) == 5 * 2 * 5
+    assert all(row.passed for row in rows)
+    assert {row.bits for row in rows} == {"W3A4", "W4A4", "W5A5", "W6A6", "W8A8"}
+    assert {row.weight_granularity for row in rows} == {
+        "per_channel", "per_tensor", "per_group 32", "per_group 64", "per_group 128",
+    }  # fmt: skip
+    by_bits = {row.bits: row.sqnr_fp32 for row in rows if row.weight_granularity == "per_channel"}
+    assert by_bits["W3A4"] < by_bits["W4A4"] + 1 < by_bits["W6A6"] < by_bits["W8A8"]
+    original = ops._TABLE["integer_linear"]["torch"]
+    monkeypatch.setitem(ops._TABLE["integer_linear"], "torch", lambda *a: original(*a).mul_(1 + 2**-22))
+    wrong = next(iter(linear_rows(["torch"], shape=(9, 128, 5))))
+    assert not wrong.passed
+    assert wrong.max_ulp >= 1
+    assert wrong.accumulators_different == 0
+
+
+def test_conventions_differ_where_they_say() -> None:
+    rows = {row.name: row for row in convention_rows(bits=4)}
+    assert rows.keys() == {other.name for other in OTHERS}
+    assert rows["the zero point added before rounding"].symmetric is None
+    lowest = rows["scale = absmax / 2^(b-1), codes from -2^(b-1)"]
+    assert lowest.asymmetric is None
+    assert lowest.symmetric > 0.05
+    for name in ("multiplication by the reciprocal of the scale", "half-up rounding"):
+        assert 0 <= rows[name].asymmetric < 0.01
+    assert rows["truncation"].asymmetric > 0.3
 
 
 def test_arguments() -> None:

@@ -89,24 +89,43 @@ def _finite(value: object) -> object:
 
 @app.command()
 def validate(
-    impl: Annotated[str, typer.Option(help="implementation to compare with the reference")] = "torch",
+    impl: Annotated[str, typer.Option(help="implementation to compare with the reference; default all usable")] = "all",
     op: Annotated[str | None, typer.Option(help="one operation; default all")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     seed: Annotated[int, typer.Option(help="seed of the inputs")] = 0,
     details: Annotated[bool, typer.Option(help="one row per case instead of a summary")] = False,
 ) -> None:
-    """Compare an implementation with the reference: codes and accumulators must be equal. Exit code 1 on failure."""
-    from s2d_kernels import validation
+    """Compare implementations with the reference: codes and accumulators must be equal. Exit code 1 on failure."""
+    import torch
 
+    from s2d_kernels import linear_validation, validation
+
+    failed = compared = count = 0
     try:
-        checks = validation.validate(op=op, impl=impl, device=device, seed=seed)
+        chosen = validation.usable(torch.device(device)) if impl == "all" else [impl]
+        for one in chosen:
+            checks = validation.validate(op=op, impl=one, device=device, seed=seed)
+            shown = checks if details else validation.summarize(checks)
+            console.print(validation.to_table(shown, title=f"impl={one} against reference on {device}, seed {seed}"))
+            for check in checks:
+                if check.note:
+                    console.print(check.note, soft_wrap=True, highlight=False)
+            count += len(checks)
+            failed += sum(not check.passed for check in checks)
+            compared += sum(check.compared for check in checks)
+        if op in (None, "fake_quant_linear"):
+            with_linear = [i for i in chosen if validation.implemented("fake_quant_linear", i)]
+            rows = list(linear_validation.linear_rows(with_linear, device=device, seed=seed))
+            console.print(linear_validation.rows_table(rows, title="quantized linear layers against the reference"))
+            others = linear_validation.convention_rows(bits=4, seed=seed)
+            title = "4-bit codes that other conventions make differently, of normal numbers in bf16"
+            console.print(linear_validation.conventions_table(others, title=title))
+            count += len(rows)
+            failed += sum(not row.passed for row in rows)
+            compared += sum(row.codes + row.accumulators for row in rows)
     except (ValueError, RuntimeError, AssertionError) as error:  # torch's own, for a device that is not there
         raise _fail(error) from error
-    shown = checks if details else validation.summarize(checks)
-    console.print(validation.to_table(shown, title=f"impl={impl} against reference on {device}, seed {seed}"))
-    failed = sum(not check.passed for check in checks)
-    compared = sum(check.compared for check in checks)
-    console.print(f"{len(checks)} checks, {compared:,} numbers compared, {failed} failed")
+    console.print(f"{count} checks, {compared:,} numbers compared, {failed} failed")
     raise typer.Exit(1 if failed else 0)
 
 

@@ -1,11 +1,11 @@
-"""`FakeQuantLinear`, and `quantize_`, which turns the linear layers of a model into it."""
+"""`FakeQuantLinear` and `FakeQuantPatchEmbedding`, and `quantize_`, which turns the layers of a model into them."""
 
 from __future__ import annotations
 
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any, NamedTuple, Self, cast
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from s2d_kernels import ops, quant_ops, quantizers
 from s2d_kernels.evaluation import run_batches
 from s2d_kernels.parameters import HEAD
+from s2d_kernels.quantizers import QuantizedOperand
 
 logger = logging.getLogger("s2d_kernels")
 
@@ -26,6 +27,7 @@ _DEFAULTS: dict[str, Any] = {
     "act_symmetric": False,
     "act_range": None,
     "group_size": None,
+    "learn_range": False,
     "impl": None,
 }
 
@@ -47,6 +49,11 @@ def _resolve(in_features: int, given: Mapping[str, Any]) -> dict[str, Any]:
             f"act_granularity={settings['act_granularity']!r} does not go with a static activation range, which is one "
             "for the tensor: use 'per_tensor', or dynamic ranges (no calibration, act_range=None)"
         )
+    if settings["learn_range"]:
+        if not static:
+            raise ValueError("learn_range=True needs a range to start from: give act_range, or calibration batches")
+        if settings["weight_granularity"] == "per_group":
+            raise ValueError("learn_range=True does not go with weight_granularity='per_group': use 'per_channel'")
     if isinstance(settings["act_range"], str):
         if settings["act_range"] != "static":
             raise ValueError(f"act_range={settings['act_range']!r} must be None, 'static' or a pair (min, max)")
@@ -57,7 +64,166 @@ def _resolve(in_features: int, given: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-class FakeQuantLinear(nn.Linear):
+class _FakeQuantized(nn.Module):
+    """What the fake-quantized layers share: settings, ranges, their state, and the computation on rows."""
+
+    weight: Tensor
+    bias: Any  # nn.Linear and nn.Conv2d annotate it differently
+    weight_bits: int
+    act_bits: int
+    weight_granularity: str
+    act_granularity: str
+    weight_symmetric: bool
+    act_symmetric: bool
+    group_size: int | None
+    impl: str | None
+    static: bool
+    learn_range: bool
+    reuse_codes: bool
+    act_min: Tensor
+    act_max: Tensor
+    weight_min: Tensor
+    weight_max: Tensor
+
+    @classmethod
+    def _convert(cls, layer: nn.Module, resolved: Mapping[str, Any]) -> Self:
+        """Make `layer` itself a `cls`: it keeps its identity, hooks, parameters and places in a model."""
+        layer.__class__ = cls
+        module = cast(Self, layer)
+        module._configure(resolved)
+        return module
+
+    def _configure(self, resolved: Mapping[str, Any]) -> None:
+        act_range = resolved["act_range"]
+        for name in resolved.keys() - {"act_range"}:
+            setattr(self, name, resolved[name])
+        self.reuse_codes = False
+        self.static = act_range is not None
+        if act_range is not None:
+            low, high = (math.nan, math.nan) if act_range == "static" else (float(v) for v in act_range)
+            self._set_range("act", torch.tensor(low), torch.tensor(high), self.act_symmetric)
+        if self.learn_range:
+            rows = self.weight.detach().flatten(1).float()
+            dims = (1,) if self.weight_granularity == "per_channel" else (0, 1)
+            self._set_range("weight", rows.amin(dims).view(-1), rows.amax(dims).view(-1), self.weight_symmetric)
+
+    def _set_range(self, which: str, low: Tensor, high: Tensor, symmetric: bool) -> None:
+        """Buffers or parameters `which`_min and `which`_max; a learned symmetric range is one number, its end."""
+        values = {"min": low, "max": high}
+        if self.learn_range and symmetric:
+            values = {"max": torch.maximum(low.abs(), high.abs())}
+        for end, value in values.items():
+            value = value.to(self.weight.device)
+            if self.learn_range:
+                self.register_parameter(f"{which}_{end}", nn.Parameter(value))
+            else:
+                self.register_buffer(f"{which}_{end}", value)
+
+    def _range_names(self) -> tuple[str, ...]:
+        names = ("act_min", "act_max", "weight_min", "weight_max")
+        return tuple(name for name in names if name in self._buffers or name in self._parameters)
+
+    def act_range(self) -> tuple[Tensor, Tensor] | None:
+        """(min, max) of a static range."""
+        if not self.static:
+            return None
+        return (self.act_min, self.act_max) if "act_min" in self._range_names() else (-self.act_max, self.act_max)
+
+    def weight_range(self) -> tuple[Tensor, Tensor] | None:
+        """(min, max) of a learned range, else None: the weight's own."""
+        if not self.learn_range:
+            return None
+        low = self.weight_min if "weight_min" in self._range_names() else -self.weight_max
+        return low, self.weight_max
+
+    def act_settings(self) -> dict[str, Any]:
+        """How the input is quantized, as `fake_quant_linear` and `quantized_linear` take it."""
+        return {
+            "act_bits": self.act_bits,
+            "act_granularity": self.act_granularity,
+            "act_symmetric": self.act_symmetric,
+            "act_range": self.act_range(),
+            "impl": self.impl,
+        }
+
+    def weight_settings(self) -> dict[str, Any]:
+        """How the weight is quantized, as `quantize_weight` takes it."""
+        return {
+            "bits": self.weight_bits,
+            "granularity": self.weight_granularity,
+            "symmetric": self.weight_symmetric,
+            "group_size": self.group_size,
+        }
+
+    def quantized_weight(self) -> QuantizedOperand:
+        """The weight, as `[out, in]`, in codes."""
+        rows = self.weight.detach().flatten(1)
+        settings = self.weight_settings()
+        return quant_ops.quantize_weight(rows, **settings, value_range=self.weight_range(), impl=self.impl)
+
+    def _rows(self, rows: Tensor) -> Tensor:
+        """The layer on `rows [..., in]`."""
+        if (
+            self.reuse_codes
+            and not self.learn_range
+            and not torch.compiler.is_compiling()
+            and not torch.is_grad_enabled()
+        ):
+            return quant_ops.quantized_linear(rows, self._kept_codes(), self.bias, **self.act_settings())
+        weight = {f"weight_{name}": value for name, value in self.weight_settings().items() if name != "group_size"}
+        return quant_ops.fake_quant_linear(
+            rows,
+            self.weight.flatten(1),
+            self.bias,
+            **self.act_settings(),
+            **weight,
+            weight_range=self.weight_range(),
+            group_size=self.group_size,
+        )
+
+    def _kept_codes(self) -> QuantizedOperand:
+        """`quantized_weight()`, computed again only after the weight was written, moved or replaced."""
+        weight = self.weight
+        if weight.is_inference():  # these do not count their changes
+            return self.quantized_weight()
+        key = (weight._version, weight.data_ptr(), weight.dtype, weight.device, *self.weight_settings().values())
+        if self.__dict__.get("_codes_of") != key:
+            self.__dict__["_codes"] = self.quantized_weight()
+            self.__dict__["_codes_of"] = key
+        return cast(QuantizedOperand, self.__dict__["_codes"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_codes", "_codes_of")}
+
+    def extra_repr(self) -> str:
+        """Sizes, bits, granularities and where the activation range comes from."""
+        group = "" if self.group_size is None else f"({self.group_size})"
+        return (
+            f"{super().extra_repr()}, W{self.weight_bits}A{self.act_bits}, "
+            f"weight={self.weight_granularity}{group} {'symmetric' if self.weight_symmetric else 'asymmetric'}, "
+            f"act={self.act_granularity} {'symmetric' if self.act_symmetric else 'asymmetric'} "
+            f"{'static' if self.static else 'dynamic'}{', learned' if self.learn_range else ''}"
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        ranges = {name: getattr(self, name).detach() for name in self._range_names()}
+        super()._apply(fn, recurse)
+        # A range rounded to bf16 would change codes. Moving is allowed, casting is undone.
+        for name, value in ranges.items():
+            moved = getattr(self, name)
+            if moved.dtype != torch.float32:
+                moved.data = value.to(moved.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        missing_keys = args[2]
+        ranges = [prefix + name for name in self._range_names()]
+        if not any(key in state_dict for key in ranges):  # an nn.Linear's checkpoint
+            missing_keys[:] = [key for key in missing_keys if key not in ranges]
+
+
+class FakeQuantLinear(_FakeQuantized, nn.Linear):
     """`nn.Linear` that computes with fake-quantized weight and activations (`fake_quant_linear`).
 
     Args:
@@ -70,26 +236,18 @@ class FakeQuantLinear(nn.Linear):
         act_range: None: dynamic, from each input. (min, max): static, in the fp32 buffers `act_min` and `act_max`.
             "static": the same buffers, NaN until a state_dict fills them.
         group_size: columns a group, for "per_group"; divides `in_features`.
+        learn_range: make `act_min`, `act_max` parameters, and `weight_min`, `weight_max` `[out_features]` (`[1]` per
+            tensor), which start at the weight's own range: learned step size quantization. Symmetric ranges have the
+            maximum only. Needs `act_range`.
         impl: "reference", "torch", or None to choose.
 
     Raises:
         TypeError, ValueError: an argument that `fake_quant_linear` would refuse.
 
     State: with dynamic ranges exactly `nn.Linear`'s keys; static ones add `act_min` and `act_max`, which stay fp32
-    under `.to(dtype)`. An `nn.Linear`'s state_dict loads into either and leaves the ranges as they are.
+    under `.to(dtype)`, learned ones also `weight_min` and `weight_max`. An `nn.Linear`'s state_dict loads into any and
+    leaves the ranges as they are.
     """
-
-    weight_bits: int
-    act_bits: int
-    weight_granularity: str
-    act_granularity: str
-    weight_symmetric: bool
-    act_symmetric: bool
-    group_size: int | None
-    impl: str | None
-    static: bool
-    act_min: Tensor
-    act_max: Tensor
 
     def __init__(
         self,
@@ -105,6 +263,7 @@ class FakeQuantLinear(nn.Linear):
         act_symmetric: bool = False,
         act_range: tuple[float, float] | str | None = None,
         group_size: int | None = None,
+        learn_range: bool = False,
         impl: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -118,6 +277,7 @@ class FakeQuantLinear(nn.Linear):
             "act_symmetric": act_symmetric,
             "act_range": act_range,
             "group_size": group_size,
+            "learn_range": learn_range,
             "impl": impl,
         }
         settings = _resolve(in_features, given)
@@ -144,67 +304,72 @@ class FakeQuantLinear(nn.Linear):
             module.bias = linear.bias
         return cls._convert(module.train(linear.training), resolved)
 
-    @classmethod
-    def _convert(cls, linear: nn.Linear, resolved: Mapping[str, Any]) -> Self:
-        """Make `linear` itself a `FakeQuantLinear`: it keeps its identity, hooks, parameters and places in a model."""
-        linear.__class__ = cls
-        module = cast(Self, linear)
-        module._configure(resolved)
-        return module
-
-    def _configure(self, resolved: Mapping[str, Any]) -> None:
-        act_range = resolved["act_range"]
-        for name in resolved.keys() - {"act_range"}:
-            setattr(self, name, resolved[name])
-        self.static = act_range is not None
-        if act_range is not None:
-            values = (math.nan, math.nan) if act_range == "static" else act_range
-            for name, value in zip(("act_min", "act_max"), values, strict=True):
-                self.register_buffer(name, torch.full((), float(value), device=self.weight.device))
-
     def forward(self, input: Tensor) -> Tensor:
         """y `[..., out_features]` of `input [..., in_features]`, see `fake_quant_linear`."""
-        return quant_ops.fake_quant_linear(
-            input,
-            self.weight,
-            self.bias,
-            weight_bits=self.weight_bits,
-            act_bits=self.act_bits,
-            weight_granularity=self.weight_granularity,
-            act_granularity=self.act_granularity,
-            weight_symmetric=self.weight_symmetric,
-            act_symmetric=self.act_symmetric,
-            act_range=(self.act_min, self.act_max) if self.static else None,
-            group_size=self.group_size,
-            impl=self.impl,
-        )
+        return self._rows(input)
 
-    def extra_repr(self) -> str:
-        """Sizes, bits, granularities and where the activation range comes from."""
-        group = "" if self.group_size is None else f"({self.group_size})"
-        return (
-            f"{super().extra_repr()}, W{self.weight_bits}A{self.act_bits}, "
-            f"weight={self.weight_granularity}{group} {'symmetric' if self.weight_symmetric else 'asymmetric'}, "
-            f"act={self.act_granularity} {'symmetric' if self.act_symmetric else 'asymmetric'} "
-            f"{'static' if self.static else 'dynamic'}"
-        )
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        ranges = (self.act_min, self.act_max) if self.static else ()
-        super()._apply(fn, recurse)
-        # A range rounded to bf16 would change codes. Moving is allowed, casting is undone.
-        for name, value in zip(("act_min", "act_max"), ranges, strict=False):
-            moved = getattr(self, name)
-            if moved.dtype != torch.float32:
-                setattr(self, name, value.to(moved.device))
-        return self
+def is_patch_embedding(layer: nn.Conv2d) -> bool:
+    """Whether a convolution's windows tile its input: stride = kernel, no padding, no dilation, one group."""
+    return (
+        layer.kernel_size == layer.stride
+        and layer.padding in ((0, 0), "valid")
+        and layer.dilation == (1, 1)
+        and layer.groups == 1
+    )
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        missing_keys = args[2]
-        ranges = [prefix + "act_min", prefix + "act_max"]
-        if self.static and not any(key in state_dict for key in ranges):  # an nn.Linear's checkpoint
-            missing_keys[:] = [key for key in missing_keys if key not in ranges]
+
+def patch_rows(layer: Any, input: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """`function` on the patches `[batch, rows, columns, in]` of an image `input`, its result as a convolution's."""
+    if input.ndim not in (3, 4) or input.shape[-3] != layer.in_channels:
+        wanted = f"[batch, {layer.in_channels}, height, width]"
+        raise ValueError(f"input has shape {tuple(input.shape)}, expected {wanted}")
+    height, width = layer.kernel_size
+    batched = input if input.ndim == 4 else input.unsqueeze(0)
+    rows, columns = batched.shape[2] // height, batched.shape[3] // width
+    patches = batched[:, :, : rows * height, : columns * width].unflatten(3, (columns, width))
+    patches = patches.unflatten(2, (rows, height)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+    y = function(patches).permute(0, 3, 1, 2)
+    return y if input.ndim == 4 else y.squeeze(0)
+
+
+class FakeQuantPatchEmbedding(_FakeQuantized, nn.Conv2d):
+    """An `nn.Conv2d` whose stride is its kernel, computed as the fake-quantized linear layer on patches that it is.
+
+    A token is a patch of in_channels * kernel height * kernel width values. The weight keeps its shape, and a
+    state_dict the convolution's keys.
+    """
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, **settings: Any) -> Self:
+        """A `FakeQuantPatchEmbedding` with the same Parameter objects as `conv`.
+
+        Args:
+            conv: an `nn.Conv2d` with stride = kernel, no padding, no dilation, one group; it is not changed, and its
+                hooks are not taken over.
+            settings: keyword arguments of `FakeQuantLinear`, `weight_bits` to `impl`.
+
+        Raises:
+            TypeError, ValueError: `conv` is no such convolution, or as `FakeQuantLinear`.
+        """
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"conv must be an nn.Conv2d, got {type(conv).__name__}")
+        if not is_patch_embedding(conv):
+            raise ValueError(
+                f"{conv} is no patch embedding: it needs stride = kernel, no padding, no dilation, 1 group"
+            )
+        resolved = _resolve(math.prod(conv.weight.shape[1:]), settings)
+        kernel = cast(tuple[int, int], conv.kernel_size)
+        has_bias = conv.bias is not None
+        module = nn.Conv2d(conv.in_channels, conv.out_channels, kernel, kernel, bias=has_bias, device="meta")
+        module.weight = conv.weight
+        if conv.bias is not None:
+            module.bias = conv.bias
+        return cls._convert(module.train(conv.training), resolved)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """y `[batch, out_channels, height, width]` of `input [batch, in_channels, ...]`, or both without batch."""
+        return patch_rows(self, input, self._rows)
 
 
 class LayerDecision(NamedTuple):
@@ -228,17 +393,21 @@ def quantize_(
     group_size: int | None = None,
     calibration: Iterable[Any] | None = None,
     percentile: float | None = None,
+    only: Sequence[str] = (),
     skip: Sequence[str] = (),
+    mode: str = "qat",
+    learn_range: bool = False,
     impl: str | None = None,
     show_progress: bool = False,
 ) -> list[LayerDecision]:
-    """Turn every `nn.Linear` of `model` into a `FakeQuantLinear`, in place.
+    """Turn every `nn.Linear` of `model` into a `FakeQuantLinear`, and patch embeddings likewise, in place.
 
     The module objects stay the same ones: their hooks, ties, shared places and references from elsewhere go on working.
-    Converted are modules of exactly the class `nn.Linear`. Subclasses are not, since their forward may differ, nor are
-    output heads (last component of the name lm_head, head, classifier, score, output_projection or embed_out; convert
-    one with `FakeQuantLinear.from_linear`), layers tied to an embedding, or projections of `nn.MultiheadAttention`,
-    which uses their weights without calling them.
+    Converted are modules of exactly the class `nn.Linear`, and of `nn.Conv2d` where stride = kernel. Subclasses are
+    not, since their forward may differ, nor are embeddings (a look-up, no product), output heads (last component of the
+    name lm_head, head, classifier, score, output_projection or embed_out; convert one with
+    `FakeQuantLinear.from_linear`), layers tied to an embedding, or projections of `nn.MultiheadAttention`, which uses
+    their weights without calling them. What is skipped, and why, is in the result and in the log.
 
     Args:
         model: any module; an `nn.Linear` itself is converted too.
@@ -249,11 +418,19 @@ def quantize_(
             Without it, ranges are dynamic.
         percentile: 50 < percentile <= 100: the range is the mean over batches of each batch's quantiles at
             1 - percentile/100 and percentile/100 (linear interpolation), instead of the minimum and maximum of all.
-        skip: regular expressions searched in the layers' names; matching layers are left alone.
+        only: regular expressions searched in the layers' names; if any are given, layers that none matches are left
+            alone.
+        skip: regular expressions likewise; matching layers are left alone.
+        mode: "qat": the weights are trained on, and rounded in each forward. "ptq": they are finished; each weight is
+            rounded to nearest once and its codes are used again in forwards without gradients until it changes (a write
+            through `.data` goes unnoticed). Both give the same bits.
+        learn_range: as `FakeQuantLinear`; the calibrated ranges are where learning starts. Hand the new parameters to
+            the optimizer.
         show_progress: show a progress bar of the calibration; needs rich.
 
     Returns:
-        One `LayerDecision` per linear layer, in the order of `named_modules`. The model is unchanged if this raises.
+        One `LayerDecision` per linear layer, convolution and embedding, in the order of `named_modules`. The
+        model is unchanged if this raises.
 
     Raises:
         TypeError: an argument of the wrong type, such as one batch in place of an iterable of batches.
@@ -269,6 +446,7 @@ def quantize_(
         "act_symmetric": act_symmetric,
         "act_range": None if calibration is None else "static",
         "group_size": group_size,
+        "learn_range": learn_range,
         "impl": impl,
     }
     if percentile is not None:
@@ -278,14 +456,18 @@ def quantize_(
             raise ValueError(f"percentile={percentile} must lie above 50 and at most at 100, such as 99.9")
     if isinstance(calibration, Tensor | Mapping | str):
         raise TypeError(f"calibration must be an iterable of batches, got one {type(calibration).__name__}: wrap it")
-    if isinstance(skip, str):
-        raise TypeError(f"skip must be a sequence of regular expressions, got the string {skip!r}: write ({skip!r},)")
+    for which, patterns in (("only", only), ("skip", skip)):
+        if isinstance(patterns, str):
+            wanted = f"a sequence of regular expressions, got the string {patterns!r}: write ({patterns!r},)"
+            raise TypeError(f"{which} must be {wanted}")
+    if mode not in ("ptq", "qat"):
+        raise ValueError(f"mode={mode!r} must be 'ptq' (finished weights) or 'qat' (weights are trained on)")
 
-    layers, report = _decide(model, skip)
+    layers, report = _decide(model, only, skip)
     resolved: dict[str, dict[str, Any]] = {}
     for name, layer in layers.items():
         try:
-            resolved[name] = _resolve(layer.in_features, given)
+            resolved[name] = _resolve(math.prod(layer.weight.shape[1:]), given)
         except ValueError as error:
             raise ValueError(f"layer {name!r} {tuple(layer.weight.shape)}: {error}, or skip the layer") from error
 
@@ -298,8 +480,9 @@ def quantize_(
                 del layers[name]
                 logger.warning("quantize_: layer %r was not called by any calibration batch and stays float", name)
     for name, layer in layers.items():
-        FakeQuantLinear._convert(layer, resolved[name])
-    _leave_fused_path(model)
+        kind = FakeQuantLinear if isinstance(layer, nn.Linear) else FakeQuantPatchEmbedding
+        kind._convert(layer, resolved[name]).reuse_codes = mode == "ptq"
+    leave_fused_path(model, FakeQuantLinear)
 
     for index, row in enumerate(report):
         if row.decision == "quantize" and row.name not in layers:
@@ -309,32 +492,43 @@ def quantize_(
             source = "dynamic range" if static is None else f"static range [{static[0]:.6g}, {static[1]:.6g}]"
             report[index] = row._replace(reason=f"W{weight_bits}A{act_bits}, {source}{row.reason}")
     if layers:
-        logger.info("quantize_: %d of %d linear layers are fake-quantized", len(layers), len(report))
+        logger.info("quantize_: %d of %d layers are fake-quantized", len(layers), len(report))
+        for row in report:
+            if row.decision == "skip":
+                logger.info("quantize_: %s %s stays float: %s", row.name, list(row.shape), row.reason)
     else:
         reasons = "; ".join(f"{row.name}: {row.reason}" for row in report[:5]) or "it has no linear layer"
         logger.warning("quantize_ found nothing to quantize in %s (%s)", type(model).__name__, reasons)
     return report
 
 
-def _decide(model: nn.Module, skip: Sequence[str]) -> tuple[dict[str, nn.Linear], list[LayerDecision]]:
-    """The layers to convert by their first name, and a row for each linear layer."""
+def _compiled(patterns: Sequence[str], known: Sequence[str], which: str) -> list[re.Pattern[str]]:
+    try:
+        compiled = [re.compile(pattern) for pattern in patterns]
+    except re.error as error:
+        raise ValueError(f"{which} pattern {error.pattern!r} is no regular expression: {error}") from error
+    unmatched = [p.pattern for p in compiled if not any(p.search(name) for name in known)]
+    if unmatched:
+        raise ValueError(f"{which} pattern(s) {unmatched} match no linear layer; names look like {list(known[:5])}")
+    return compiled
+
+
+def _decide(
+    model: nn.Module, only: Sequence[str], skip: Sequence[str]
+) -> tuple[dict[str, nn.Linear | nn.Conv2d], list[LayerDecision]]:
+    """The layers to convert by their first name, and a row for each linear layer, convolution and embedding."""
     names: dict[nn.Module, list[str]] = {}
     embeddings: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear | nn.MultiheadAttention):
+        if isinstance(module, nn.Linear | nn.MultiheadAttention | nn.modules.conv._ConvNd):
             names.setdefault(module, []).append(name)
         elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            names.setdefault(module, []).append(name)
             embeddings[id(module.weight)] = name
-    try:
-        patterns = [re.compile(pattern) for pattern in skip]
-    except re.error as error:
-        raise ValueError(f"skip pattern {error.pattern!r} is no regular expression: {error}") from error
-    known = [name for module, all_names in names.items() if isinstance(module, nn.Linear) for name in all_names]
-    unmatched = [p.pattern for p in patterns if not any(p.search(name) for name in known)]
-    if unmatched:
-        raise ValueError(f"skip pattern(s) {unmatched} match no linear layer; names look like {known[:5]}")
+    known = [name for module, all_names in names.items() for name in all_names if _may_be_named(module)]
+    wanted, unwanted = _compiled(only, known, "only"), _compiled(skip, known, "skip")
 
-    layers: dict[str, nn.Linear] = {}
+    layers: dict[str, nn.Linear | nn.Conv2d] = {}
     report: list[LayerDecision] = []
     for module, all_names in names.items():
         name = all_names[0]
@@ -344,23 +538,16 @@ def _decide(model: nn.Module, skip: Sequence[str]) -> tuple[dict[str, nn.Linear]
                 why = "nn.MultiheadAttention's packed projection is no module"
                 report.append(LayerDecision(packed, tuple(module.in_proj_weight.shape), "skip", why))
             continue
-        layer = cast(nn.Linear, module)
-        pattern = next((p.pattern for p in patterns for n in all_names if p.search(n)), None)
-        reason: str | None = None
-        if isinstance(layer, FakeQuantLinear):
-            reason = "already fake-quantized"
-        elif type(layer).__name__ == "NonDynamicallyQuantizableLinear":
-            reason = "nn.MultiheadAttention uses its weight without calling it"
-        elif type(layer) is not nn.Linear:
-            reason = f"{type(layer).__name__}, a subclass of nn.Linear: its forward may differ"
-        elif "forward" in layer.__dict__:
-            reason = "its forward is replaced on the instance, which would bypass FakeQuantLinear's"
-        elif id(layer.weight) in embeddings:
-            reason = f"tied to the embedding {embeddings[id(layer.weight)]}"
-        elif pattern is not None:
-            reason = f"skipped by pattern {pattern!r}"
-        elif any(HEAD.search(n) for n in all_names):
-            reason = "output head"
+        layer = cast("nn.Linear | nn.Conv2d", module)
+        reason = _why_not(layer, all_names, embeddings)
+        if reason is None:
+            pattern = next((p.pattern for p in unwanted for n in all_names if p.search(n)), None)
+            if pattern is not None:
+                reason = f"skipped by pattern {pattern!r}"
+            elif wanted and not any(p.search(n) for p in wanted for n in all_names):
+                reason = f"matches none of only={[p.pattern for p in wanted]}"
+            elif any(HEAD.search(n) for n in all_names):
+                reason = "output head"
         if reason is None:
             layers[name] = layer
         also = f", also at {', '.join(all_names[1:])}" if len(all_names) > 1 else ""
@@ -369,15 +556,39 @@ def _decide(model: nn.Module, skip: Sequence[str]) -> tuple[dict[str, nn.Linear]
     return layers, report
 
 
-def _leave_fused_path(model: nn.Module) -> None:
-    """Keep `nn.TransformerEncoder(Layer)` off its fused inference path, which reads the weights past our forward."""
+def _may_be_named(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+
+
+def _why_not(layer: nn.Module, all_names: Sequence[str], embeddings: Mapping[int, str]) -> str | None:
+    """Why a layer cannot be converted, whatever it is called, or None."""
+    if isinstance(layer, _FakeQuantized):
+        return "already fake-quantized"
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+        return "embedding: a look-up, no product"
+    if type(layer).__name__ == "NonDynamicallyQuantizableLinear":
+        return "nn.MultiheadAttention uses its weight without calling it"
+    base = next(c for c in (nn.Linear, nn.Conv2d, nn.modules.conv._ConvNd) if isinstance(layer, c))
+    if type(layer) is not base:
+        if base is nn.modules.conv._ConvNd:
+            return f"{type(layer).__name__}: only two-dimensional patch embeddings are supported"
+        return f"{type(layer).__name__}, a subclass of nn.{base.__name__}: its forward may differ"
+    if "forward" in layer.__dict__:
+        return "its forward is replaced on the instance, which would bypass FakeQuantLinear's"
+    if isinstance(layer, nn.Conv2d):
+        return None if is_patch_embedding(layer) else "convolution with overlapping windows, dilation or groups"
+    if id(layer.weight) in embeddings:
+        return f"tied to the embedding {embeddings[id(layer.weight)]}"
+    return None
+
+
+def leave_fused_path(model: nn.Module, kind: type[nn.Module]) -> None:
+    """Keep `nn.TransformerEncoder(Layer)`s that hold a `kind` off their fused path, which passes by our forward."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
-            if any(isinstance(m, FakeQuantLinear) for m in module.modules()):
+            if any(isinstance(m, kind) for m in module.modules()):
                 module.use_nested_tensor = False
-        elif isinstance(module, nn.TransformerEncoderLayer) and any(
-            isinstance(m, FakeQuantLinear) for m in module.modules()
-        ):
+        elif isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, kind) for m in module.modules()):
             module.activation_relu_or_gelu = 0  # read nowhere else: 0 means "no activation that the fused path knows"
 
 
@@ -411,7 +622,7 @@ def _batch_range(x: Tensor, percentile: float | None) -> Tensor:
 
 def _calibrate(
     model: nn.Module,
-    layers: Mapping[str, nn.Linear],
+    layers: Mapping[str, nn.Module],
     batches: Iterable[Any],
     percentile: float | None,
     show_progress: bool,

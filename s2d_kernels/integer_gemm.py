@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from s2d_kernels import ops, reference
-from s2d_kernels.quantizers import QuantizedOperand, code_span, exact_chunk, row_sums
+from s2d_kernels.int8_product import use_int8_product
+from s2d_kernels.quantizers import QuantizedOperand, block_rows, code_span, exact_chunk, row_sums
 
 _OPERAND = "Tensor {0}_codes, Tensor {0}_scale, Tensor {0}_zero_point, Tensor {0}_row_sum"
 _OPERANDS = f"{_OPERAND.format('x')}, {_OPERAND.format('w')}"
@@ -57,60 +58,101 @@ def by_group(values: Tensor, parameter: Tensor) -> Tensor:
 
 
 def centred(codes: Tensor, zero_point: Tensor, symmetric: bool, dtype: torch.dtype) -> Tensor:
-    """codes - zero_point `[rows, K]` in `dtype`, exact."""
-    values = codes.to(dtype, memory_format=torch.contiguous_format)  # a copy that may be written
+    """codes - zero_point `[rows, K]`, exact where `dtype` holds it; int8 symmetric codes are handed back themselves."""
     if symmetric:
-        return values
-    by_group(values, zero_point).sub_(zero_point.unsqueeze(2))
+        return codes.to(dtype)
+    values = codes.to(dtype, memory_format=torch.contiguous_format, copy=True)
+    by_group(values, zero_point).sub_(zero_point.to(dtype).unsqueeze(2))
     return values
 
 
-def _exact_products(
-    xc: Tensor, xz: Tensor, wc: Tensor, wz: Tensor, groups: int, kinds: Sequence[Any]
-) -> Iterator[Tensor]:
-    """Per group the accumulator `[M, N]`: fp32 where one exact GEMM makes it, int32 where chunks are added up.
+class _ExactProducts:
+    """Accumulators of row blocks of quantized operands, by the fastest exact route.
 
-    Zero points are taken off the operands, not off the product: |code - zero_point| has no more bits than the code.
+    int8: one product of codes less their zero points; 8-bit asymmetric ones do not fit int8 then and keep their zero
+    points, which the rank-one terms of the definition take out afterwards.
+    Otherwise an fp32 GEMM of the same integers, cut along K into chunks of which each is exact.
     """
-    x_bits, x_symmetric, w_bits, w_symmetric = kinds
-    x = centred(xc, xz, x_symmetric, torch.float32)
-    w = centred(wc, wz, w_symmetric, torch.float32).mT
-    chunk = exact_chunk(code_span(x_bits, x_symmetric), code_span(w_bits, w_symmetric))
-    size = x.shape[1] // groups if groups else 0
-    for first in range(0, groups * size, size) if size else range(groups):
-        last = first + size
-        total = x[:, first : min(first + chunk, last)] @ w[first : min(first + chunk, last)]
-        if size > chunk:
+
+    def __init__(self, arguments: Sequence[Any]) -> None:
+        xc, _, xz, x_sum, wc, _, wz, w_sum, x_bits, x_symmetric, w_bits, w_symmetric = arguments
+        x_span, w_span = code_span(x_bits, x_symmetric), code_span(w_bits, w_symmetric)
+        self.groups = w_sum.shape[1]
+        self.size = xc.shape[1] // self.groups if self.groups else 0
+        self.chunk = exact_chunk(x_span, w_span)
+        self.x_offsets = self.w_offsets = None
+        self.int8 = use_int8_product(xc.device, self.size, min(x_span, 128), min(w_span, 128))
+        dtype = torch.int8 if self.int8 else torch.float32
+        x_wide, w_wide = self.int8 and x_span > 127, self.int8 and w_span > 127
+        self.x = xc if x_wide else centred(xc, xz, x_symmetric, dtype)
+        self.w = wc if w_wide else centred(wc, wz, w_symmetric, dtype)
+        if x_wide:  # - z_x rowsum(Qw)
+            self.x_offsets = xz, (w_sum if w_wide or w_symmetric else row_sums(self.w, self.groups)).mT
+        if w_wide:  # - (rowsum(Qx) - K z_x) z_w
+            x_sum = x_sum - self.size * xz if x_wide else row_sums(self.x, self.groups)
+            self.w_offsets = x_sum, wz.mT
+
+    def __call__(self, rows: slice, group: int) -> Tensor:
+        """`[rows, N]`, int32, or fp32 where one exact GEMM made it."""
+        first, last = group * self.size, (group + 1) * self.size
+        if not self.int8:
+            return self._chunked(self.x[rows, first:last], self.w[:, first:last].mT)
+        total = torch._int_mm(self.x[rows, first:last], self.w[:, first:last].mT)
+        for offsets in (self.x_offsets, self.w_offsets):
+            if offsets is not None:
+                of_x, of_w = offsets
+                of_x = of_x if len(of_x) == 1 else of_x[rows]
+                of_x = of_x[:, group : group + 1] if of_x.shape[1] > 1 else of_x
+                total.addcmul_(of_x, of_w[group] if len(of_w) > 1 else of_w[0], value=-1)
+        return total
+
+    def _chunked(self, x: Tensor, w: Tensor) -> Tensor:
+        total = x[:, : self.chunk] @ w[: self.chunk]
+        if self.size > self.chunk:
             total = total.to(torch.int32)
-            for start in range(first + chunk, last, chunk):
-                stop = min(start + chunk, last)
+            for start in range(self.chunk, self.size, self.chunk):
+                stop = start + self.chunk
                 total += (x[:, start:stop] @ w[start:stop]).to(torch.int32)
-        yield total
+        return total
 
 
 @ops.implements("integer_accumulator", "torch")
 def _accumulator_torch(*arguments: Any) -> Tensor:
-    xc, _, xz, _, wc, _, wz, w_row_sum, *kinds = arguments
-    out = xc.new_empty((w_row_sum.shape[1], xc.shape[0], wc.shape[0]), dtype=torch.int32)
-    for group, product in enumerate(_exact_products(xc, xz, wc, wz, len(out), kinds)):
-        out[group] = product
+    product = _ExactProducts(arguments)
+    out = product.x.new_empty((product.groups, len(product.x), len(product.w)), dtype=torch.int32)
+    for group in range(product.groups):
+        out[group] = product(slice(None), group)
     return out
 
 
 @ops.implements("integer_linear", "torch")
 def _linear_torch(*arguments: Any) -> Tensor:
-    xc, x_scale, xz, _, wc, w_scale, wz, w_row_sum, bias, *kinds, out_dtype = arguments
+    *operands, bias, x_bits, x_symmetric, w_bits, w_symmetric, out_dtype = arguments
+    x_scale, w_scale = operands[1], operands[5]
+    product = _ExactProducts((*operands, x_bits, x_symmetric, w_bits, w_symmetric))
+    M, N = len(product.x), len(product.w)
     dtype = x_scale.dtype
-    y = None
-    # One rounding an operation: a fused multiply-add would give other bits than the definition.
-    for group, product in enumerate(_exact_products(xc, xz, wc, wz, w_row_sum.shape[1], kinds)):
-        term = product.to(dtype).mul_(x_scale).mul_(w_scale[:, group])
-        y = term if y is None else y.add_(term)
-    if y is None:
-        y = x_scale.new_zeros((xc.shape[0], wc.shape[0]))
-    if bias is not None:
-        y.add_(bias.to(dtype))
-    return y.to(out_dtype)
+    y = product.x.new_empty((M, N), dtype=out_dtype)
+    step = block_rows(N, y.device, M)
+    if product.groups == 1:
+        step *= 8  # each product packs the weight anew: fewer of them gain more than a warmer epilogue
+    for start in range(0, M, step):
+        rows = slice(start, start + step)
+        total = y[rows] if out_dtype == dtype else torch.empty_like(y[rows], dtype=dtype)
+        if product.groups == 0:
+            total.zero_()
+        # One rounding an operation: a fused multiply-add would give other bits than the definition.
+        for group in range(product.groups):
+            term = total.copy_(product(rows, group)) if group == 0 else product(rows, group).to(dtype)
+            term.mul_(x_scale if len(x_scale) == 1 else x_scale[rows])
+            term.mul_(w_scale[:, group if w_scale.shape[1] > 1 else 0])
+            if group:
+                total += term
+        if bias is not None:
+            total += bias.to(dtype)
+        if out_dtype != dtype:
+            y[rows] = total
+    return y
 
 
 # --- Public functions -------------------------------------------------------------------------------------------------

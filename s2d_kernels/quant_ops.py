@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from s2d_kernels import ops, reference
+from s2d_kernels import fixed_point, ops, reference
 from s2d_kernels.integer_gemm import (
     by_group,
     centred,
@@ -28,6 +28,8 @@ from s2d_kernels.quantizers import (
     check_granularity,
     check_value_range,
     check_weight_groups,
+    code_span,
+    full_mask,
     pack_codes,
     quantize_activation,
     quantize_operand,
@@ -44,6 +46,7 @@ __all__ = [
     "integer_linear",
     "quantize_activation",
     "quantize_weight",
+    "quantized_linear",
 ]
 
 ops.define(
@@ -87,9 +90,14 @@ def _grad_torch(
 ) -> Tensor:
     if bits <= 4:
         codes = unpack_codes(codes, K, symmetric)
+    if scale.shape[1] == 1 and fixed_point.serves(grad, len(codes), code_span(bits, symmetric)):
+        values = centred(codes, zero_point, symmetric, torch.int8)
+        product = fixed_point.product(grad, scale.mT, values, mask, out_dtype)
+        if product is not None:
+            return product
     operand = centred(codes, zero_point, symmetric, scale.dtype)
     by_group(operand, scale).mul_(scale.unsqueeze(2))
-    return (grad.to(scale.dtype) @ operand).mul_(unpack_mask(mask, K)).to(out_dtype)
+    return (grad.to(scale.dtype) @ operand).mul_(fixed_point.mask_factor(mask, K, scale.dtype)).to(out_dtype)
 
 
 class _Settings(NamedTuple):
@@ -171,6 +179,157 @@ class _FakeQuantLinear(torch.autograd.Function):
         return grad_x, grad_w, grad_bias, None, None, None, None, None
 
 
+class _LearnedRangeLinear(torch.autograd.Function):
+    """`_FakeQuantLinear` with gradients of the ranges too; these need the operands themselves, which are saved."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        x_min: Tensor | None,
+        x_max: Tensor | None,
+        w_min: Tensor | None,
+        w_max: Tensor | None,
+        settings: _Settings,
+        grad_factor: float | None,
+    ) -> Tensor:
+        y, qx, qw = _forward(x, weight, bias, (x_min, x_max), (w_min, w_max), settings)  # type: ignore[arg-type]
+        codes = [pack_codes(q.codes) if q.bits <= 4 else q.codes for q in (qx, qw)]
+        ctx.save_for_backward(
+            x, codes[0], qx.scale, qx.zero_point, qx.mask, x_min, x_max,
+            weight, codes[1], qw.scale, qw.zero_point, qw.mask, w_min, w_max,
+        )  # fmt: skip
+        ctx.settings, ctx.grad_factor = settings, grad_factor
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        s: _Settings = ctx.settings
+        saved_x, saved_w = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+        x_kind, w_kind = (s.act_bits, s.act_symmetric), (s.weight_bits, s.weight_symmetric)
+        need_x, need_w, need_bias = ctx.needs_input_grad[:3]
+        grads: list[Tensor | None] = [None] * 9
+        sides = (
+            (0, need_x, grad_output, saved_x, x_kind, saved_w, w_kind),
+            (1, need_w, grad_output.mT, saved_w, w_kind, saved_x, x_kind),
+        )
+        for place, need, grad, (x, codes, scale, zero_point, mask, low, high), kind, other, other_kind in sides:
+            need_range = any(ctx.needs_input_grad[3 + 2 * place : 5 + 2 * place])
+            if not need and not need_range:
+                continue
+            K = x.shape[1]
+            everywhere = full_mask(len(x), K, x.device)
+            product = torch.ops.s2d.straight_through_grad(
+                grad, *other[1:4], everywhere, K, *other_kind, scale.dtype, s.impl
+            )
+            inside = unpack_mask(mask, K)
+            if need:
+                grads[place] = (product * inside).to(x.dtype)
+            if need_range:
+                codes = unpack_codes(codes, K, kind[1]) if kind[0] <= 4 else codes
+                operand = QuantizedOperand(codes, scale, zero_point, codes, mask, *kind)
+                grads[3 + 2 * place : 5 + 2 * place] = range_gradients(
+                    product, x, operand, inside, low, high, ctx.grad_factor
+                )
+        if need_bias:
+            grads[2] = grad_output.to(working_dtype(grad_output)).sum(0).to(ctx.bias_dtype)
+        return tuple(grads)
+
+
+def range_gradients(
+    grad: Tensor, x: Tensor, q: QuantizedOperand, inside: Tensor, low: Tensor, high: Tensor, factor: float | None
+) -> list[Tensor]:
+    """Gradients of `low` and `high` from `grad`, that of the dequantized `x`, `[rows, K]`.
+
+    Scale and zero point get the gradients of learned step size quantization (arXiv 1902.08153), those of
+    torch's `_fake_quantize_learnable_*`: d dq(x) / d scale is code - zero_point - x / scale within the bounds and
+    code - zero_point where clamped, d dq(x) / d zero_point is -scale where clamped and else 0. From there to the range
+    by scale = (high - low) / steps and zero_point = -low / scale, with symmetric codes scale = absmax / steps.
+    """
+    dtype = q.scale.dtype
+    scale = q.scale.unsqueeze(2)
+    values = by_group(centred(q.codes, q.zero_point, q.symmetric, dtype), q.scale)
+    inside, grad = (by_group(t.contiguous(), q.scale) for t in (inside, grad))
+    ratio = by_group(x.to(dtype).contiguous(), q.scale) / scale
+    of_scale = (grad * (values - ratio.where(inside, 0))).sum(2)
+    of_zero_point = -(grad * scale).where(~inside, 0).sum(2)
+    if len(q.scale) == 1:
+        of_scale, of_zero_point = (t.sum(0, keepdim=True) for t in (of_scale, of_zero_point))
+    quant_min, quant_max = reference.quant_bounds(q.bits, q.symmetric)
+    steps = quant_max if q.symmetric else quant_max - quant_min
+    if factor is None:
+        factor = 1 / math.sqrt(max(x.numel() / max(q.scale.numel(), 1), 1) * quant_max)
+    given_low, given_high = low.view(-1, 1), high.view(-1, 1)
+    if q.symmetric:
+        of_high = of_scale * given_high.sign() * (given_high.abs() >= given_low.abs()) / steps
+        of_low = of_scale * given_low.sign() * (given_high.abs() < given_low.abs()) / steps
+        span = torch.maximum(given_low.abs(), given_high.abs())
+    else:
+        bottom = given_low.clamp(max=0)
+        of_scale = of_scale + of_zero_point * bottom / q.scale.square()
+        of_high = of_scale / steps * (given_high >= 0)
+        of_low = (-of_scale / steps - of_zero_point / q.scale) * (given_low <= 0)
+        span = given_high.clamp(min=0) - bottom
+    moves = span / steps >= reference.SMALLEST_SCALE  # else the scale is 1, whatever the range
+    return [(factor * g * moves).sum_to_size(len(r), 1).view_as(r) for g, r in ((of_low, low), (of_high, high))]
+
+
+def _out_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's dtype where it is on and `x` is not fp64, else that of `x`."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def quantized_linear(
+    x: Tensor,
+    weight: QuantizedOperand,
+    bias: Tensor | None = None,
+    *,
+    act_bits: int = 4,
+    act_granularity: str = "per_token",
+    act_symmetric: bool = False,
+    act_range: ValueRange | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """`fake_quant_linear` on a weight that is quantized already, for inference.
+
+    Args:
+        x: `[..., K]`, fp32, bf16 or fp16 (fp64 if the weight was fp64).
+        weight: of `quantize_weight`, codes `[N, K]`.
+        bias: `[N]`.
+        act_bits, act_granularity, act_symmetric, act_range, impl: as in `fake_quant_linear`.
+
+    Returns:
+        `[..., N]`, bit for bit what `fake_quant_linear` returns for the weight that these codes were made from.
+
+    Raises:
+        TypeError, ValueError: as `fake_quant_linear`.
+        ValueError: a gradient would be needed.
+    """
+    x = ops.check_tensor("x", x, device=weight.codes.device)
+    N, K = weight.codes.shape
+    if x.ndim == 0 or x.shape[-1] != K:
+        raise ValueError(f"x has shape {tuple(x.shape)} but the weight {(N, K)}: the last sizes must be equal")
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        raise ValueError("quantized_linear has no gradient: call it under torch.no_grad(), or use fake_quant_linear")
+    groups = weight.row_sum.shape[1]
+    qx = quantize_activation(
+        x.reshape(math.prod(x.shape[:-1]), K),
+        bits=act_bits,
+        granularity=act_granularity,
+        symmetric=act_symmetric,
+        value_range=act_range,
+        group_size=K // groups if groups > 1 else None,
+        impl=impl,
+    )
+    return integer_linear(qx, weight, bias, out_dtype=_out_dtype(x), impl=impl).reshape(*x.shape[:-1], N)
+
+
 def fake_quant_linear(
     x: Tensor,
     weight: Tensor,
@@ -185,6 +344,7 @@ def fake_quant_linear(
     act_range: ValueRange | None = None,
     weight_range: ValueRange | None = None,
     group_size: int | None = None,
+    range_grad_factor: float | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """Linear layer on fake-quantized activations and weight, with straight-through gradients.
@@ -201,8 +361,11 @@ def fake_quant_linear(
         weight_granularity: "per_channel", "per_tensor" or "per_group".
         act_granularity: "per_token" or "per_tensor".
         weight_symmetric, act_symmetric: see `quantize_activation`.
-        act_range, weight_range: (min, max) instead of the operand's own; no gradient flows to them.
+        act_range, weight_range: (min, max) instead of the operand's own. Tensors that require a gradient are learned:
+            they get that of learned step size quantization (LSQ, arXiv 1902.08153; see `range_gradients`).
         group_size: columns a group, for "per_group".
+        range_grad_factor: what the gradients of learned ranges are multiplied by; None is LSQ's
+            1 / sqrt(elements of one scale * quant_max), 1 gives those of torch's `_fake_quantize_learnable_*`.
         impl: "reference", "torch", or None to choose.
 
     Returns:
@@ -215,9 +378,10 @@ def fake_quant_linear(
 
     Accuracy: codes, scales, zero points, accumulator and y have the same bits on every impl. Per token a NaN or Inf
         makes its own output row NaN and no other; per tensor all of them.
-    Cost: impl="torch" is one fp32 GEMM plus elementwise passes (GEMMs of `exact_chunk` columns where K is larger).
+    Cost: impl="torch" on a CPU with VNNI or AMX is one int8 GEMM forward and six (of digits, see `fixed_point.py`)
+        backward, plus elementwise passes; elsewhere fp32 GEMMs (of `exact_chunk` columns forward where K is larger).
         Saved for backward: packed codes and mask bits of both operands, 0.63 B an element at 4 bits or fewer, 1.13 B
-        above, plus 8 B a row. Not differentiable twice.
+        above, plus 8 B a row; with learned ranges the operands too. Not differentiable twice.
     Determinism: the forward does not depend on tiling; gradients are as deterministic as torch's GEMM.
     """
     x = ops.check_tensor("x", x)
@@ -234,23 +398,24 @@ def fake_quant_linear(
     groups = check_weight_groups(weight_granularity, group_size, K)
     check_accumulator_range(groups or K, (act_bits, act_symmetric), (weight_bits, weight_symmetric))
     rows = x.reshape(math.prod(x.shape[:-1]), K)
-    x_range = check_value_range("act_range", act_range, rows, act_kind)
-    w_range = check_value_range("weight_range", weight_range, weight, WEIGHT_GRANULARITIES[weight_granularity])
-    out_dtype = x.dtype
-    if out_dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        out_dtype = torch.get_autocast_dtype(x.device.type)
+    needs_grad = torch.is_grad_enabled()
+    w_kind = WEIGHT_GRANULARITIES[weight_granularity]
+    x_range = check_value_range("act_range", act_range, rows, act_kind, learned=needs_grad)
+    w_range = check_value_range("weight_range", weight_range, weight, w_kind, learned=needs_grad)
     settings = _Settings(
         act_bits,
         act_symmetric,
         act_kind,
         weight_bits,
         weight_symmetric,
-        WEIGHT_GRANULARITIES[weight_granularity],
+        w_kind,
         groups,
-        out_dtype,
+        _out_dtype(x),
         impl,
     )
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+    if needs_grad and any(t is not None and t.requires_grad for t in (*x_range, *w_range)):
+        y = _LearnedRangeLinear.apply(rows, weight, bias, *x_range, *w_range, settings, range_grad_factor)
+    elif needs_grad and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         y = _FakeQuantLinear.apply(rows, weight, bias, *x_range, *w_range, settings)
     else:
         y = _forward(rows, weight, bias, x_range, w_range, settings)[0]

@@ -16,6 +16,7 @@ int64 matrices nor divides by a Python number with correct rounding.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from s2d_kernels import ops, reference
+from s2d_kernels.int8_product import use_int8_product
 
 ACTIVATION_GRANULARITIES = {"per_token": "per_row", "per_tensor": "per_tensor"}
 WEIGHT_GRANULARITIES = {"per_channel": "per_row", "per_tensor": "per_tensor", "per_group": "per_group"}
@@ -71,34 +73,60 @@ def exact_chunk(x_span: int, w_span: int) -> int:
 def row_sums(codes: Tensor, groups: int) -> Tensor:
     """Sums of `codes [rows, K]` over each of `groups` equal parts of a row, int32 `[rows, groups]`."""
     rows, K = codes.shape
-    return codes.reshape(rows, groups, K // groups if groups else 0).sum(2, dtype=torch.int32)
+    size = K // groups if groups else 0
+    if use_int8_product(codes.device, size, 128, 1):
+        ones = torch.ones((size, 1), dtype=torch.int8)
+        return torch._int_mm(codes.reshape(rows * groups, size), ones).view(rows, groups)
+    return codes.reshape(rows, groups, size).sum(2, dtype=torch.int32)
+
+
+def block_rows(width: int, device: torch.device, rows: int) -> int:
+    """How many rows of `width` numbers to work on at a time: about 1 MB a thread on a CPU, else all of them."""
+    if device.type != "cpu":
+        return max(rows, 1)
+    return max(64, 2**18 // max(width, 1)) * torch.get_num_threads()
 
 
 def pack_mask(mask: Tensor) -> Tensor:
     """Bool `[rows, K]` to bits, uint8 `[rows, ceil(K / 8)]`."""
     rows, K = mask.shape
-    flat = F.pad(mask, (0, -K % 8)).reshape(-1)
+    flat = (F.pad(mask, (0, -K % 8)) if K % 8 else mask.contiguous()).view(-1)
     # Eight 0/1 bytes as one little-endian int64: this product moves byte i to bit 56 + i, without carries.
-    words = flat.view(torch.int64) * 0x0102040810204080 >> 56
-    return words.to(torch.uint8).view(rows, (K + 7) // 8)
+    words = flat.view(torch.int64) * 0x0102040810204080
+    return words.view(torch.uint8)[7::8].contiguous().view(rows, (K + 7) // 8)
+
+
+def _bits_of_bytes(device: torch.device) -> Tensor:
+    """The eight bits of each byte as eight 0/1 bytes in an int64, `[256]`."""
+    byte = torch.arange(256, device=device)
+    return torch.stack([byte >> bit & 1 for bit in range(8)], dim=1).to(torch.uint8).view(torch.int64).squeeze(1)
+
+
+_kept_bits_of_bytes = functools.cache(_bits_of_bytes)
 
 
 def unpack_mask(mask: Tensor, K: int) -> Tensor:
     """Bits, uint8 `[rows, ceil(K / 8)]`, to bool `[rows, K]`."""
-    bits = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
-    return (mask.unsqueeze(2) & bits).ne(0).flatten(1)[:, :K]
+    table = (_bits_of_bytes if torch.compiler.is_compiling() else _kept_bits_of_bytes)(mask.device)
+    words = table.index_select(0, mask.reshape(-1).int())
+    return words.view(torch.bool).view(mask.shape[0], 8 * mask.shape[1])[:, :K]
 
 
 def pack_codes(codes: Tensor) -> Tensor:
     """Codes of at most 4 bits, int8 `[rows, K]`, to two a byte, uint8 `[rows, ceil(K / 2)]`."""
-    codes = F.pad(codes, (0, codes.shape[1] % 2)).view(torch.uint8)
-    return codes[:, 1::2] << 4 | codes[:, ::2] & 15
+    rows, K = codes.shape
+    codes = F.pad(codes, (0, 1)) if K % 2 else codes.contiguous()
+    pairs = codes.view(-1).view(torch.int16) & 0x0F0F  # little-endian: the even element is the low byte
+    return (pairs >> 4 | pairs).to(torch.uint8).view(rows, (K + 1) // 2)
 
 
 def unpack_codes(packed: Tensor, K: int, symmetric: bool) -> Tensor:
     """Two codes a byte, uint8 `[rows, ceil(K / 2)]`, to int8 `[rows, K]`; symmetric codes are sign-extended."""
-    codes = torch.stack((packed & 15, packed >> 4), dim=2).flatten(1)[:, :K].view(torch.int8)
-    return (codes ^ 8) - 8 if symmetric else codes
+    pairs = packed.reshape(-1).to(torch.int16)
+    codes = (pairs << 4).bitwise_or_(pairs).bitwise_and_(0x0F0F).view(torch.int8)
+    if symmetric:
+        codes.bitwise_xor_(8).sub_(8)
+    return codes.view(packed.shape[0], 2 * packed.shape[1])[:, :K]
 
 
 # --- The op -----------------------------------------------------------------------------------------------------------
@@ -148,7 +176,8 @@ def _quantize_reference(
     K = x.shape[1]
     shift = code_shift(bits, symmetric)
     codes = (q.codes - shift).contiguous()
-    row_sum = row_sums(codes, K // group_size if group_size else 1)
+    groups = K // group_size if group_size else 1
+    row_sum = codes.reshape(len(codes), groups, group_size or K).sum(2).to(torch.int32)
     zero_point = (q.zero_point - shift).to(torch.int32)
     out = (codes.to(torch.int8), q.scale, zero_point, row_sum, pack_mask(q.mask))
     return tuple(t.to(x.device) for t in out)
@@ -166,23 +195,51 @@ def _quantize_torch(
 ) -> tuple[Tensor, ...]:
     rows, K = x.shape
     x = x.to(working_dtype(x))
-    if granularity == "per_group":
-        x = x.reshape(rows, K // group_size, group_size)
-    elif granularity == "per_row":
-        x = x.unsqueeze(1)
-    else:
-        x = x.reshape(1, 1, rows, K).squeeze(0)
-    per_tensor = granularity == "per_tensor"
-    if x.numel() == 0:
-        low = high = x.new_zeros((1, 1, 1) if per_tensor else (*x.shape[:2], 1))
-    elif per_tensor:
-        low, high = (v.reshape(1, 1, 1) for v in torch.aminmax(x))
-    else:
-        low, high = torch.aminmax(x, dim=2, keepdim=True)
-    finite = low.isfinite() & high.isfinite()  # aminmax hands on NaN
-    if minimum is not None and maximum is not None:
-        low, high = minimum.reshape(-1, 1, 1), maximum.reshape(-1, 1, 1)
+    groups = K // group_size if group_size else 1
+    parameters = groups if granularity == "per_group" else 1
+    parts = x.reshape(rows * parameters, K // parameters if parameters else group_size)  # one row a scale
+    scale, zero_point = _choose_qparams(parts, minimum, maximum, bits, symmetric, granularity == "per_tensor")
+    # Only a CPU may be asked without waiting for a device.
+    clean = x.device.type == "cpu" and bool(scale.isfinite().all())
 
+    codes = torch.empty(parts.shape, dtype=torch.int8, device=x.device)
+    never_clamped = symmetric and minimum is None and clean  # |x| / scale rounds to at most quant_max
+    unclamped = None if never_clamped else torch.empty(parts.shape, dtype=torch.bool, device=x.device)
+    step = min(block_rows(parts.shape[1], x.device, len(parts)), len(parts))
+    buffer = torch.empty((step, parts.shape[1]), dtype=x.dtype, device=x.device)  # one, that stays in the cache
+    for start in range(0, len(parts), step or 1):
+        block = slice(start, start + step)
+        own = slice(None) if len(scale) == 1 else block
+        q = torch.div(parts[block], scale[own], out=buffer[: len(parts) - start]).round_()
+        if minimum is not None:
+            q.clamp_(-(2**bits), 2**bits)  # what integers can hold; clamped codes stay clamped, q + zero_point too
+        _write_codes(q, zero_point[own], bits, symmetric, codes[block], None if unclamped is None else unclamped[block])
+    shift = code_shift(bits, symmetric)
+    if not clean:
+        bad = scale.isnan()
+        codes.masked_fill_(bad, -shift)
+        if unclamped is not None:
+            unclamped.masked_fill_(bad, False)
+    codes = codes.view(rows, K)
+    mask = full_mask(rows, K, x.device) if unclamped is None else pack_mask(unclamped.view(rows, K))
+    shape = (1, 1) if granularity == "per_tensor" else (rows, parameters)
+    stored_zero_point = (zero_point - shift).to(torch.int32).view(shape)
+    return codes, scale.view(shape), stored_zero_point, row_sums(codes, groups), mask
+
+
+def _choose_qparams(
+    parts: Tensor, minimum: Tensor | None, maximum: Tensor | None, bits: int, symmetric: bool, per_tensor: bool
+) -> tuple[Tensor, Tensor]:
+    """Scale (NaN where `parts` holds NaN or Inf) and zero point, both `[len(parts), 1]` or `[1, 1]`, in its dtype."""
+    if parts.numel() == 0:
+        low = high = parts.new_zeros((1 if per_tensor else len(parts), 1))
+    elif per_tensor:
+        low, high = (v.reshape(1, 1) for v in torch.aminmax(parts))
+    else:
+        low, high = parts.amin(1, keepdim=True), parts.amax(1, keepdim=True)  # 20 times aminmax's speed on a CPU
+    finite = low.isfinite() & high.isfinite()  # they hand on NaN
+    if minimum is not None and maximum is not None:
+        low, high = minimum.view(-1, 1), maximum.view(-1, 1)
     quant_min, quant_max = reference.quant_bounds(bits, symmetric)
     # The divisors are tensors: CUDA multiplies by the reciprocal of a Python number, which rounds twice.
     if symmetric:
@@ -195,20 +252,41 @@ def _quantize_torch(
     scale = torch.where(scale < reference.SMALLEST_SCALE, 1.0, scale)
     scale = torch.where(scale.isfinite() & finite, scale, torch.nan)
     if symmetric:
-        zero_point = torch.zeros_like(scale)
-    else:
-        zero_point = (quant_min - (low / scale).round()).clamp(quant_min, quant_max).nan_to_num(nan=0.0)
+        return scale, torch.zeros_like(scale)
+    return scale, (quant_min - (low / scale).round()).clamp(quant_min, quant_max).nan_to_num(nan=0.0)
 
-    q = (x / scale).round_()
-    if not symmetric:
-        q += zero_point
-    codes = q.clamp(quant_min, quant_max)
-    mask = (codes == q).reshape(rows, K)  # false where q is NaN
-    shift = code_shift(bits, symmetric)
-    codes = codes.nan_to_num_(nan=0.0).sub_(shift).to(torch.int8).reshape(rows, K).contiguous()
-    row_sum = row_sums(codes, K // group_size if group_size else 1)
-    zero_point = (zero_point - shift).to(torch.int32)
-    return codes, scale.squeeze(2), zero_point.squeeze(2), row_sum, pack_mask(mask)
+
+def _write_codes(
+    q: Tensor, zero_point: Tensor, bits: int, symmetric: bool, codes: Tensor, unclamped: Tensor | None
+) -> None:
+    """Stored codes of integers `q`, |q| <= 2^bits, and which of them were within the bounds.
+
+    Integer arithmetic on 1 or 2 bytes costs a CPU a fraction of the same on fp32.
+    """
+    quant_min, quant_max = reference.quant_bounds(bits, symmetric)
+    if unclamped is None:
+        codes.copy_(q)
+    elif bits <= 6:  # q + zero_point lies in -64..127
+        raw = q.to(torch.int8)
+        if not symmetric:
+            raw += zero_point.to(torch.int8)
+        torch.clamp(raw, quant_min, quant_max, out=codes)
+        torch.eq(codes, raw, out=unclamped)
+    else:
+        raw = q.to(torch.int16)
+        if not symmetric:
+            raw += zero_point.to(torch.int16)
+        inside = raw.clamp(quant_min, quant_max)
+        torch.eq(raw.sub_(inside).clamp_(-1, 1).to(torch.int8), 0, out=unclamped)  # bytes compare ten times as fast
+        codes.copy_(inside.sub_(code_shift(bits, symmetric)))
+
+
+def full_mask(rows: int, K: int, device: torch.device) -> Tensor:
+    """`pack_mask` of `[rows, K]` ones."""
+    mask = torch.full((rows, (K + 7) // 8), 255, dtype=torch.uint8, device=device)
+    if K % 8:
+        mask[:, -1] = 2 ** (K % 8) - 1
+    return mask
 
 
 # --- Arguments --------------------------------------------------------------------------------------------------------
@@ -251,9 +329,11 @@ def check_weight_groups(granularity: str, group_size: int | None, K: int) -> int
 
 
 def check_value_range(
-    name: str, value_range: ValueRange | None, x: Tensor, granularity: str
+    name: str, value_range: ValueRange | None, x: Tensor, granularity: str, *, learned: bool = False
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """(min, max) as `[1]` or `[rows]` tensors in the dtype and on the device in which `x` is quantized.
+
+    They are detached unless `learned`.
 
     Numbers and CPU tensors are checked for NaN and min > max; a device's tensors are not read (that would wait for
     the device), and NaN in them gives NaN outputs.
@@ -269,14 +349,14 @@ def check_value_range(
             if not value.is_floating_point() or value.numel() not in (1, rows):
                 wanted = f"1 or {rows}" if granularity == "per_row" else "1"
                 raise ValueError(f"{name} must hold {wanted} floating values, got {value.dtype} {tuple(value.shape)}")
-            pair.append(value.detach().reshape(-1).to(x.device, working_dtype(x)))
+            pair.append((value if learned else value.detach()).reshape(-1).to(x.device, working_dtype(x)))
         elif isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"{name} must be a pair (min, max) of numbers or tensors, got {value_range!r}")
         else:
             pair.append(x.new_full((1,), value, dtype=working_dtype(x)))
     readable = all(not isinstance(v, Tensor) or v.device.type == "cpu" for v in value_range)
     if readable and not torch.compiler.is_compiling():
-        low, high = (torch.as_tensor(v, dtype=torch.float64) for v in value_range)
+        low, high = (torch.as_tensor(v, dtype=torch.float64).detach() for v in value_range)
         if not bool((low <= high).all()):
             raise ValueError(f"{name}=({low.tolist()}, {high.tolist()}) must have min <= max and no NaN: calibrate it")
     return pair[0], pair[1]

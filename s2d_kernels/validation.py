@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from s2d_kernels import ops, quant_ops, reference
+from s2d_kernels import _native, ops, quant_ops, quantizers, reference, triton_kernels
+from s2d_kernels.linear_validation import Setting, explain_codes, explain_linear, kernel_cases, ulp_distance
 from s2d_kernels.penalty import add_penalty_grad_
 from s2d_kernels.selection import pcdr
 from s2d_kernels.svd import topk_svd
@@ -34,6 +35,8 @@ class Check(NamedTuple):
         compared: number of elements (or decisions); different: how many of them differ.
         error: largest difference, relative to the largest magnitude; limit: largest allowed (0: must be equal).
         passed: whether the comparison holds.
+        note: of a quantizer or linear layer that failed, its first wrong element, the inputs of that, and the
+            convention that explains it.
     """
 
     op: str
@@ -44,6 +47,7 @@ class Check(NamedTuple):
     error: float
     limit: float
     passed: bool
+    note: str = ""
 
 
 def _compare(op: str, case: str, what: str, got: object, expected: Any, limit: float = 0.0) -> Check:
@@ -70,23 +74,35 @@ def validate(
     impl: str = "torch",
     device: torch.device | str = "cpu",
     seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    max_ulp: int = 0,
+    **setting: Any,
 ) -> list[Check]:
     """Compare an implementation, or a kernel of yours, with the reference.
+
+        checks = validate(my_linear, weight_bits=4, act_bits=4)  # my_linear(x, weight, bias) -> y
+        print(*(check.note for check in checks if not check.passed), sep="\\n")
 
     Args:
         kernel: a callable with the signature of the public function `op` (without `impl`). It is called with random
             inputs on `device`, odd sizes and special rows included. None validates ours.
         op: "fake_quant_linear", "quantize_activation", "quantize_weight", "add_penalty_grad_", "topk_svd" or "pcdr".
-            Required with `kernel`; None runs all.
+            Required with `kernel`, unless a `setting` is given; None runs all that `impl` has.
         impl: which of our implementations.
         device: where the inputs live.
         seed: of the random inputs.
+        dtype, max_ulp: with a `setting`, of the inputs, and by how many ulp an output may differ.
+        setting: `weight_bits`, `act_bits`, `weight_granularity`, `act_granularity`, `weight_symmetric`,
+            `act_symmetric`, `group_size`, as in `fake_quant_linear`: `kernel(x, weight, bias)`, whose settings are
+            fixed, is then compared at these. Its gradients are, if its output requires one.
 
     Returns:
-        One `Check` per comparison. `all(check.passed for check in ...)` is the verdict.
+        One `Check` per comparison. `all(check.passed for check in ...)` is the verdict; a failed quantizer's or linear
+        layer's `note` says what explains it.
 
     Raises:
-        ValueError: unknown `op` or `impl`; `kernel` without `op`.
+        ValueError: unknown `op` or `impl`, or one without the other; `kernel` without `op` and `setting`.
+        TypeError: an unknown setting.
     """
     suites: dict[str, Callable[..., Iterator[Check]]] = {
         "quantize_activation": _check_quantize_activation,
@@ -99,23 +115,94 @@ def validate(
     }
     if op is not None and op not in suites:
         raise ValueError(f"op={op!r} is none of {', '.join(suites)}")
+    if setting:
+        if kernel is None or op not in (None, "fake_quant_linear"):
+            raise ValueError(
+                f"{sorted(setting)} go with a linear layer: validate(my_linear, weight_bits=4, act_bits=4)"
+            )
+        return list(_check_linear(kernel, setting, torch.device(device), dtype, max_ulp, seed))
     if kernel is not None and (op is None or op == "integer_accumulator"):
         raise ValueError("with kernel=, name the public function it stands for: op='fake_quant_linear', for instance")
     if impl not in ops.IMPLS:
         raise ValueError(f"impl={impl!r} is none of {ops.IMPLS}")
     checks: list[Check] = []
+    runs = [name for name in suites if op == name or (op is None and (kernel is not None or implemented(name, impl)))]
     for name, suite in suites.items():
-        if op in (None, name):
+        if name in runs:
             generator = torch.Generator().manual_seed(seed)
             checks += suite(kernel, impl, torch.device(device), generator)
     return checks
 
 
+_OPERATIONS = {  # what each suite calls with impl=
+    "quantize_activation": ("quantize",),
+    "quantize_weight": ("quantize",),
+    "integer_accumulator": ("integer_accumulator",),
+    "fake_quant_linear": ("quantize", "integer_linear"),
+    "add_penalty_grad_": ("add_penalty_grad_",),
+    "topk_svd": ("topk_svd",),
+    "pcdr": ("pcdr_bounds", "pcdr_exact"),
+}
+
+
+def implemented(op: str, impl: str) -> bool:
+    """Whether this installation has `impl` of what the suite `op` calls."""
+    return all(impl in ops.available(name) for name in _OPERATIONS[op])
+
+
+def usable(device: torch.device) -> list[str]:
+    """The implementations other than the reference that take tensors on `device` here."""
+    found = ["torch"]
+    for impl, on_cpu in (("triton", triton_kernels.common.interpreted), ("cuda", _native.emulated)):
+        if ops.problem_of(impl, device) is None and (device.type != "cpu" or on_cpu()):
+            found.append(impl)
+    return found
+
+
+def _check_linear(
+    kernel: Callable[..., Any],
+    setting: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    max_ulp: int,
+    seed: int,
+) -> Iterator[Check]:
+    """A linear layer of fixed settings against ours at these."""
+    if unknown := set(setting) - set(Setting._fields):
+        raise TypeError(f"unknown setting(s) {sorted(unknown)}: choose from {Setting._fields}")
+    chosen = Setting(**setting)
+    generator = torch.Generator().manual_seed(seed)
+    for case, *tensors in kernel_cases(chosen, _rows, LINEAR_SHAPES, generator):
+        x, weight, bias = leaves = [t.to(device, dtype).requires_grad_() for t in tensors]
+        expected = quant_ops.fake_quant_linear(x, weight, bias, **chosen._asdict(), impl="reference")
+        y = kernel(x, weight, bias)
+        if not isinstance(y, Tensor) or y.shape != expected.shape:
+            yield _compare("linear", case, "y", y, expected)
+            continue
+        truth = expected.to(y.dtype)
+        distance = ulp_distance(y.detach(), truth.detach())
+        check = _compare("linear", case, "y", y, truth)
+        passed = int(distance.max()) <= max_ulp if distance.numel() else True
+        note = "" if passed else f"{case}: {explain_linear(y, x, weight, bias, chosen)}"
+        yield check._replace(passed=passed, note=note)
+        if y.requires_grad:
+            got, truths = (_gradients(output, leaves) for output in (y, expected))
+            limit = 1e-5 if dtype in (torch.float32, torch.float64) else 2e-2  # sums in any order, of that dtype
+            for name, mine, theirs in zip(("grad_x", "grad_W", "grad_b"), got, truths, strict=True):
+                yield _compare("linear", case, name, mine, theirs, limit)
+
+
+def _gradients(y: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Gradients of a weighted sum of `y`, None where there is none."""
+    weights = torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y)
+    return torch.autograd.grad(y, tuple(leaves), weights.to(y.dtype), allow_unused=True)
+
+
 def _rows(rows: int, K: int, bits: int, symmetric: bool, generator: torch.Generator) -> Tensor:
-    """Rows `[rows, K]`: ordinary, with an outlier, all zero, subnormal, one-sided, and exact ties of the rounding.
+    """Rows `[rows, K]`: ordinary, an outlier, all zero, subnormal, one-sided, exact ties of the rounding, tiny.
 
     The ties are (integer + 1/2) * c with a range that makes c the scale: a kernel that multiplies by 1/c or rounds
-    half away from zero gets other codes there.
+    half away from zero gets other codes there, and with an odd zero point one that adds it before it rounds.
     """
     low, high = -(2 ** (bits - 1)) + symmetric, 2 ** (bits - 1) - 1
     x = torch.randn(rows, K, generator=generator)
@@ -130,10 +217,13 @@ def _rows(rows: int, K: int, bits: int, symmetric: bool, generator: torch.Genera
         elif kind == 4:
             x[row] = x[row].abs() + 1
         elif kind == 5:
-            ties = torch.arange(K) % (high - low) + low + 0.5
-            ties[:2] = torch.tensor([low, high], dtype=torch.float32)[:K]
+            shift = 0 if symmetric else row // 7 % 2
+            ties = torch.arange(K) % (high - low) + low + shift + 0.5
+            ties[:2] = torch.tensor([low + shift, high + shift], dtype=torch.float32)[:K]
             c = 2 * int(torch.randint(512, 1024, (), generator=generator)) + 1
             x[row] = ties * (c / 1024)  # c has 11 bits: products and the scale are exact
+        elif kind == 6:
+            x[row] *= 1e-8
     return x
 
 
@@ -158,9 +248,15 @@ def _kinds_and_shapes(
 Kernel = Callable[..., Any] | None
 
 
-def _fields(op: str, case: str, got: Any, expected: quant_ops.QuantizedOperand) -> Iterator[Check]:
+def _fields(
+    op: str, case: str, got: Any, expected: quant_ops.QuantizedOperand, x: Tensor, kind: dict[str, Any]
+) -> Iterator[Check]:
     for field in ("codes", "scale", "zero_point", "row_sum"):
-        yield _compare(op, case, field, getattr(got, field, None), getattr(expected, field))
+        mine, theirs = getattr(got, field, None), getattr(expected, field)
+        check = _compare(op, case, field, mine, theirs)
+        if field == "codes" and not check.passed and isinstance(mine, Tensor) and mine.shape == theirs.shape:
+            check = check._replace(note=f"{case}: {explain_codes(mine, x, **kind)}")
+        yield check
 
 
 def _check_quantize_activation(
@@ -171,7 +267,9 @@ def _check_quantize_activation(
         for granularity in ("per_token", "per_tensor"):
             arguments = {"bits": kinds["act_bits"], "symmetric": kinds["act_symmetric"], "granularity": granularity}
             expected = quant_ops.quantize_activation(x, **arguments, impl="reference")
-            yield from _fields("quantize_activation", f"{case} {granularity}", run(x, **arguments), expected)
+            got = run(x, **arguments)
+            kind = arguments | {"granularity": quantizers.ACTIVATION_GRANULARITIES[granularity], "group_size": None}
+            yield from _fields("quantize_activation", f"{case} {granularity}", got, expected, x, kind)
 
 
 def _check_quantize_weight(
@@ -190,7 +288,9 @@ def _check_quantize_weight(
             if granularity == "per_group":
                 arguments["group_size"] = 64
             expected = quant_ops.quantize_weight(weight, **arguments, impl="reference")
-            yield from _fields("quantize_weight", f"{case} {granularity}", run(weight, **arguments), expected)
+            got = run(weight, **arguments)
+            kind = {"group_size": None} | arguments | {"granularity": quantizers.WEIGHT_GRANULARITIES[granularity]}
+            yield from _fields("quantize_weight", f"{case} {granularity}", got, expected, weight, kind)
 
 
 def _check_accumulator(_: Kernel, impl: str, device: torch.device, generator: torch.Generator) -> Iterator[Check]:
@@ -208,16 +308,16 @@ def _check_fake_quant_linear(
     run = kernel or (lambda *a, **k: quant_ops.fake_quant_linear(*a, **k, impl=impl))
     for case, x, weight, kinds in _kinds_and_shapes(generator, device):
         bias = torch.randn(weight.shape[0], generator=generator).to(device)
-        outputs = []
+        differentiable = kernel is not None or impl in ops.available("straight_through_grad")
+        outputs, gradients = [], []
         for function in (run, lambda *a, **k: quant_ops.fake_quant_linear(*a, **k, impl="reference")):
-            leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
-            y = function(*leaves, **kinds)
-            (y * torch.linspace(-1, 1, y.numel(), device=device).view_as(y)).sum().backward()
-            outputs.append((y, *(leaf.grad for leaf in leaves)))
-        (y, *gradients), (expected_y, *expected_gradients) = outputs
+            leaves = [t.clone().requires_grad_(differentiable) for t in (x, weight, bias)]
+            outputs.append(function(*leaves, **kinds))
+            gradients.append(_gradients(outputs[-1], leaves) if outputs[-1].requires_grad else ())
+        y, expected_y = outputs
         yield _compare("fake_quant_linear", case, "y", y, expected_y)
         names = ("grad_x", "grad_W", "grad_b")
-        for name, got, expected in zip(names, gradients, expected_gradients, strict=True):
+        for name, got, expected in zip(names, *gradients, strict=False):  # not every impl has them
             # fp32 sums of up to 1000 terms in any order: about sqrt(1000) roundings, far below a wrong element
             yield _compare("fake_quant_linear", case, name, got, expected, limit=1e-5)
 
@@ -317,6 +417,7 @@ def summarize(checks: Sequence[Check]) -> list[Check]:
             max(c.error for c in members),
             max(c.limit for c in members),
             all(c.passed for c in members),
+            next((c.note for c in members if c.note), ""),
         )
         for (op, what), members in groups.items()
     ]

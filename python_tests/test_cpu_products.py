@@ -1,0 +1,219 @@
+"""The int8 product of a CPU: when it is chosen, that it is exact there, and what is built on it."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import Tensor
+
+from s2d_kernels import fixed_point, int8_product
+from s2d_kernels.quant_ops import fake_quant_linear, integer_accumulator, quantize_activation, quantize_weight
+from s2d_kernels.quantizers import pack_mask
+
+
+@pytest.fixture(autouse=True)
+def _asked_anew():
+    caches = (
+        int8_product.int8_product_is_exact, int8_product._int8_product_is_faster, int8_product.int8_digits_serve,
+    )  # fmt: skip
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+def exact(x: Tensor, w: Tensor, **kinds: object) -> None:
+    """The accumulator of quantized `x` and `w` equals the reference."""
+    groups = {"granularity": "per_group", "group_size": kinds["group_size"]} if kinds.get("group_size") else {}
+    qx = quantize_activation(x, bits=kinds["x_bits"], symmetric=kinds["x_symmetric"])  # type: ignore[arg-type]
+    qw = quantize_weight(w, bits=kinds["w_bits"], symmetric=kinds["w_symmetric"], **groups)  # type: ignore[arg-type]
+    got, expected = (integer_accumulator(qx, qw, impl=impl) for impl in ("torch", "reference"))
+    assert torch.equal(got, expected), kinds
+
+
+def every_kind_is_exact() -> None:
+    """Sums of extreme codes of every width, beyond 2^24 at 8 bits, in groups and not, of odd and of no size."""
+    for bits in (2, 4, 7, 8):
+        for x_symmetric, w_symmetric in ((True, True), (False, True), (True, False), (False, False)):
+            for M, K, N, group_size in ((37, 1100, 63, None), (5, 128, 33, 32), (1, 199, 1, None), (0, 64, 3, None)):
+                x, w = (torch.randint(2, (rows, K)) * 2.0 - 1 for rows in (M, N))
+                if M:
+                    x[0], w[0] = 1, 1  # codes at one end only: the largest sums
+                kinds = {"x_symmetric": x_symmetric, "w_symmetric": w_symmetric, "group_size": group_size}
+                exact(x, w, x_bits=bits, w_bits=bits, **kinds)
+                exact(x.abs(), w.abs().neg(), x_bits=8, w_bits=bits, **kinds)
+
+
+def in_pairs(x: Tensor, w: Tensor) -> Tensor:
+    """s8 x s8 as CPUs without VNNI do it: x + 128 as u8, pairs of products saturated to 16 bits, 128 taken off."""
+    shifted, w = x.int() + 128, w.mT.int()
+    shifted, padded = (torch.nn.functional.pad(t, (0, t.shape[1] % 2)) for t in (shifted, w))
+    pairs = (shifted.unsqueeze(1) * padded).unflatten(2, (-1, 2)).sum(3).clamp(-(2**15), 2**15 - 1)
+    return (pairs.sum(2) - 128 * w.sum(1)).int()
+
+
+@pytest.mark.parametrize("route", ["tried", "missing", "refuses", "saturates", "slow"])
+def test_accumulators_by_every_route(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, called = torch._int_mm, []
+
+    def counted(x: Tensor, w: Tensor) -> Tensor:
+        called.append(x.shape)
+        if route == "refuses":
+            raise RuntimeError("not on this CPU")
+        if route == "slow":
+            time.sleep(0.005)
+        return in_pairs(x, w) if route == "saturates" else original(x, w)
+
+    if route == "missing":
+        monkeypatch.delattr(torch, "_int_mm")
+    else:
+        monkeypatch.setattr(torch, "_int_mm", counted)
+    if route == "saturates":
+        monkeypatch.setattr(int8_product, "_int8_product_is_faster", lambda: True)
+        assert int8_product.int8_product_serves(15)  # pairs of these do not saturate
+    chosen = int8_product.int8_product_serves(127)
+    if route != "tried":
+        assert not chosen
+    tries = len(called)
+    every_kind_is_exact()
+    if route in ("refuses", "slow"):
+        assert len(called) < tries + 20  # the tries for other magnitudes
+    if chosen:
+        assert len(called) > tries + 50
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not int8_product.use_int8_product(torch.device("cpu"), 64, 7, 7)
+
+
+def test_a_cpu_that_saturates_is_seen() -> None:
+    """oneDNN held to AVX2 adds pairs of products in 16 bits: where that shows, nothing goes that way."""
+    program = """
+import torch
+from python_tests.test_cpu_products import every_kind_is_exact
+from s2d_kernels import int8_product
+x, w = torch.full((64, 128), 127, dtype=torch.int8), torch.full((64, 128), 127, dtype=torch.int8)
+right = bool((torch._int_mm(x, w.mT) == 127 * 127 * 128).all())
+serves = int8_product.int8_product_serves(127)
+assert right or not serves
+every_kind_is_exact()
+print(right, serves)
+"""
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_trying_leaves_the_random_numbers_alone() -> None:
+    state = torch.get_rng_state()
+    int8_product.int8_product_serves(127)
+    int8_product._int8_product_is_faster()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_clock_does_not_decide_about_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward bits are the same by either route, gradients are not: they depend on the CPU alone."""
+    x, w = torch.randn(40, 64, requires_grad=True), torch.randn(48, 64, requires_grad=True)
+    results = []
+    for faster in (True, False):
+        monkeypatch.setattr(int8_product, "_int8_product_is_faster", lambda faster=faster: faster)
+        y = fake_quant_linear(x, w)
+        results.append((y.detach(), *torch.autograd.grad(y.square().sum(), (x, w))))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    int8_product.int8_digits_serve.cache_clear()
+    assert not fixed_point.serves(x, 64, 7)
+
+
+# --- fp32 times integers ------------------------------------------------------------------------------------------
+
+
+def tensors(rows: int, depth: int, K: int, span: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    factor = torch.randn(rows, depth) * torch.logspace(-6, 6, rows).unsqueeze(1)
+    scale = torch.rand(1, depth) + 0.1
+    values = torch.randint(-span, span + 1, (depth, K), dtype=torch.int8)
+    return factor, scale, values, torch.ones(rows, K, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "strided"])
+@pytest.mark.parametrize(("rows", "depth", "K", "span"), [(1, 37, 1, 7), (63, 199, 37, 15), (300, 1000, 9, 127)])
+def test_product_is_as_exact_as_its_digits(rows: int, depth: int, K: int, span: int, layout: str) -> None:
+    factor, scale, values, mask = tensors(rows, depth, K, span)
+    factor[rows // 2, depth // 2] = 1e5  # an outlier takes bits from its row, not more than the bound says
+    mask[:, ::3] = False
+    given = {"rows": factor, "columns": factor.mT.contiguous().mT, "strided": factor.repeat(1, 2)[:, :depth]}[layout]
+    exact_product = (factor.double() * scale) @ values.double()
+    weight = values.double().abs().sum(0)
+    largest = (factor * scale).abs().amax(1, keepdim=True)
+    for dtype, last_digit in ((torch.float32, 2.0**-24), (torch.bfloat16, 2.0**-16)):
+        got = fixed_point.product(given, scale, values, pack_mask(mask), dtype)
+        assert got is not None
+        assert got.dtype == dtype
+        assert not got[~mask].any()
+        # the digits' end, then the roundings of the product with the scale, of the sums and of the result
+        rounding = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8}[dtype]
+        bound = last_digit * largest * weight + rounding * ((factor * scale).double().abs() @ values.double().abs())
+        assert bool(((got.double() - exact_product).abs() <= bound)[mask].all())
+    again = fixed_point.product(given, scale, values, pack_mask(mask), torch.float32)
+    alone = fixed_point.product(given[-1:], scale, values, pack_mask(mask[-1:]), torch.float32)
+    assert again is not None
+    assert alone is not None
+    assert torch.equal(again[-1:], alone)
+
+
+def test_precision_follows_torchs_setting() -> None:
+    factor, scale, values, mask = tensors(8, 512, 64, 7)
+    truth = (factor.double() * scale) @ values.double()
+    errors = []
+    for precision in ("highest", "high"):
+        torch.set_float32_matmul_precision(precision)
+        try:
+            got = fixed_point.product(factor, scale, values, pack_mask(mask), torch.float32)
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        assert got is not None
+        errors.append(float(((got - truth).norm(dim=1) / truth.norm(dim=1)).max()))
+    assert errors[0] < 5e-7
+    assert 2e-6 < errors[1] < 1e-4
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38])
+def test_gradients_that_are_not_finite_stay_so(value: float) -> None:
+    """A loss scaler finds overflow by them."""
+    factor, scale, values, mask = tensors(40, 64, 48, 7)
+    factor[3, 5] = value
+    assert fixed_point.product(factor, scale + 1, values, pack_mask(mask), torch.float32) is None
+    x, w = torch.randn(40, 48, requires_grad=True), torch.randn(64, 48, requires_grad=True)
+    y = fake_quant_linear(x, w)
+    g = torch.randn(40, 64)
+    g[3, 5] = value
+    grad_x, grad_w = torch.autograd.grad(y, (x, w), g)
+    if abs(value) > 3e38:
+        assert not grad_x[3].isfinite().all()
+        assert not grad_w[5].isfinite().all()
+    assert grad_x[:3].isfinite().all()
+    assert grad_w[:5].isfinite().all()
+
+
+def test_zero_and_subnormal_rows() -> None:
+    _, scale, values, mask = tensors(3, 64, 16, 7)
+    factor = torch.stack((torch.zeros(64), torch.full((64,), 1e-42), torch.full((64,), 1e-37)))
+    got = fixed_point.product(factor, scale, values, pack_mask(mask), torch.float32)
+    assert got is not None
+    assert not got[0].any()
+    truth = (factor.double() * scale) @ values.double()
+    weight = values.double().abs().sum(0)
+    # no unit is below 2^-126, and a product with the scale is a multiple of 2^-149
+    assert bool(((got - truth).abs() <= (2.0**-126 / 254**2 + 2.0**-149) * weight + 2.0**-23 * truth.abs())[1:].all())
+
+
+def test_sums_that_could_overflow_take_the_other_route() -> None:
+    assert not fixed_point.serves(torch.zeros(1), 2**31 // (127 * 127) + 1, 127)
+    assert not fixed_point.serves(torch.zeros(1), 64, 255)
+    assert not fixed_point.serves(torch.zeros(1, dtype=torch.float64), 64, 7)

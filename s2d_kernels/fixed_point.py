@@ -1,0 +1,91 @@
+"""fp32 times small integers on a CPU, by exact int8 products of fixed-point digits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from s2d_kernels import reference
+from s2d_kernels.int8_product import int8_digits_serve
+from s2d_kernels.quantizers import unpack_mask
+
+_BASE = 254  # a remainder in -1/2..1/2 becomes a digit in -127..127
+
+
+def serves(factor: Tensor, depth: int, span: int) -> bool:
+    """Whether `product` takes `factor` and integers of magnitude <= `span`, added up over `depth`, and pays."""
+    if span > 127 or not 16 <= depth < 2**31 / (127 * span) or factor.dtype == torch.float64:
+        return False
+    return factor.device.type == "cpu" and bool(torch.backends.mkldnn.enabled) and int8_digits_serve()
+
+
+def _digits(out_dtype: torch.dtype) -> int:
+    """Three, 24 bits as in fp32; two, 16 bits, for an output of at most 11 or where torch may use TF32 or bf16."""
+    reduced = torch.backends.mkldnn.matmul.fp32_precision in ("tf32", "bf16")  # type: ignore[attr-defined]
+    return 3 if out_dtype == torch.float32 and not reduced else 2
+
+
+def product(factor: Tensor, scale: Tensor, values: Tensor, mask: Tensor, out_dtype: torch.dtype) -> Tensor | None:
+    """((factor * scale) @ values) * mask, or None where factor * scale is not finite.
+
+    A row of factor * scale is written in units of its largest magnitude / 127 as digits of base 254, and each digit's
+    product with the integers is exact. What is lost is what lies below the last digit: an element is off by at most
+    2^-24 of its row's largest (2^-16 with two digits), where fp32 itself rounds the largest by 2^-25. The sums do not
+    depend on their order.
+
+    Args:
+        factor: `[rows, depth]`, fp32, bf16 or fp16, any strides.
+        scale: fp32 `[1, depth]` or `[1, 1]`.
+        values: int8 `[depth, K]`.
+        mask: bits, uint8 `[rows, ceil(K / 8)]`.
+        out_dtype: of the result.
+
+    Returns:
+        `[rows, K]`.
+
+    Cost: three int8 products (two: see `_digits`) in place of an fp32 GEMM that costs as much as four on a CPU with
+        VNNI and up to eight with AMX.
+    """
+    (rows, depth), K = factor.shape, values.shape[1]
+    if rows == 0 or K == 0:
+        return torch.zeros((rows, K), dtype=out_dtype)
+    digits = _digits(out_dtype)
+    step = min(max(64, min(256, 2**20 // depth)) * torch.get_num_threads(), rows)  # about 1 MB a thread and buffer
+    column_major = factor.stride(0) == 1 and factor.stride(1) != 1
+
+    def buffer(height: int, dtype: torch.dtype) -> Tensor:
+        """In the factor's layout: a block of a transposed gradient is not transposed for its own sake."""
+        return torch.empty((depth, height), dtype=dtype).mT if column_major else torch.empty(height, depth, dtype=dtype)
+
+    rest_of_block, digit_of_block = buffer(step, torch.float32), buffer(step, torch.float32)
+    planes = buffer(digits * step, torch.int8)
+    sums = torch.empty((digits * step, K), dtype=torch.int32)
+    summand = torch.empty((step, K))
+    out = torch.empty((rows, K), dtype=out_dtype)
+    for start in range(0, rows, step):
+        count = min(step, rows - start)
+        block = slice(start, start + count)
+        rest, digit = rest_of_block[:count], digit_of_block[:count]
+        torch.mul(factor[block], scale, out=rest)
+        largest = torch.maximum(rest.amax(1, keepdim=True), rest.amin(1, keepdim=True).neg_())
+        if not bool(largest.isfinite().all()):
+            return None
+        unit = largest.div_(127).clamp_(min=reference.SMALLEST_SCALE)
+        rest.div_(unit)
+        for place in range(digits):
+            if place:
+                rest.sub_(digit).mul_(_BASE)
+            torch.round(rest, out=digit)
+            planes[place * count : (place + 1) * count].copy_(digit)
+        torch._int_mm(planes[: digits * count], values, out=sums[: digits * count])
+        by_place = sums[: digits * count].view(digits, count, K).unbind(0)
+        total = by_place[-1].to(torch.float32)
+        for place in reversed(range(digits - 1)):
+            total.mul_(1 / _BASE).add_(summand[:count].copy_(by_place[place]))
+        out[block] = total.mul_(unit).mul_(mask_factor(mask[block], K, torch.float32))
+    return out
+
+
+def mask_factor(mask: Tensor, K: int, dtype: torch.dtype) -> Tensor:
+    """Bits, uint8 `[rows, ceil(K / 8)]`, to 0 and 1 in `dtype`, `[rows, K]`."""
+    return unpack_mask(mask, K).view(torch.uint8).to(dtype)  # bytes convert several times as fast as bools
