@@ -92,14 +92,14 @@ def _quantizer(name: str, scalar: str, row_threads: int, units: int, cols: int) 
         mangled(name, *template): Declared(
             threads=256,
             dynamic_shared=0,
-            # 16 bytes a load, 8 codes a store; poison of every element, and two corrections of its quotient
+            # 16 bytes a load, 8 codes a store; poison of every element, and the correction of its quotient
             instructions={
                 "LDG.128.CONSTANT": units * width // 2,
-                "FFMA": 8 * units * (1 if loads_only else 5),
+                "FFMA": 8 * units * (1 if loads_only else 3),
                 **({} if loads_only else {"STG.64": units}),
             },
             shape=f"[4096, {cols}]",
-            traffic=lambda _: (4096 * cols * width + written, 4096 * cols * (3 if loads_only else 9)),
+            traffic=lambda _: (4096 * cols * width + written, 4096 * cols * (3 if loads_only else 7)),
         )
     }
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from s2d_kernels import _native, cuda_quant, fake_quant_linear, ops, quantizers
 
+ROOT = Path(__file__).parent.parent
 SIZES = (0, 1, 37, 63, 199)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("normal", "ties", "subnormal", "huge", "zero rows", "non-finite", "skewed")
@@ -126,8 +130,49 @@ def test_rows_of_every_length(rows: int, K: int, dtype: torch.dtype, device: tor
     check_quantizer(poisoned.to(dtype), device, None, None, 8, False, "per_row", 0)
 
 
+def hard_quotients() -> tuple[Tensor, Tensor]:
+    """All x and s of which x / s is within 2^-46 of halfway between k + 1/2 and the fp32 number before or after it.
+
+    For k in 0..255, which are the codes, and up to powers of two. Only there may a quotient of that error before it is
+    rounded give another code than the correctly rounded one.
+    """
+    found = []
+    for k in range(256):
+        exponent = int(math.log2(k + 0.5)) if k else -1
+        for sign in (1, -1):
+            middle = int((k + 0.5) * 2 ** (24 - exponent)) + sign  # 25 bits: halfway between two fp32 numbers
+            for rest in (*range(-8, 0), *range(1, 9)):  # 2^-46 of a product of less than 2^49
+                for shift in (24, 25):  # x 2^shift = middle s + rest, x and s of 24 bits
+                    s = -rest * pow(middle, -1, 2**shift) % 2**shift
+                    x = middle * s + rest >> shift
+                    if 2**23 <= s < 2**24 and 2**23 <= x < 2**24:
+                        found.append((x * 2.0 ** (exponent + shift - 48), s * 2.0**-24))
+    x, s = torch.tensor(found, dtype=torch.float64).float().T
+    return x, s
+
+
+def check_hard_quotients(check: Callable[..., None]) -> None:
+    """Through given ranges that make the scale `s`; and numbers far outside of one."""
+    x, s = hard_quotients()
+    high = torch.stack([(255 * s).nextafter((255 * s).new_full((), end)) for end in (0.0, 1e9)] + [255 * s])
+    fits = high / torch.full_like(high, 255) == s
+    high = high.gather(0, fits.int().argmax(0, keepdim=True))[0]
+    x, s, high = x[fits.any(0)], s[fits.any(0)], high[fits.any(0)]
+    assert len(x) > 2000
+    check(x.unsqueeze(1), torch.zeros(1), high, 8, False, "per_row", 0)
+    far = torch.tensor([3e38, -3e38, 1e20, -1e20, 4194305.0, -4194304.0, 1e6, 0.0, -0.0]) * 2.0
+    far = far.clamp(-3e38, 3e38).expand(2, -1).contiguous()
+    for scale in (1.0, 2.0**-55, 2.0**-90):
+        for symmetric in (True, False):
+            check(far, torch.full((2,), -scale), torch.full((1,), scale), 8, symmetric, "per_row", 0)
+
+
+def test_hard_quotients(device: torch.device) -> None:
+    check_hard_quotients(lambda x, *arguments: check_quantizer(x, device, *arguments))
+
+
 def test_every_code_boundary(device: torch.device) -> None:
-    """Quotients at and beside every halfway point, scales of all magnitudes: where an approximate division shows."""
+    """Quotients at and beside every halfway point, scales of all magnitudes."""
     generator = torch.Generator().manual_seed(0)
     for exponent in (-126, -125, -61, -60, -20, 0, 40, 60, 61, 100):
         mantissa = torch.rand(16, 1, generator=generator) + 1
@@ -236,6 +281,7 @@ def check_product(
     assert_equal((accumulator, y), (exact, expected), note)
 
 
+@pytest.mark.sanitize
 @given(data=st.data())
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_product_bits_equal_the_reference(data: st.DataObject, device: torch.device) -> None:
@@ -299,7 +345,7 @@ def test_packing(device: torch.device) -> None:
         codes = torch.randint(-8, 16, (rows, K), dtype=torch.int8)
         assert_equal((cuda_quant.pack_codes(codes.to(device)).cpu(),), (quantizers.pack_codes(codes),))
     view = torch.randint(-8, 8, (9, 16), dtype=torch.int8).flatten()[3:131].view(8, 16)
-    assert_equal((cuda_quant.pack_codes(view.to(device)).cpu(),), (quantizers.pack_codes(view),))
+    assert_equal((cuda_quant.pack_codes(view.to(device)).cpu(),), (quantizers.pack_codes(view.clone()),))
 
 
 def test_which_products_the_kernels_take(device: torch.device) -> None:
@@ -329,6 +375,38 @@ def test_where_4_bit_products_are_chosen(
         (16, 1, (4, False, 4, True)),
     ):
         assert not cuda_quant.packing_helps(M, 4096, groups, kinds, gpu)
+
+
+def test_operators_and_parameters_that_do_not_fit(device: torch.device) -> None:
+    kinds = (4, False, 4, True)
+    x = torch.randn(5, 64, device=device)
+    torch.library.opcheck(torch.ops.s2d.quantize.default, (x, None, None, 4, False, "per_row", 32, "cuda"))
+    tensors = tuple(t.to(device) for t in operands(3, 5, 64, kinds, 32, 0, "per_row", "per_group"))
+    torch.library.opcheck(torch.ops.s2d.integer_accumulator.default, (*tensors, *kinds, "cuda"))
+    torch.library.opcheck(torch.ops.s2d.integer_linear.default, (*tensors, None, *kinds, torch.bfloat16, "cuda"))
+    one_scale = (*tensors[:5], tensors[5][:, :1], *tensors[6:])
+    with pytest.raises(ValueError, match=r"w_scale \(5, 1\) .* 2 groups of 5 rows"):
+        torch.ops.s2d.integer_linear(*one_scale, None, *kinds, torch.float32, "cuda")
+
+
+def test_address_sanitizer_finds_nothing(device: torch.device) -> None:
+    if device.type != "cpu" or os.environ.get("S2D_LIBRARY"):
+        pytest.skip("AddressSanitizer is for the emulation; compute-sanitizer is its counterpart on a GPU")
+    folder = build_emulated("S2D_ASAN=ON", folder="asan")
+    preload = [
+        subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(preload),
+        "ASAN_OPTIONS": "detect_leaks=0:exitcode=99",
+        "S2D_LIBRARY": str(folder / "libs2d_emulated.so"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "pytest", "-qs", "-m", "sanitize", __file__]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
 def test_public_layer(device: torch.device) -> None:

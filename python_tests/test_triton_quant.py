@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -18,9 +19,10 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from test_cuda_quant import FLOATS, KINDS, SIZES, assert_equal, operands, values
+from test_cuda_quant import FLOATS, KINDS, SIZES, assert_equal, check_hard_quotients, operands, values
 from torch import Tensor
 
+from bench import audit
 from s2d_kernels import fake_quant_linear, ops, quantizers, triton_kernels
 from s2d_kernels.triton_kernels import linear, quantize
 
@@ -72,6 +74,7 @@ def run_quantizer(device: torch.device) -> None:
 
 def run_lengths(device: torch.device) -> None:
     """Rows that fit a tile, longer ones that are read twice, tensors of more tiles than programs; rounding."""
+    check_hard_quotients(lambda x, *arguments: check_quantizer(x, device, *arguments))
     check_boundaries(device)
     longest, partials = quantize.LONGEST, quantize.PARTIALS
     x = torch.randn(3, longest + 617, generator=torch.Generator().manual_seed(1)) * 3
@@ -115,6 +118,13 @@ def check_refusals(device: torch.device) -> None:
         torch.ops.s2d.quantize(x.double(), None, None, 4, True, "per_row", 0, "triton")
     with pytest.raises(ValueError, match=r"group_size=9: impl='triton' takes \(8, 16"):
         torch.ops.s2d.quantize(x, None, None, 4, True, "per_group", 9, "triton")
+    kinds = (4, False, 4, True)
+    torch.library.opcheck(torch.ops.s2d.quantize.default, (x, None, None, 4, False, "per_row", 8, "triton"))
+    tensors = tuple(t.to(device) for t in operands(3, 5, 64, kinds, 32, 0, "per_row", "per_group"))
+    torch.library.opcheck(torch.ops.s2d.integer_accumulator.default, (*tensors, *kinds, "triton"))
+    one_scale = (*tensors[:5], tensors[5][:, :1], *tensors[6:])
+    with pytest.raises(ValueError, match=r"w_scale \(5, 1\) .* 2 groups of 5 rows"):
+        torch.ops.s2d.integer_linear(*one_scale, None, *kinds, torch.float32, "triton")
     supports = ops._SUPPORTS["quantize", "triton"]
     assert supports(x, None, None, 4, True, "per_group", 8)
     assert not supports(x, None, None, 4, True, "per_group", 9)
@@ -286,6 +296,20 @@ def test_compiled(name: str, device: torch.device) -> None:
         pytest.skip("compiled Triton needs --device cuda; bench audit compiles the kernels without a GPU")
     assert triton_kernels.triton is not None, MISSING
     RUNS[name](device)
+
+
+@pytest.mark.parametrize("architecture", audit.ARCHITECTURES)
+@pytest.mark.parametrize("name", ["quantize_rows<bf16>", "quantize_groups<bf16>", "integer_linear<128, 128, 128>"])
+def test_compiled_arithmetic_is_that_of_the_definition(name: str, architecture: str) -> None:
+    """What the interpreter cannot show: no approximate division, no flushed subnormal, no fused multiply-add."""
+    assert triton_kernels.triton is not None, MISSING
+    (variant,) = (v for v in triton_kernels.variants() if v.name == name)
+    ptx = audit.compile_triton(variant, architecture).asm["ptx"]
+    assert not re.findall(r"\bdiv\.(?:full|approx)|\brcp\b|\.ftz\b|\bfma\.", ptx)
+    assert ("div.rn.f32" in ptx) == name.startswith("quantize")
+    if "linear" in name:
+        fused = variant._replace(options={})
+        assert re.search(r"\bfma\.", audit.compile_triton(fused, architecture).asm["ptx"])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from s2d_kernels import _native, ops
 from s2d_kernels.cuda_ops import DTYPES, current_stream
+from s2d_kernels.integer_gemm import check_groups
 
 # Compute capabilities whose tensor cores multiply 4-bit integers; later ones emulate it with 8-bit products.
 INT4_CAPABILITIES = ((8, 0), (8, 6), (8, 7), (8, 9))
@@ -184,6 +185,7 @@ def integer_product(
         raise ValueError(
             f"group_size={K // groups}: impl='cuda' multiplies groups of a multiple of {INT8_STEP}, else impl='torch'"
         )
+    check_groups(w_scale, w_row_sum)
     tensors = [t.contiguous() for t in arguments[:8]]
     if packed is None:
         packed = packing_helps(M, K, groups, tuple(kinds), x_codes.device)

@@ -173,6 +173,15 @@ def _check_operands(qx: QuantizedOperand, qw: QuantizedOperand) -> tuple[Quantiz
     return qx, qw
 
 
+def check_groups(scale: Tensor, row_sum: Tensor) -> None:
+    """Raise unless a weight whose rows have several groups `[N, groups]` has as many scales."""
+    N, groups = row_sum.shape
+    if groups > 1 and scale.shape != row_sum.shape:
+        raise ValueError(
+            f"w_scale {tuple(scale.shape)} does not fit {groups} groups of {N} rows: it must be [N, groups]"
+        )
+
+
 def check_accumulator_range(size: int, x_kind: tuple[int, bool], w_kind: tuple[int, bool]) -> None:
     """Raise if an accumulator over `size` columns could overflow int32."""
     limit = (2**31 - 1) // (code_span(*x_kind) * code_span(*w_kind))

@@ -111,6 +111,14 @@ def interpreted() -> bool:
     return triton is not None and not isinstance(widen, triton.JITFunction)
 
 
+def interpreted_steps(length: int, block: int) -> dict[str, int]:
+    """The number of blocks as a constant, for the interpreter alone.
+
+    In Triton 3.6 it cannot make a range of an argument with NumPy 2.4, and only a range is pipelined when compiled.
+    """
+    return {"STEPS": -(-length // block) if interpreted() else 0}
+
+
 def _problem(device: torch.device) -> str | None:
     if triton is None:
         return f"Triton is not installed: {INSTALL_HINT}"

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from s2d_kernels import ops
-from s2d_kernels.triton_kernels.common import Variant, check_device, interpreted, jit, narrow, tl, triton, widen
+from s2d_kernels.triton_kernels.common import (
+    Variant,
+    check_device,
+    interpreted,
+    interpreted_steps,
+    jit,
+    narrow,
+    tl,
+    triton,
+    widen,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BAND = 8
@@ -43,6 +53,7 @@ def _straight_through(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BAND: tl.constexpr,
+    STEPS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
     """A tile of out[R, K] = (grad[R, N] @ ((codes - zero_point) * scale)[N, K]) * mask.
@@ -79,7 +90,7 @@ def _straight_through(
         step = 0
 
     total = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-    for block in range(0, tl.cdiv(N, BLOCK_N)):
+    for block in range(0, STEPS if INTERPRETED else tl.cdiv(N, BLOCK_N)):
         in_block = n < N - block * BLOCK_N
         g = tl.load(grad_place, mask=in_rows[:, None] & in_block[None, :], other=0.0)
         here = tl.load(code_place, mask=in_block[:, None] & (column < width)[None, :], other=0)
@@ -168,6 +179,7 @@ def _constants(
         "BLOCK_N": tile.depth,
         "BLOCK_K": tile.cols,
         "BAND": BAND,
+        "STEPS": 0,
         "INTERPRETED": interpreted(),
     }
 
@@ -206,7 +218,7 @@ def _grad_triton(
         _straight_through[(triton.cdiv(R, tile.rows) * triton.cdiv(K, tile.cols),)](
             grad, codes, scale, zero_point, mask, out, R, N, K, grad.stride(0), grad.stride(1), groups,
             size, 1.0, PER_TENSOR=scale.numel() == 1,
-            **_constants(tile, across, grad.dtype, out_dtype, bits, symmetric),
+            **_constants(tile, across, grad.dtype, out_dtype, bits, symmetric) | interpreted_steps(N, tile.depth),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out

@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 
 from s2d_kernels import ops
-from s2d_kernels.triton_kernels.common import Variant, check_device, interpreted, jit, narrow, tl, triton, widen
+from s2d_kernels.integer_gemm import check_groups
+from s2d_kernels.triton_kernels.common import (
+    Variant,
+    check_device,
+    interpreted,
+    interpreted_steps,
+    jit,
+    narrow,
+    tl,
+    triton,
+    widen,
+)
 
 # What may be the columns of a group of w: a block of the tensor cores' operands is one group.
 GROUP_SIZES = (32, 64, 128, 256)
@@ -52,6 +63,7 @@ def _integer_linear(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BAND: tl.constexpr,
+    STEPS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
     """One tile [BLOCK_M, BLOCK_N]; EVEN: K is a multiple of BLOCK_K. GROUPED: a group of w is BLOCK_K columns.
@@ -86,7 +98,7 @@ def _integer_linear(
 
     total = tl.full((BLOCK_M, BLOCK_N), -0.0, tl.float32)  # the sum of no terms, to which the first is added exactly
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    for block in range(0, tl.cdiv(K, BLOCK_K)):
+    for block in range(0, STEPS if INTERPRETED else tl.cdiv(K, BLOCK_K)):
         if EVEN:
             a = tl.load(x_place, mask=in_rows[:, None], other=0)
             b = tl.load(w_place, mask=in_cols[None, :], other=0)
@@ -186,6 +198,7 @@ def integer_product(
     check_device(device)
     if x_scale.dtype != torch.float32 or w_scale.dtype != torch.float32:
         raise TypeError(f"operands quantized in {x_scale.dtype}: impl='triton' takes fp32 scales, else impl='torch'")
+    check_groups(w_scale, w_sum)
     size = _group_size(K, groups)
     if size not in (0, *GROUP_SIZES):
         raise ValueError(f"group_size={size}: impl='triton' multiplies groups of {GROUP_SIZES}, else impl='torch'")
@@ -211,6 +224,7 @@ def integer_product(
             "WANTS_ACCUMULATOR": with_accumulator,
             "GROUPED": size > 0,
             "EVEN": K % tile.k == 0,
+            **interpreted_steps(K, tile.k),
         }
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             _integer_linear[(triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n),)](
@@ -229,6 +243,7 @@ def _constants(tile: Tile, out_dtype: torch.dtype | None, x_symmetric: bool, w_s
         "BLOCK_N": tile.n,
         "BLOCK_K": tile.k,
         "BAND": BAND,
+        "STEPS": 0,
         "INTERPRETED": interpreted(),
     }
 
