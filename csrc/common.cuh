@@ -304,18 +304,15 @@ __device__ __forceinline__ unsigned load_acquire(const unsigned* address) {
   return *static_cast<const volatile unsigned*>(address);
 #else
   unsigned value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
-               : "=r"(value)
-               : "l"(__cvta_generic_to_global(address))
-               : "memory");
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(__cvta_generic_to_global(address)) : "memory");
   return value;
 #endif
 }
 
-// A barrier of some blocks of a cooperative launch, a team, with the guarantee of grid_sync. Each block of the team adds
-// one to *arrived, which was 0 before the first barrier of the team; `target`, of which thread 0's counts, is the number
-// of barriers so far, this one included, times the blocks of the team. The count only grows: nothing is reset, and no
-// block can miss the end of a barrier.
+// A barrier of some blocks of a cooperative launch, a team, with the guarantee of grid_sync. Each block of the team
+// adds one to *arrived, which was 0 before the first barrier of the team; `target`, of which thread 0's counts, is the
+// number of barriers so far, this one included, times the blocks of the team. The count only grows: nothing is reset,
+// and no block can miss the end of a barrier.
 __device__ __forceinline__ void team_sync(unsigned* arrived, unsigned target) {
   __syncthreads();
   if (threadIdx.x == 0 && threadIdx.y == 0 && threadIdx.z == 0) {

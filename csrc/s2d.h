@@ -145,22 +145,25 @@ typedef struct s2d_svd_layer {
   int32_t width;              /* rows of a block, <= 32 */
   int32_t k;                  /* triplets wanted, <= width */
   int32_t reads;              /* passes over W; with reads * width >= d one pass with Q = identity is exact */
-  int32_t team;               /* 0: the form is chosen for W and the device; > 0: so many blocks keep W on chip; < 0: W is
-                                 read from memory in each pass. Not for a W with one exact pass, which is streamed */
+  int32_t team;               /* 0: the form is chosen for W and the device; > 0: so many blocks keep W on chip;
+                                 < 0: W is read from memory in each pass, as is always one with an exact pass */
 } s2d_svd_layer;
 
 /* The primitives of topk_svd (s2d_kernels/svd.py holds the algorithm), each for all matrices at once; a matrix takes
  * part in the steps below its `reads`. `layers` is host memory, the same in all calls of one run, read before the call
  * returns; the workspace carries the run's state and must not be shared with another.
  *
- * s2d_topk_svd_check: S2D_OK, S2D_BAD_ARGUMENT, or S2D_UNSUPPORTED where d > 4096 (2048 in fp32), min(d, reads * width) > 256,
- * width > 32, 16 rows of W do not fit the shared memory of a block on the current device, or a given team does not hold W
- * or has more blocks than the device has multiprocessors.
- * s2d_topk_svd_team: blocks that keep a matrix in their shared memory on the current device, 0 where it is streamed. Of the
- * matrix and the device alone; so are the bits of its factors, whatever else is in the call.
- * s2d_topk_svd_resident: after begin, all passes over the matrices with a team, which product and orthonormalize leave out.
- * One cooperative launch a dtype and width class; it occupies up to max_blocks multiprocessors (0: all; never fewer than
- * the largest team) until it is done, and no stream's priority takes them away. The bits do not depend on max_blocks. */
+ * s2d_topk_svd_check: S2D_OK, S2D_BAD_ARGUMENT, or S2D_UNSUPPORTED where d > 4096 (2048 in fp32), width > 32,
+ * min(d, reads * width) > 256, 16 rows of W do not fit the shared memory of a block on the current device, or a given
+ * team does not hold W or has more blocks than the device has multiprocessors.
+ *
+ * s2d_topk_svd_team: blocks that keep a matrix in their shared memory on the current device, 0 where it is streamed. It
+ * depends on the matrix and the device alone; so do the bits of its factors, whatever else is in the call.
+ *
+ * s2d_topk_svd_resident: after begin, all passes over the matrices with a team, which product and orthonormalize leave
+ * out. One cooperative launch a dtype and width class; it occupies up to max_blocks multiprocessors (0: all; never
+ * fewer than the largest team) until it is done, and no stream's priority takes them away. The bits do not depend on
+ * max_blocks. */
 int s2d_topk_svd_check(const s2d_svd_layer* layers, int32_t count);
 int s2d_topk_svd_team(const s2d_svd_layer* layer);
 size_t s2d_topk_svd_workspace(const s2d_svd_layer* layers, int32_t count);

@@ -68,7 +68,9 @@ __host__ __device__ inline int gram_slabs(const Layer& layer) {
 }
 
 // Parts of the Gram matrix of Y.
-__host__ __device__ inline int gram_parts(const Layer& layer) { return layer.team > 0 ? layer.team : gram_slabs(layer); }
+__host__ __device__ inline int gram_parts(const Layer& layer) {
+  return layer.team > 0 ? layer.team : gram_slabs(layer);
+}
 
 // The start's last row, which is random in every start.
 __device__ inline const float* gaussian_of(const Layer& layer) {
@@ -78,8 +80,8 @@ __device__ inline const float* gaussian_of(const Layer& layer) {
 constexpr int kMaxLayers = 128;
 struct Table {
   int32_t count;
-  // The first block of each layer; ascending but in the resident form, where blocks take several layers in turn. [count]
-  // is the number of blocks.
+  // The first block of each layer; ascending but in the resident form, where blocks take several layers in turn.
+  // [count] is the number of blocks.
   uint32_t first[kMaxLayers + 1];
   Layer layers[kMaxLayers];
 };

@@ -106,7 +106,8 @@ struct Fragments {
   int rows;
   float held[kHeld ? 2 * kTiles : 1][kN][2];
 
-  __device__ __forceinline__ Fragments(const float* Q, const Layer& layer, int rows, Columns columns) : Q(Q), rows(rows) {
+  __device__ __forceinline__ Fragments(const float* Q, const Layer& layer, int rows, Columns columns)
+      : Q(Q), rows(rows) {
     if constexpr (kHeld) {
 #pragma unroll
       for (int s = 0; s < 2 * kTiles; ++s) {
@@ -140,8 +141,8 @@ struct Fragments {
 // One panel: Y[r, :] = Q[r, :] (scale A)^T for up to 8 kN rows, and its part of Z^T, added to `sum`.
 //
 // A warp owns up to kTiles * 16 columns of A: it multiplies them for its part of Y (summed over the warps in a fixed
-// order), and then, with the whole Y, for its columns of Z. The accumulators of the tensor cores truncate, so they never
-// hold more than a short sum; those go to registers that round.
+// order), and then, with the whole Y, for its columns of Z. The accumulators of the tensor cores truncate, so they
+// never hold more than a short sum; those go to registers that round.
 template <typename T, int kWarps, int kTiles, int kN, bool kHeld>
 __device__ __forceinline__ void multiply_panel(const Layer& layer, const Tile<T>& A, float scale,
                                                const Fragments<kTiles, kN, kHeld>& Q, Columns columns,
@@ -163,7 +164,8 @@ __device__ __forceinline__ void multiply_panel(const Layer& layer, const Tile<T>
       if (s >= steps) break;
       uint32_t a[2][4];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) split<false>(scale * widen<T>(A(g + e % 2 * 8, j + t + e / 2 * 4), layer.dtype), a[0][e], a[1][e]);
+      for (int e = 0; e < 4; ++e)
+        split<false>(scale * widen<T>(A(g + e % 2 * 8, j + t + e / 2 * 4), layer.dtype), a[0][e], a[1][e]);
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
         uint32_t q[2][2];

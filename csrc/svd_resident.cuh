@@ -1,10 +1,10 @@
 // The resident form of topk_svd: all reads of a matrix from shared memory, which is filled from global memory once.
 //
 // A team of T blocks of one cooperative launch takes a matrix. T follows from the matrix and the device's shared memory
-// alone: the fewest blocks whose shared memory holds A. Block `rank` of the team keeps a slab of whole 16-row panels of A
-// for all reads, and owns a slice of the d columns of K and Z in all sums over the team, so that each sum is formed once
-// and in the order of the ranks. What follows are phases between barriers of the team; what a block reads from another
-// one was written before the barrier above it. b rows a step, p = (step + 1) b.
+// alone: the fewest blocks whose shared memory holds A. Block `rank` of the team keeps a slab of whole 16-row panels of
+// A for all reads, and owns a slice of the d columns of K and Z in all sums over the team, so that each sum is formed
+// once and in the order of the ranks. What follows are phases between barriers of the team; what a block reads from
+// another one was written before the barrier above it. b rows a step, p = (step + 1) b.
 //
 //   load       slab <- A, cp.async. largest[rank] = max |slab|
 //   barrier    scale, the same in all blocks
@@ -25,15 +25,19 @@
 // stored F in fp64 makes a single Cholesky do (orthonormal to 1e-16 / pivot, pivots below kPoorPivot go again).
 //
 // Order of the shared buffers: partial is written in the product and read in the sums, A before and B after that; gram
-// has a place of its own for each step; exchange alternates between two, and a block writes one of them again only after
-// a barrier that all blocks reached after reading it. Q_{step+1} is read by others after D only.
+// has a place of its own for each step; exchange alternates between two, and a block writes one of them again only
+// after a barrier that all blocks reached after reading it. Q_{step+1} is read by others after D only.
 //
 // No deadlock: a block takes its matrices in the order of the table, so of the matrices not yet done the first one has
 // all its blocks; and all blocks of the launch are resident, since it is cooperative.
 //
-// From memory a matrix costs one read of A, without the pass for its largest element. Y, K, Z and the parts are written
-// beside it: for d = 768, b = 8 and 4 reads in fp32 these are 4 % + 1/8 + ... of A, which the L2 mostly absorbs. Barriers:
-// 1 + 3 (reads - 1) + 1 for a team of more than one block.
+// Counts. Read from memory: A once, where the streamed form reads it `reads` + 1 times. Written beside it, for d = 768,
+// b = 8, 4 reads, fp32 and slabs of 64 rows, in shares of A: Y 4 %, partial 12.5 % (the same lines in each step), gram
+// 4 %, K and Z 8 % of a square A. Launches of a refresh: begin, one of this kernel for each dtype and width class,
+// ritz, rotate_left, instead of 16 and more. Barriers of a team: 3 reads - 1, if no step goes again. A block a
+// multiprocessor: the matrices go in waves, so what limits a long list is the length of one matrix's chain of phases
+// times the number of waves: on an H200 (teams of 12 for 768 x 768 and of 48 for 3072 x 768 in fp32) SigLIP2-B's 76
+// matrices are 15 waves. Not run on a GPU yet: which form is faster for which list has not been measured.
 #pragma once
 
 #include "svd_product.cuh"
@@ -54,7 +58,8 @@ __device__ __forceinline__ bool is_finite(unsigned largest) { return largest < 0
 __device__ __forceinline__ void set_prescale(State& state, unsigned largest) {
   // frexp's exponent: |A| < 2^exponent; clamped so that 2^exponent and 2^-exponent are normal numbers
   int exponent = 1;
-  if (is_finite(largest)) exponent = largest >= 0x00800000u ? static_cast<int>(largest >> 23) - 126 : largest == 0 ? 0 : -126;
+  if (is_finite(largest))
+    exponent = largest >= 0x00800000u ? static_cast<int>(largest >> 23) - 126 : largest == 0 ? 0 : -126;
   exponent = max(-126, min(126, exponent));
   state.finite = is_finite(largest);
   state.exponent = exponent;
@@ -72,7 +77,8 @@ __host__ __device__ inline int slab_pitch(const Layer& layer, int panels) {
   return layer.vector_cols ? panels * kPanel + 8 : round_up(layer.d, 16) + kColumnPad;
 }
 __host__ __device__ inline int64_t slab_elements(const Layer& layer, int panels) {
-  return static_cast<int64_t>(slab_pitch(layer, panels)) * (layer.vector_cols ? round_up(layer.d, 16) : panels * kPanel);
+  return static_cast<int64_t>(slab_pitch(layer, panels)) *
+         (layer.vector_cols ? round_up(layer.d, 16) : panels * kPanel);
 }
 
 // Shared memory of the small dense part, in doubles. The product's Meeting lies in the same place: never at once.
@@ -134,7 +140,7 @@ template <typename T>
 __device__ __forceinline__ Tile<T> tile_of(const Layer& layer, const Work& work, unsigned char* shared, int panel) {
   T* slab = reinterpret_cast<T*>(shared);
   return layer.vector_cols ? Tile<T>{slab + panel * kPanel, 1, work.slab_pitch}
-                                : Tile<T>{slab + panel * kPanel * work.slab_pitch, work.slab_pitch, 1};
+                           : Tile<T>{slab + panel * kPanel * work.slab_pitch, work.slab_pitch, 1};
 }
 
 // Sums of eight values each over a warp: lane l gets that of value l / 4. In nine exchanges instead of forty.
@@ -176,9 +182,9 @@ __device__ void row_products(const float* X, int rows, const float* B, int b, in
 }
 
 // In `dense.coefficient`: rows i < p are K F^T, the b behind them F F^T. Makes M, the inverse of the Cholesky factor of
-// the part of F F^T that is orthogonal to K, in the right half of `dense.work`; rows and columns of dependent rows of F are
-// zero in it, and so is dense.normalize there. `before`: squares of the rows' lengths before anything was taken off them,
-// or null for those of F. Returns whether the result needs another round.
+// the part of F F^T that is orthogonal to K, in the right half of `dense.work`; rows and columns of dependent rows of F
+// are zero in it, and so is dense.normalize there. `before`: squares of the rows' lengths before anything was taken off
+// them, or null for those of F. Returns whether the result needs another round.
 __device__ bool eliminate(const Dense& dense, int p, int b, const double* before, bool last) {
   constexpr double kEpsilon = 1.1920929e-7;
   const int tid = static_cast<int>(threadIdx.x), pitch = 2 * b;
@@ -237,8 +243,8 @@ __device__ bool eliminate(const Dense& dense, int p, int b, const double* before
   return again;
 }
 
-// out[r, column] = value(r, column) for the b rows and the columns [first, end). Values of a column are all there before
-// the first of them is stored.
+// out[r, column] = value(r, column) for the b rows and the columns [first, end). Values of a column are all there
+// before the first of them is stored.
 template <typename Value>
 __device__ __forceinline__ void replace_columns(float* out, int pitch, int b, int first, int end, Value value) {
   const int tid = static_cast<int>(threadIdx.x), across = kTeamThreads / b;
@@ -251,7 +257,8 @@ __device__ __forceinline__ void replace_columns(float* out, int pitch, int b, in
   }
 }
 
-// Fills the slab; returns the largest |element| of all slabs of the team, as a bit pattern: a float maximum would drop NaN.
+// Fills the slab; returns the largest |element| of all slabs of the team, as a bit pattern: a float maximum would drop
+// NaN.
 template <typename T>
 __device__ __forceinline__ unsigned load_slab(const Table& table, Work& work, unsigned char* shared) {
   const Layer& layer = table.layers[work.index];
@@ -392,7 +399,8 @@ __device__ __forceinline__ bool orthonormalize_slice(const Table& table, Work& w
 
 // The first matrix of the table from `index` on in whose team this block is.
 __device__ __forceinline__ int matrix_of_block(const Table& table, int index) {
-  while (index < table.count && blockIdx.x - table.first[index] >= static_cast<unsigned>(table.layers[index].team)) ++index;
+  while (index < table.count && blockIdx.x - table.first[index] >= static_cast<unsigned>(table.layers[index].team))
+    ++index;
   return index;
 }
 

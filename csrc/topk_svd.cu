@@ -8,9 +8,9 @@
 // A [D, d] is W, or W^T when W is wide, so that D >= d; blocks are kept as rows. Everything is summed in a fixed order
 // that depends on the matrix itself and the device alone. Nothing is decided on the host by data.
 //
-// A matrix takes one of two forms, by its shape and the device alone. Streamed: each step is a launch for all matrices and
-// reads them from memory. Resident (svd_resident.cuh): one launch does all reads, a team of blocks keeping the matrix in
-// shared memory; finish is the same for both, less the Gram matrix.
+// A matrix takes one of two forms, by its shape and the device alone. Streamed: each step is a launch for all matrices
+// and reads them from memory. Resident (svd_resident.cuh): one launch does all reads, a team of blocks keeping the
+// matrix in shared memory; finish is the same for both, less the Gram matrix.
 #include <algorithm>
 
 #include "svd_layer.cuh"
@@ -193,7 +193,8 @@ __global__ void __launch_bounds__(kThreads, 1) ritz(S2D_GRID_CONSTANT(Table) tab
   for (int i = threadIdx.x; i < n * n; i += kThreads) {
     const int r = max(i / n, i % n), c = min(i / n, i % n);
     double sum = 0.0;
-    for (int slab = 0; slab < gram_parts(layer); ++slab) sum += layer.gram[static_cast<int64_t>(slab) * n * n + r * n + c];
+    for (int slab = 0; slab < gram_parts(layer); ++slab)
+      sum += layer.gram[static_cast<int64_t>(slab) * n * n + r * n + c];
     H[i] = sum;
   }
   __syncthreads();
@@ -481,7 +482,8 @@ int status_of(const s2d_svd_layer* layers, int32_t count, const Device& device) 
       const int least = least_team(layer, device);
       if (least == 0 || layer.team < least || layer.team > device.multiprocessors) return S2D_UNSUPPORTED;
     }
-    if (layer.team == 0 && tile_bytes(layer) + form_of(layer).static_shared() > device.shared_limit) return S2D_UNSUPPORTED;
+    if (layer.team == 0 && tile_bytes(layer) + form_of(layer).static_shared() > device.shared_limit)
+      return S2D_UNSUPPORTED;
   }
   return S2D_OK;
 }
@@ -532,7 +534,9 @@ template <typename T, int kWarps, int kTiles, int kN>
 int launch_product(const s2d_svd_layer* layers, int32_t count, const Device& device, void* workspace, int32_t step,
                    s2d_stream stream, const Form& form) {
   size_t largest = 0;
-  const auto wanted = [&](const Layer& layer) { return streamed(layer) && step < layer.reads && form_of(layer) == form; };
+  const auto wanted = [&](const Layer& layer) {
+    return streamed(layer) && step < layer.reads && form_of(layer) == form;
+  };
   const auto blocks = [&](const Layer& layer) {
     largest = max(largest, tile_bytes(layer));
     return static_cast<int64_t>(slabs(layer)) * divide_up(layer.block, 8 * kN);
@@ -547,13 +551,14 @@ int launch_product(const s2d_svd_layer* layers, int32_t count, const Device& dev
   });
 }
 
-// The teams of a table among so many blocks, each a range of them: wave by wave the largest that still fit. Which blocks a
-// team gets does not change what it computes.
+// The teams of a table among so many blocks, each a range of them: wave by wave the largest that still fit. Which
+// blocks a team gets does not change what it computes.
 Table scheduled(const Table& table, int blocks) {
   Table result{};
   int order[kMaxLayers];
   for (int i = 0; i < table.count; ++i) order[i] = i;
-  std::stable_sort(order, order + table.count, [&](int a, int b) { return table.layers[a].team > table.layers[b].team; });
+  std::stable_sort(order, order + table.count,
+                   [&](int a, int b) { return table.layers[a].team > table.layers[b].team; });
   int used = 0, most = 0, wave_used = 0;
   bool placed[kMaxLayers] = {};
   while (used < table.count) {
@@ -595,12 +600,11 @@ int launch_resident(const s2d_svd_layer* layers, int32_t count, const Device& de
 }  // namespace
 
 int load_topk_svd() {
-  for (const int status : {load(find_largest), load(begin), load(sum_partials), load(orthonormalize), load(gram),
-                           load(ritz), load(rotate_left), load(product<float, 8, 8, 1>), load(product<float, 8, 8, 2>),
-                           load(product<float, 16, 8, 1>), load(product<uint16_t, 8, 8, 1>),
-                           load(product<uint16_t, 8, 8, 2>), load(product<uint16_t, 16, 16, 1>),
-                           load(resident<float, 1>), load(resident<float, 2>), load(resident<uint16_t, 1>),
-                           load(resident<uint16_t, 2>)}) {
+  for (const int status :
+       {load(find_largest), load(begin), load(sum_partials), load(orthonormalize), load(gram), load(ritz),
+        load(rotate_left), load(product<float, 8, 8, 1>), load(product<float, 8, 8, 2>), load(product<float, 16, 8, 1>),
+        load(product<uint16_t, 8, 8, 1>), load(product<uint16_t, 8, 8, 2>), load(product<uint16_t, 16, 16, 1>),
+        load(resident<float, 1>), load(resident<float, 2>), load(resident<uint16_t, 1>), load(resident<uint16_t, 2>)}) {
     if (status) return status;
   }
   return S2D_OK;
@@ -631,9 +635,9 @@ int s2d_topk_svd_begin(const s2d_svd_layer* layers, int32_t count, void* workspa
     return launch(find_largest, {dim3(table.first[table.count]), dim3(kThreads)}, stream, table);
   });
   if (status) return status;
-  return for_tables(layers, count, device, workspace, all, [](const Layer&) { return int64_t{1}; }, [&](const Table& table) {
-    return launch(begin, {dim3(table.count), dim3(kThreads)}, stream, table);
-  });
+  return for_tables(
+      layers, count, device, workspace, all, [](const Layer&) { return int64_t{1}; },
+      [&](const Table& table) { return launch(begin, {dim3(table.count), dim3(kThreads)}, stream, table); });
 }
 
 int s2d_topk_svd_resident(const s2d_svd_layer* layers, int32_t count, int32_t max_blocks, void* workspace,
@@ -660,10 +664,14 @@ int s2d_topk_svd_product(const s2d_svd_layer* layers, int32_t count, int32_t ste
     for (const int status : {
              launch_product<float, 8, 8, 1>(layers, count, device, workspace, step, stream, {false, 8, 8, 1, by_cols}),
              launch_product<float, 8, 8, 2>(layers, count, device, workspace, step, stream, {false, 8, 8, 2, by_cols}),
-             launch_product<float, 16, 8, 1>(layers, count, device, workspace, step, stream, {false, 16, 8, 1, by_cols}),
-             launch_product<uint16_t, 8, 8, 1>(layers, count, device, workspace, step, stream, {true, 8, 8, 1, by_cols}),
-             launch_product<uint16_t, 8, 8, 2>(layers, count, device, workspace, step, stream, {true, 8, 8, 2, by_cols}),
-             launch_product<uint16_t, 16, 16, 1>(layers, count, device, workspace, step, stream, {true, 16, 16, 1, by_cols}),
+             launch_product<float, 16, 8, 1>(layers, count, device, workspace, step, stream,
+                                             {false, 16, 8, 1, by_cols}),
+             launch_product<uint16_t, 8, 8, 1>(layers, count, device, workspace, step, stream,
+                                               {true, 8, 8, 1, by_cols}),
+             launch_product<uint16_t, 8, 8, 2>(layers, count, device, workspace, step, stream,
+                                               {true, 8, 8, 2, by_cols}),
+             launch_product<uint16_t, 16, 16, 1>(layers, count, device, workspace, step, stream,
+                                                 {true, 16, 16, 1, by_cols}),
          }) {
       if (status) return status;
     }
@@ -683,9 +691,11 @@ int s2d_topk_svd_orthonormalize(const s2d_svd_layer* layers, int32_t count, int3
   if (const int status = check(layers, count, device, workspace, workspace_bytes)) return status;
   if (step < 0) return S2D_BAD_ARGUMENT;
   const auto wanted = [&](const Layer& layer) { return streamed(layer) && step + 1 < layer.reads; };
-  return for_tables(layers, count, device, workspace, wanted, [](const Layer&) { return int64_t{1}; }, [&](const Table& table) {
-    return launch(orthonormalize, {dim3(table.count), dim3(kThreads)}, stream, table, step);
-  });
+  return for_tables(
+      layers, count, device, workspace, wanted, [](const Layer&) { return int64_t{1}; },
+      [&](const Table& table) {
+        return launch(orthonormalize, {dim3(table.count), dim3(kThreads)}, stream, table, step);
+      });
 }
 
 int s2d_topk_svd_finish(const s2d_svd_layer* layers, int32_t count, float tolerance, double failure_probability,
@@ -693,17 +703,21 @@ int s2d_topk_svd_finish(const s2d_svd_layer* layers, int32_t count, float tolera
   const Device device = this_device();
   if (const int status = check(layers, count, device, workspace, workspace_bytes)) return status;
   const auto all = [](const Layer&) { return true; };
-  int status = for_tables(layers, count, device, workspace, streamed, [](const Layer& layer) { return int64_t{gram_slabs(layer)}; },
-                          [&](const Table& table) {
-                            return launch(gram, {dim3(table.first[table.count]), dim3(kThreads)}, stream, table);
-                          });
+  int status = for_tables(
+      layers, count, device, workspace, streamed, [](const Layer& layer) { return int64_t{gram_slabs(layer)}; },
+      [&](const Table& table) {
+        return launch(gram, {dim3(table.first[table.count]), dim3(kThreads)}, stream, table);
+      });
   if (status) return status;
-  status = for_tables(layers, count, device, workspace, all, [](const Layer&) { return int64_t{1}; }, [&](const Table& table) {
-    return launch(ritz, {dim3(table.count), dim3(kThreads)}, stream, table, tolerance, failure_probability);
-  });
+  status = for_tables(
+      layers, count, device, workspace, all, [](const Layer&) { return int64_t{1}; },
+      [&](const Table& table) {
+        return launch(ritz, {dim3(table.count), dim3(kThreads)}, stream, table, tolerance, failure_probability);
+      });
   if (status) return status;
-  return for_tables(layers, count, device, workspace, all,
-                    [](const Layer& layer) { return divide_up<int64_t>(layer.D, kThreads); }, [&](const Table& table) {
-                      return launch(rotate_left, {dim3(table.first[table.count]), dim3(kThreads)}, stream, table);
-                    });
+  return for_tables(
+      layers, count, device, workspace, all, [](const Layer& layer) { return divide_up<int64_t>(layer.D, kThreads); },
+      [&](const Table& table) {
+        return launch(rotate_left, {dim3(table.first[table.count]), dim3(kThreads)}, stream, table);
+      });
 }

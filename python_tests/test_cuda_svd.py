@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from helpers import matrix_with_spectrum, product_error
 from torch import Tensor
 
 from s2d_kernels import S2D, _native, cuda_svd, ops, topk_svd
-from s2d_kernels.svd import CONVERGED, NON_FINITE, NOT_CONVERGED, OVERFLOW, TopkSVD
+from s2d_kernels.svd import CONVERGED, NON_FINITE, NOT_CONVERGED, OVERFLOW, TopkSVD, block_krylov
 from s2d_kernels.torch_svd import _Bucket, _largest_element
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +36,7 @@ def _library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture(params=[-1, 3], ids=["streamed", "team-of-3"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """How matrices are worked on. Tests without this fixture take the chosen form, for small ones a team of one block."""
+    """Of all matrices. Tests without this fixture take the chosen form, for small ones a team of one block."""
     monkeypatch.setattr(cuda_svd, "TEAM", request.param)
     return int(request.param)
 
@@ -87,7 +88,7 @@ def test_layouts_and_dtypes(layout: str, dtype: torch.dtype, form: int, device: 
     """Tall, wide, odd; each way in which a tile can be copied."""
     weights = []
     shapes = [(72, 64), (64, 88), (37, 41), (131, 66), (66, 200)]
-    for index, (m, n) in enumerate(shapes if form < 0 else shapes[:3]):
+    for index, (m, n) in enumerate(shapes if form < 0 else shapes[:2]):
         W = matrix_with_spectrum(m, n, decay(min(m, n)), seed=index).to(dtype)
         if layout == "transposed":
             W = W.T.contiguous().T
@@ -169,9 +170,7 @@ def test_extreme_scales(shape: tuple[int, int], form: int, device: torch.device)
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_non_finite_matrix_leaves_its_neighbours_alone(
-    dtype: torch.dtype, form: int, device: torch.device
-) -> None:
+def test_a_non_finite_matrix_leaves_its_neighbours_alone(dtype: torch.dtype, form: int, device: torch.device) -> None:
     good = matrix_with_spectrum(70, 60, decay(60), seed=1).to(dtype)
     bad = [good.clone() for _ in range(3)]
     bad[0][17, 3], bad[1][69, 59], bad[2][0, 0] = float("nan"), float("inf"), -float("inf")
@@ -221,7 +220,10 @@ def workspace_of(table: cuda_svd._Table, D: int, d: int, rows: int, chunks: int)
 
 
 def test_primitives_against_those_of_torch(form: int, device: torch.device) -> None:
-    """After each step, the resident form having done all of them: Q orthonormal and spanning what torch's spans, and its products."""
+    """After each step: Q orthonormal and spanning what torch's spans, and its products.
+
+    The resident form does all steps in `begin`.
+    """
     D, d, b, reads = 200, 70, 8, 4
     weight = matrix_with_spectrum(D, d, decay(d, rate=0.02), seed=9)
     start = torch.randn(b, d, generator=torch.Generator().manual_seed(1))
@@ -247,17 +249,29 @@ def test_primitives_against_those_of_torch(form: int, device: torch.device) -> N
             torch.testing.assert_close(other.T @ other, Q.T @ Q, rtol=0, atol=1e-4 * 10**step)
 
 
-@pytest.mark.parametrize("limit", [99, 163, 227])
-def test_what_is_accepted_can_be_launched(limit: int, device: torch.device) -> None:
-    """Shared memory of sm_86 and sm_120, sm_80, sm_90: no shape is accepted and then refused by the driver."""
-    if device.type != "cpu":
-        pytest.skip("the emulation's limit can be chosen, a GPU's cannot")
+@contextmanager
+def emulated_device(shared_kib: int, multiprocessors: int) -> Iterator[None]:
+    """Another GPU's shared memory of a block and number of multiprocessors."""
     library = _native.load()
     library.s2d_emulation_set_shared_limit.restype = ctypes.c_size_t
     library.s2d_emulation_set_shared_limit.argtypes = [ctypes.c_size_t]
-    before = library.s2d_emulation_set_shared_limit(limit * 1024)
-    refused = []
+    before = library.s2d_emulation_set_shared_limit(shared_kib * 1024)
+    count = library.s2d_emulation_set_multiprocessors(multiprocessors)
     try:
+        yield
+    finally:
+        library.s2d_emulation_set_shared_limit(before)
+        library.s2d_emulation_set_multiprocessors(count)
+
+
+@pytest.mark.parametrize("limit", [99, 163, 227])
+def test_what_is_accepted_can_be_launched(limit: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared memory of sm_86 and sm_120, sm_80, sm_90: no shape is accepted and then refused by the driver."""
+    if device.type != "cpu":
+        pytest.skip("the emulation's limit can be chosen, a GPU's cannot")
+    monkeypatch.setattr(cuda_svd, "TEAM", -1)
+    refused = []
+    with emulated_device(limit, 8):
         for d in (256, 368, 512, 768):
             for dtype in (torch.float32, torch.bfloat16):
                 for transposed in (False, True):
@@ -271,9 +285,131 @@ def test_what_is_accepted_can_be_launched(limit: int, device: torch.device) -> N
                             table.product(0)
                         else:
                             refused.append((d, dtype, transposed, b))
-    finally:
-        library.s2d_emulation_set_shared_limit(before)
     assert not refused
+
+
+def teams(weights: list[Tensor], b: int = 8, reads: int = 4) -> list[int]:
+    starts = [torch.empty(min(b, *W.shape), min(W.shape)) for W in weights]
+    layers = [cuda_svd._layer(W, Q, 1, reads, [Q] * 6) for W, Q in zip(weights, starts, strict=True)]
+    return _native.SvdRun(layers, 0).teams()
+
+
+def test_teams_of_known_devices(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SigLIP2-B's matrices: on an H200 eleven teams for 768 x 768, or two for 3072 x 768, at once."""
+    if device.type != "cpu":
+        pytest.skip("the emulation's device can be chosen, a GPU cannot")
+    shapes = [(768, 768), (3072, 768), (768, 3072), (2304, 768)]
+    fp32, bf16 = ([torch.empty(shape, dtype=dtype) for shape in shapes] for dtype in (torch.float32, torch.bfloat16))
+    with emulated_device(227, 132):
+        assert teams(fp32) == [12, 48, 48, 36]
+        assert teams(bf16) == [6, 24, 24, 18]
+        too_large = torch.empty(9216, 768)  # 144 blocks
+        no_form = torch.empty(1100, 1030)
+        dense = torch.empty(3072, 20)
+        assert teams([too_large, no_form, dense]) == [0, 0, 0]
+        monkeypatch.setattr(cuda_svd, "TEAM", 11)
+        assert teams(fp32[:1]) == [0]
+        assert not cuda_svd._supports(fp32[:1], [torch.empty(8, 768)], [1], [4])
+        monkeypatch.setattr(cuda_svd, "TEAM", 133)
+        assert not cuda_svd._supports(fp32[:1], [torch.empty(8, 768)], [1], [4])
+        monkeypatch.setattr(cuda_svd, "TEAM", 132)
+        assert cuda_svd._supports(fp32[:1], [torch.empty(8, 768)], [1], [4])
+        monkeypatch.setattr(cuda_svd, "TEAM", -1)
+        assert teams(fp32) == [0] * 4
+    monkeypatch.setattr(cuda_svd, "TEAM", 0)
+    with emulated_device(163, 108):
+        assert teams(fp32) == [16, 64, 96, 48]
+    with emulated_device(99, 142):
+        assert teams(fp32) == [48, 0, 0, 0]
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("limit", "d", "dtype"), [(99, 96, torch.float32), (227, 240, torch.bfloat16)])
+def test_a_slab_that_fills_shared_memory(
+    limit: int, d: int, dtype: torch.dtype, transposed: bool, device: torch.device
+) -> None:
+    """As many rows as fit two blocks, then one panel more: three blocks."""
+    if device.type != "cpu":
+        pytest.skip("the emulation's limit can be chosen, a GPU's cannot")
+    with emulated_device(limit, 8):
+        filled = next(D for D in range(d, 9999, 16) if teams([torch.empty(D + 16, d, dtype=dtype)], 8, 2) == [3])
+        for D, blocks in ((filled, 2), (filled + 16, 3)):
+            generator = torch.Generator().manual_seed(1)
+            W = torch.randn(D, 3, generator=generator) @ torch.randn(3, d, generator=generator)
+            W = (W.T.contiguous() if transposed else W).to(dtype)
+            if not transposed:
+                assert teams([W], 8, 2) == [blocks]
+            start = torch.randn(8, d, generator=generator)
+            assert cuda_svd._supports([W], [start], [2], [2])
+            got = torch.ops.s2d.topk_svd([W], [start], [2], [2], "cuda")
+            torch.testing.assert_close(got[1][:2].double(), torch.linalg.svdvals(W.double())[:2], rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("team", [1, 2, 5, 8])
+def test_teams_of_any_size(team: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that do not divide evenly, blocks without rows (5 panels for 8 blocks), both directions, two groups."""
+    weights = [
+        matrix_with_spectrum(131, 66, decay(66, rate=0.1), seed=1),
+        matrix_with_spectrum(80, 75, decay(75, rate=0.3), seed=2).T,
+        matrix_with_spectrum(90, 97, decay(90, rate=0.2), seed=3).bfloat16(),
+    ]
+    ks = [3, 2, 11 if team == 2 else 3]  # 22 columns: three groups of 8 kN rows
+    monkeypatch.setattr(cuda_svd, "TEAM", team)
+    assert teams(weights, 16, 3) == [team] * 3
+    ours = svd(weights, device, k=ks, reads=3)
+    for weight, k, got in zip(weights, ks, ours, strict=True):
+        expected = topk_svd([weight], k=k, reads=3, impl="torch")[0]
+        assert got.status == expected.status
+        assert truth_error(weight.float(), got) <= 4 * truth_error(weight.float(), expected) + 2e-6
+        torch.testing.assert_close(got.missed.cpu(), expected.missed, rtol=1e-2, atol=1e-4)
+
+
+def test_neighbours_and_schedule_do_not_change_bits(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Teams of one to four blocks in several waves, beside streamed matrices: each as if it were alone."""
+    if device.type != "cpu":
+        pytest.skip("the emulation's device can be chosen, a GPU cannot")
+    sizes = [(90, 70), (250, 70), (60, 130), (330, 64), (85, 66), (9, 12), (1500, 70)]
+    weights = [matrix_with_spectrum(m, n, decay(min(m, n), rate=0.2), seed=m) for m, n in sizes]
+    weights[2] = weights[2].bfloat16()
+    with emulated_device(48, 9):
+        chosen = teams(weights, 16, 3)
+        assert chosen == [2, 4, 1, 4, 2, 0, 0]
+        alone = [topk_svd([W], k=3, reads=3, impl="cuda")[0] for W in weights]
+        for most in (0, 3, 5):
+            monkeypatch.setattr(cuda_svd, "MAX_BLOCKS", most)
+            order = [3, 6, 1, 0, 5, 2, 4]
+            together = topk_svd([weights[i] for i in order], k=3, reads=3, impl="cuda")
+            for index, got in zip(order, together, strict=True):
+                assert all(torch.equal(x, y) for x, y in zip(alone[index].basis, got.basis, strict=True)), index
+                assert torch.equal(alone[index].missed, got.missed)
+
+
+@pytest.mark.parametrize("byte", [0, 255, 63])
+def test_what_the_workspace_held_does_not_matter(
+    byte: int, form: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = [matrix_with_spectrum(70, 50, decay(50), seed=1), torch.full((64, 60), float("nan"))]
+    expected = svd(weights, device, k=3, reads=2)
+    fresh = cuda_svd._aligned_bytes
+    monkeypatch.setattr(cuda_svd, "_aligned_bytes", lambda *arguments: fresh(*arguments).fill_(byte))
+    for a, b in zip(expected, svd(weights, device, k=3, reads=2), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a.basis, b.basis, strict=True))
+        assert torch.equal(a.missed, b.missed)
+        assert torch.equal(a.status, b.status)
+
+
+def test_dependent_rows_of_a_step(form: int, device: torch.device) -> None:
+    """A start whose rows nearly coincide, a matrix of which nothing is left after two steps: Q stays orthonormal."""
+    D, d, b, reads = 120, 60, 8, 4
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(D, 11, generator=generator) @ torch.randn(11, d, generator=generator)
+    start = torch.randn(1, d, generator=generator) + 1e-4 * torch.randn(b, d, generator=generator)
+    table = cuda_svd._Table([weight.to(device)], [start.to(device)], [3], [reads])
+    with table.context:
+        block_krylov(table)
+        Q = workspace_of(table, D, d, b * reads, 1)["Q"].cpu().double()
+    torch.testing.assert_close(Q @ Q.T, torch.eye(b * reads, dtype=torch.float64), rtol=0, atol=3e-6)
 
 
 def test_large_sides_and_many_matrices(device: torch.device) -> None:
@@ -362,7 +498,7 @@ def test_operator_checks(device: torch.device) -> None:
     torch.library.opcheck(torch.ops.s2d.topk_svd.default, (weights, starts, [2, 2], [2, 2], "cuda"))
 
 
-def test_in_a_cuda_graph_without_a_synchronization(device: torch.device) -> None:
+def test_in_a_cuda_graph_without_a_synchronization(form: int, device: torch.device) -> None:
     if device.type != "cuda":
         pytest.skip("needs a GPU: pytest --device cuda")
     weights = [torch.randn(300, 200, device=device), torch.randn(64, 96, device=device)]

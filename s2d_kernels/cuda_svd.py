@@ -9,7 +9,7 @@ from s2d_kernels import _native, ops
 from s2d_kernels.cuda_ops import DTYPES, current_stream
 from s2d_kernels.svd import FAILURE_PROBABILITY, TOLERANCE, block_krylov
 
-# Of every matrix, `team` of s2d_svd_layer: 0 lets the library choose, -1 streams all, a number is the size of all teams.
+# `team` of s2d_svd_layer, of every matrix: 0 lets the library choose, -1 streams all, a number is that of blocks.
 TEAM = 0
 # Multiprocessors that the resident form may occupy, 0 for all. The results do not depend on it.
 MAX_BLOCKS = 0

@@ -159,9 +159,10 @@ def topk_svd(
         G = sum s^2 u v^T then stays below 1e-3 unless a component was missed, against which `missed` speaks.
         Judge S and G, never single vectors: within a cluster they are arbitrary.
     Cost: `reads` passes over the weights and one for the largest |element| (prescale: 1e30- and 1e-30-scaled
-        matrices work).
-    Determinism: same inputs, seed and keys give the same bits; so they do for any number of threads, but for
-        impl="torch".
+        matrices work). With impl="cuda" a matrix that fits the shared memory of some of the GPU's blocks is read from
+        memory once; which form it takes depends on the matrix and the GPU alone.
+    Determinism: same inputs, seed and keys give the same bits on the same kind of machine; so they do for any number
+        of threads, but for impl="torch". CPUs of several instruction sets agree under S2D_CPU_CAPABILITY=avx2.
     """
     weights = ops.check_tensor_list("weights", weights, ndim=2)
     ks = list(k) if isinstance(k, Sequence) else [k] * len(weights)

@@ -3,7 +3,8 @@
 //
 // What it cannot see: a thread runs alone until its next barrier or shuffle, and blocks of a plain launch run one after
 // another. So a plain read-modify-write where an atomic is needed, a race of two blocks, a missing __threadfence pass
-// here; compute-sanitizer on a GPU (make gpu-sanitize) and reading are what finds those.
+// here; compute-sanitizer on a GPU (make gpu-sanitize) and reading are what finds those. A barrier that is missing
+// between blocks of a cooperative launch shows in the forward and the reverse order.
 #pragma once
 
 #include <tuple>

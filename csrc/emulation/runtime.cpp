@@ -303,17 +303,19 @@ void prepare_block(Block& block, uint3 index, std::size_t first_thread, const La
   }
 }
 
-// Runs the prepared blocks to their end.
+// Runs the prepared blocks to their end. In the forward and the reverse order a block runs as far as it can before the
+// next one does, so that what others have not written yet is not there; in the random one all threads take turns.
 void run_blocks(int how) {
+  const std::size_t together = blocks.size(), block_threads = resident_threads / together;
   std::vector<std::size_t> sequence(resident_threads);
   grid_arrived = 0;
   int yields = 0;
   arrange(sequence, how);
-  while (true) {
-    if (how == 2) arrange(sequence, how);
-    bool alive = false, ran = false, advanced = false;
-    for (std::size_t i : sequence) {
-      Thread& thread = *threads[i];
+  bool alive, ran, advanced;
+  const auto run_range = [&](std::size_t first, std::size_t count) {
+    bool any = false;
+    for (std::size_t i = first; i < first + count; ++i) {
+      Thread& thread = *threads[sequence[i]];
       alive |= thread.state != State::kExited;
       if (thread.state != State::kRunnable) continue;
       current = &thread;
@@ -323,7 +325,21 @@ void run_blocks(int how) {
       thread.fiber.resume();
       if (failed) throw Error();
       ran = true;
-      advanced |= !thread.yielded;
+      any |= !thread.yielded;
+    }
+    advanced |= any;
+    return any;
+  };
+  while (true) {
+    alive = ran = advanced = false;
+    if (how == 2) {
+      arrange(sequence, how);
+      run_range(0, resident_threads);
+    } else {
+      for (std::size_t block = 0; block < together; ++block) {
+        while (run_range(block * block_threads, block_threads)) {
+        }
+      }
     }
     if (!alive) return;
     if (!ran) refuse(describe_deadlock());
@@ -353,9 +369,9 @@ void check_size(const LaunchSize& size, std::size_t block_threads, std::size_t g
   if (size.shared_bytes > shared_limit) refuse(text("%zu bytes of dynamic shared memory", size.shared_bytes));
   if (!size.cooperative) return;
   const std::size_t reserved = 1024;  // of shared memory, by the system for each block
-  const std::size_t resident = static_cast<std::size_t>(multiprocessors) *
-                               std::min(kThreadsOfMultiprocessor / block_threads,
-                                        (shared_limit + reserved) / (size.shared_bytes + reserved));
+  const std::size_t resident =
+      static_cast<std::size_t>(multiprocessors) *
+      std::min(kThreadsOfMultiprocessor / block_threads, (shared_limit + reserved) / (size.shared_bytes + reserved));
   if (grid_blocks > resident) {
     refuse(text("a cooperative grid of %zu blocks, of which %zu are resident together", grid_blocks, resident));
   }

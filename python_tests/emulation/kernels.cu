@@ -200,8 +200,8 @@ __global__ void grid_totals(const float* in, float* parts, float* totals, unsign
   if (threadIdx.x == 0) totals[blockIdx.x] = total;
 }
 
-// totals[block] = sum over the block's team, teams being ranges of `size` blocks, each with a counter of its own; `rounds`
-// times with parts that change in between. Without the barriers parts are read before they are written.
+// totals[block] = sum over the block's team, teams being ranges of `size` blocks, each with a counter of its own;
+// `rounds` times with parts that change in between. Without the barriers parts are read before they are written.
 template <bool kBarrier>
 __global__ void team_totals(const float* in, float* parts, float* totals, unsigned* arrived, int size, int rounds) {
   const int team = blockIdx.x / size, members = min(size, static_cast<int>(gridDim.x) - team * size);
@@ -306,7 +306,8 @@ int s2d_test_team_waits(unsigned* arrived, int blocks, s2d_stream stream) {
   return launch(team_waits, {dim3(blocks), dim3(kThreads), 0, true}, stream, arrived);
 }
 int s2d_test_cooperative(unsigned* counter, int blocks, int shared_bytes, s2d_stream stream) {
-  return launch(count_threads, {dim3(blocks), dim3(kThreads), static_cast<size_t>(shared_bytes), true}, stream, counter);
+  return launch(count_threads, {dim3(blocks), dim3(kThreads), static_cast<size_t>(shared_bytes), true}, stream,
+                counter);
 }
 int s2d_test_spinning(unsigned* flag, int blocks, int cooperative, s2d_stream stream) {
   return launch(spinning, {dim3(blocks), dim3(32), 0, cooperative != 0}, stream, flag);
