@@ -27,21 +27,21 @@ class BuildNative(build_py):
         super().run()
         target = (ROOT if self.editable_mode else Path(self.build_lib)) / "s2d_kernels" / "lib"
         shutil.rmtree(target, ignore_errors=True)  # of an earlier build
-        for wanted, skip, what in ((CUDA, "S2D_SKIP_CUDA", "CUDA"), (NATIVE, "S2D_SKIP_NATIVE", "CPU")):
-            reason = f"{skip} is set" if os.environ.get(skip) else "compiler or cmake not found"
-            print("" if wanted else f"s2d_kernels: installing without the {what} library, {reason}", file=sys.stderr)
-        if not NATIVE:
-            return
+        target.mkdir(parents=True)
         build = ROOT / "build" / ("wheel" if CUDA else "wheel-cpu")  # not `make native`'s, perhaps of one architecture
         # for a cmake that pip installed: build isolation's PYTHONPATH would mislead its Python
         clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         cuda = f"-DCMAKE_CUDA_COMPILER={NVCC}" if CUDA else "-DS2D_CUDA=OFF"
-        options = [cuda, *shlex.split(os.environ.get("CMAKE_ARGS", ""))]
-        subprocess.run(["cmake", "-S", ROOT, "-B", build, *options], check=True, env=clean)
-        subprocess.run(["cmake", "--build", build, "--parallel"], check=True, env=clean)
-        target.mkdir(parents=True)
-        for library in build.glob("libs2d*.so"):
-            shutil.copy2(library, target)
+        configure = ["cmake", "-S", ROOT, "-B", build, cuda, *shlex.split(os.environ.get("CMAKE_ARGS", ""))]
+        for command in (configure, ["cmake", "--build", build, "--parallel"]) if NATIVE else ():
+            if subprocess.run(command, env=clean).returncode and CUDA:
+                sys.exit("s2d_kernels: building the CUDA library failed, S2D_SKIP_CUDA=1 leaves it out")
+        for name, wanted in (("libs2d_cpu.so", NATIVE), ("libs2d.so", CUDA)):
+            if wanted and (build / name).is_file():
+                shutil.copy2(build / name, target)
+            else:
+                reason = "its build failed" if wanted else "no compiler or cmake, or S2D_SKIP_CUDA or _NATIVE is set"
+                print(f"s2d_kernels: installing without {name}: {reason}", file=sys.stderr)
 
 
 class PlatformWheel(bdist_wheel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -26,9 +27,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True, scope="session")
 def cpu_library() -> Iterator[None]:
-    """The CPU's kernels as the sources have them now, whatever was installed."""
+    """The CPU's kernels as the sources have them now, whatever was installed. Without a compiler their tests fail."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("S2D_CPU_LIBRARY", str(build_cpu()))
+        try:
+            patch.setenv("S2D_CPU_LIBRARY", str(build_cpu()))
+        except RuntimeError as error:
+            warnings.warn(str(error), stacklevel=1)
         yield
 
 

@@ -14,9 +14,9 @@ from emulated import build_cpu
 from helpers import decaying_spectrum, matrix_with_spectrum, product_error
 from test_native import C_TYPES
 
-from s2d_kernels import _native_cpu, ops, topk_svd
+from s2d_kernels import _native_cpu, cpu_svd, ops, topk_svd
 from s2d_kernels._native import NativeLibraryError
-from s2d_kernels.svd import NON_FINITE, OVERFLOW, TopkSVD
+from s2d_kernels.svd import CONVERGED, NON_FINITE, NOT_CONVERGED, OVERFLOW, TopkSVD
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -104,6 +104,71 @@ def test_address_sanitizer(tmp_path: Path) -> None:
     ]
     options = {"LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0"}
     assert_as_accurate_as_torch(*run(tmp_path, S2D_CPU_LIBRARY=str(library), **options)[:2])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_matter(dtype: torch.dtype) -> None:
+    weight = torch.randn(60, 50)
+    plain = topk_svd([weight], k=2, impl="cpu")[0]
+    torch.set_default_dtype(dtype)
+    try:
+        other = topk_svd([weight], k=2, impl="cpu")[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert other.S.dtype == torch.float32
+    assert all(torch.equal(x, y) for x, y in zip(plain.basis, other.basis, strict=True))
+
+
+@pytest.mark.parametrize("impl", ["cpu", "torch"])
+@pytest.mark.parametrize(("d", "rank", "k"), [(96, 24, 3), (128, 8, 3), (120, 20, 16), (300, 4, 8)])
+def test_rank_deficient_matrices_converge(impl: str, d: int, rank: int, k: int) -> None:
+    """The null space of Y Y^T is rounding, which no rotation makes small beside itself."""
+    weight = torch.randn(d + 10, rank) @ torch.randn(rank, d)
+    got = topk_svd([weight], k=k, impl=impl)[0]
+    assert got.status == CONVERGED
+    torch.testing.assert_close(got.S[:rank].double(), torch.linalg.svdvals(weight.double())[: min(k, rank)])
+
+
+@pytest.mark.parametrize("impl", ["cpu", "torch"])
+def test_at_the_edge_of_the_range_nothing_overflows(impl: str) -> None:
+    """2^126 times a row of Q, times a row of A: only half of the scale may come before the product."""
+    column = torch.zeros(400, 401)
+    column[:, 0] = 1e-38
+    cold = topk_svd([column], k=4, impl=impl)[0]
+    for got in (cold, topk_svd([column], k=4, warm=[cold], seed=1, impl=impl)[0]):
+        assert got.S[0].item() == pytest.approx(2e-37, rel=1e-5)
+        assert all(tensor.isfinite().all() for tensor in (*got.basis, got.missed))
+
+
+def test_half_precision_where_subnormal_numbers_are_flushed() -> None:
+    weight = (torch.randn(80, 60) * 1e-6).half()
+    plain = topk_svd([weight], k=2, impl="cpu")[0]
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush subnormal numbers")
+    try:
+        flushed = topk_svd([weight], k=2, impl="cpu")[0]
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(plain.S, flushed.S)
+
+
+def test_a_start_without_a_direction_does_not_converge() -> None:
+    outputs = torch.ops.s2d.topk_svd([torch.randn(40, 50)], [torch.zeros(4, 40)], [2], [3], "cpu")
+    assert outputs[5] == NOT_CONVERGED
+
+
+def test_large_matrices_go_to_all_threads_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(40, 30)
+    args = ([weight], [torch.randn(4, 30)], [2], [3])
+    assert ops.choose("topk_svd", None, CPU, args) == "cpu"
+    monkeypatch.setattr(cpu_svd, "MAX_ELEMENTS", 1000)
+    assert ops.choose("topk_svd", None, CPU, args) == "torch"
+
+
+@pytest.mark.parametrize(("given", "refused"), [("", False), ("AVX2", True), ("avx2", False)])
+def test_the_capability_must_be_known(given: str, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("S2D_CPU_CAPABILITY", given)
+    assert (ops.problem_of("cpu", CPU) is not None) == refused
 
 
 def test_bits_depend_neither_on_threads_nor_on_neighbours() -> None:

@@ -17,7 +17,8 @@ from s2d_kernels._native import ROOT, NativeLibraryError, SvdLayer, open_library
 
 ABI_VERSION = 1
 MAX_THREADS = 256
-BUILD_HINT = "build it with `make cpu`, or `pip install -e .` where CMake and GCC >= 12 or Clang are found"
+CAPABILITIES = ("baseline", "avx2", "avx512")
+BUILD_HINT = "build it with `make cpu`, or `pip install -e .` where CMake and GCC >= 11 or Clang are found"
 
 _TABLE = [POINTER(SvdLayer), c_int32, c_int32]
 # name -> (result type, argument types); a test compares it with the header
@@ -55,6 +56,9 @@ def load() -> ctypes.CDLL:
 
 def problem() -> str | None:
     """Why the library cannot be used, or None."""
+    wanted = os.environ.get("S2D_CPU_CAPABILITY", "")
+    if wanted not in ("", *CAPABILITIES):
+        return f"S2D_CPU_CAPABILITY={wanted!r} is none of {CAPABILITIES}"
     try:
         load()
     except NativeLibraryError as error:

@@ -10,7 +10,8 @@ from s2d_kernels._native import DTYPES, SvdLayer
 from s2d_kernels.svd import FAILURE_PROBABILITY, TOLERANCE
 
 _DTYPES = {getattr(torch, name): code for name, code in DTYPES.items()}
-# A matrix is one thread's work: one so large that a machine's other threads would idle goes to impl="torch".
+# A matrix is one thread's work, so that its bits do not depend on what else is in the call. Larger ones go to
+# impl="torch", which takes all threads for each.
 MAX_ELEMENTS = 1 << 26
 
 
@@ -48,8 +49,8 @@ def _topk_svd_cpu(weights: list[Tensor], starts: list[Tensor], ks: list[int], re
             raise ValueError(f"weights[{index}] is on {weight.device}, its start on {start.device}: expected the CPU")
         start = start.contiguous()
         kept.append(start)
-        outputs = [torch.empty(shape) for shape in ((m, b), (b,), (b, n), (b,), ())]
-        outputs.append(torch.empty((), dtype=torch.int32))
+        outputs = [torch.empty(shape, dtype=torch.float32, device="cpu") for shape in ((m, b), (b,), (b, n), (b,), ())]
+        outputs.append(torch.empty((), dtype=torch.int32, device="cpu"))
         flat += outputs
         layers.append(
             SvdLayer(
@@ -63,7 +64,7 @@ def _topk_svd_cpu(weights: list[Tensor], starts: list[Tensor], ks: list[int], re
                 dtype=_DTYPES[weight.dtype],
                 width=b,
                 k=k,
-                reads=passes,
+                reads=min(passes, d),  # from d / b on, one pass is exact
             )
         )
     run = _native_cpu.SvdRun(layers, torch.get_num_threads())

@@ -138,17 +138,20 @@ class _Bucket:
         # the exponents of which both 2^e and 2^-e are normal numbers
         bound = 1022 if dtype == torch.float64 else 126
         self.exponent = _exponent(torch.where(self.finite, self.largest, 1.0)).clamp(-bound, bound)
-        # a power of two: A * scale is exact, |A * scale| < 1
-        self.scale = torch.ldexp(torch.ones_like(self.largest), -self.exponent)
+        # Powers of two, exact: |A * before * after| < 1. One before each product and one after it, so that nothing
+        # leaves the range of the dtype.
+        half = self.exponent.div(2, rounding_mode="trunc")
+        one = torch.ones_like(self.largest)
+        self.scales = torch.ldexp(one, -half), torch.ldexp(one, half - self.exponent)
         if self.dense:
             self.K.append(torch.eye(d, dtype=dtype, device=self.start.device).expand(self.A.shape[0], d, d))
         else:
             self.K.append(self._orthonormalize(self.start, None, 0))
 
     def product(self, step: int) -> None:
-        scale, keep = self.scale.view(-1, 1, 1), self.finite.view(-1, 1, 1)
-        Y = _bmm(self.K[step] * scale, self.A.mT)
-        Z = _bmm(Y * scale, self.A)
+        before, after, keep = (t.view(-1, 1, 1) for t in (*self.scales, self.finite))
+        Y = _bmm(self.K[step] * before, self.A.mT) * after
+        Z = _bmm(Y * before, self.A) * after
         # on a GPU unconditionally: asking would wait for it
         if self.A.device.type != "cpu" or not bool(self.finite.all()):
             Y, Z = torch.where(keep, Y, 0.0), torch.where(keep, Z, 0.0)

@@ -153,6 +153,8 @@ def implemented(op: str, impl: str) -> bool:
 def usable(device: torch.device) -> list[str]:
     """The implementations other than the reference that take tensors on `device` here."""
     found = ["torch"]
+    if ops.problem_of("cpu", device) is None:
+        found.append("cpu")
     for impl, on_cpu in (("triton", triton_kernels.common.interpreted), ("cuda", _native.emulated)):
         if ops.problem_of(impl, device) is None and (device.type != "cpu" or on_cpu()):
             found.append(impl)

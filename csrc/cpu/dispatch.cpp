@@ -11,13 +11,13 @@ namespace {
 const Kernels& choose() {
 #ifdef S2D_CPU_X86
   const char* wanted = getenv("S2D_CPU_CAPABILITY");
-  const auto allowed = [wanted](const char* name) { return wanted == nullptr || strcmp(wanted, name) == 0; };
+  const auto allowed = [wanted](const char* name) { return wanted == nullptr || *wanted == 0 || strcmp(wanted, name) == 0; };
   __builtin_cpu_init();
   if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
     return kernels_avx512;
   if ((allowed("avx2") || allowed("avx512")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("bmi2"))
+      __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2"))
     return kernels_avx2;
 #endif
   return kernels_baseline;

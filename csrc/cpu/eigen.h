@@ -68,8 +68,9 @@ bool diagonalize(double* diagonal, double* beside, int64_t n, double* rows) {
   bool converged = true;
   double norm = 0;
   for (int64_t i = 0; i < n; ++i) norm = fmax(norm, fabs(diagonal[i]));
-  // Far below the rounding of the matrix: what is smaller must not keep the iteration going.
-  const double negligible = DBL_EPSILON * DBL_EPSILON * norm;
+  // The matrix itself is known no better. Where it is singular, its smallest entries are rounding that would never
+  // become small beside their neighbours.
+  const double negligible = DBL_EPSILON * norm;
   for (int64_t l = 0; l < n; ++l) {
     for (int step = 0;; ++step) {
       int64_t m = l;

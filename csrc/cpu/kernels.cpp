@@ -2,6 +2,9 @@
 // Everything but the table has internal linkage: the linker must not take one set's code for another's.
 #include "kernels.h"
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 #include <float.h>
 #include <math.h>
 #include <string.h>
@@ -38,25 +41,42 @@ inline void store(double* p, dvec v) { *reinterpret_cast<dvec*>(p) = v; }
 inline void store_quad(float* p, quad v) { *reinterpret_cast<quad*>(p) = v; }
 
 // The vector's halves added until four numbers are left.
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+#define S2D_SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
 inline quad narrow(vec v) {
 #if defined(__AVX512F__)
   typedef float oct __attribute__((vector_size(32)));
-  const oct h = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-                __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-  return __builtin_shufflevector(h, h, 0, 1, 2, 3) + __builtin_shufflevector(h, h, 4, 5, 6, 7);
+  const oct h = S2D_SHUFFLE(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + S2D_SHUFFLE(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  return S2D_SHUFFLE(h, h, 0, 1, 2, 3) + S2D_SHUFFLE(h, h, 4, 5, 6, 7);
 #elif defined(__AVX__)
-  return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+  return S2D_SHUFFLE(v, v, 0, 1, 2, 3) + S2D_SHUFFLE(v, v, 4, 5, 6, 7);
 #else
   return v;
 #endif
 }
+#else  // GCC 11
+typedef int32_t places __attribute__((vector_size(16)));
+#define S2D_SHUFFLE(x, y, ...) __builtin_shuffle(x, y, places{__VA_ARGS__})
+inline quad narrow(vec v) {
+#if defined(__AVX512F__)
+  const __m512 all = reinterpret_cast<__m512>(v);
+  const __m256 h = _mm512_castps512_ps256(all) + _mm512_extractf32x8_ps(all, 1);
+  return reinterpret_cast<quad>(_mm256_castps256_ps128(h) + _mm256_extractf128_ps(h, 1));
+#elif defined(__AVX__)
+  const __m256 h = reinterpret_cast<__m256>(v);
+  return reinterpret_cast<quad>(_mm256_castps256_ps128(h) + _mm256_extractf128_ps(h, 1));
+#else
+  return v;
+#endif
+}
+#endif
 
 // The sums of four vectors, as one.
 inline quad sums(const vec* v) {
   const quad a = narrow(v[0]), b = narrow(v[1]), c = narrow(v[2]), d = narrow(v[3]);
-  const quad ab = __builtin_shufflevector(a, b, 0, 4, 2, 6) + __builtin_shufflevector(a, b, 1, 5, 3, 7);
-  const quad cd = __builtin_shufflevector(c, d, 0, 4, 2, 6) + __builtin_shufflevector(c, d, 1, 5, 3, 7);
-  return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+  const quad ab = S2D_SHUFFLE(a, b, 0, 4, 2, 6) + S2D_SHUFFLE(a, b, 1, 5, 3, 7);
+  const quad cd = S2D_SHUFFLE(c, d, 0, 4, 2, 6) + S2D_SHUFFLE(c, d, 1, 5, 3, 7);
+  return S2D_SHUFFLE(ab, cd, 0, 1, 4, 5) + S2D_SHUFFLE(ab, cd, 2, 3, 6, 7);
 }
 
 // R rows of A against G rows of Q.
@@ -225,14 +245,15 @@ inline float as_float(uint32_t bits) {
   return value;
 }
 
-// IEEE half to single; the exponent is moved by a product, which is exact for subnormal numbers too.
+// IEEE half to single. Subnormal halves are normal singles, made without subnormal singles: those may be flushed.
 inline float from_half(uint16_t half) {
   const uint32_t magnitude = half & 0x7fffu, sign = (half & 0x8000u) << 16;
-  const uint32_t special = (magnitude << 13) | 0x7f800000u;  // infinity and NaN
-  const float scaled = as_float(magnitude << 13) * 0x1p112f;
+  const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
   uint32_t bits;
-  memcpy(&bits, &scaled, sizeof bits);
-  return as_float((magnitude >= 0x7c00u ? special : bits) | sign);
+  memcpy(&bits, &subnormal, sizeof bits);
+  if (magnitude >= 0x400u) bits = (magnitude << 13) + (112u << 23);
+  if (magnitude >= 0x7c00u) bits = (magnitude << 13) | 0x7f800000u;  // infinity and NaN
+  return as_float(bits | sign);
 }
 
 template <typename T, typename Convert>

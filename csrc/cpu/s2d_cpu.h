@@ -1,7 +1,7 @@
 /* C ABI of libs2d_cpu.so: the kernels of the CPU, in C++ without CUDA, torch or Python.
  *
- * Structures, dtypes and status codes are those of s2d.h; its rule that nothing is allocated holds too. Calls return
- * when the work is done. `threads` is how many threads work, the caller's among them; results do not depend on it.
+ * Structures, dtypes and status codes are those of s2d.h; what a call needs beside its threads is in the workspace.
+ * Calls return when the work is done. `threads` is how many threads work, the caller's among them; results do not depend on it.
  */
 #ifndef S2D_CPU_H_
 #define S2D_CPU_H_
@@ -18,7 +18,7 @@ extern "C" {
 int s2d_cpu_abi_version(void);
 
 /* The instruction set whose kernels run on this machine: "avx512", "avx2" or "baseline". The environment variable
- * S2D_CPU_CAPABILITY chooses a lesser one. */
+ * S2D_CPU_CAPABILITY chooses a lesser one. Sums are in another order in each. */
 const char* s2d_cpu_capability(void);
 
 /* The algorithm of s2d_kernels/svd.py, one matrix per thread from the first read to the last, so that a matrix is read

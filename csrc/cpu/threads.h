@@ -5,7 +5,6 @@
 #include <stdint.h>
 
 #include <atomic>
-#include <system_error>
 #include <thread>
 
 namespace s2d_cpu {
@@ -23,8 +22,8 @@ void share_out(int32_t count, int32_t threads, const Work& work) {
   int32_t started = 0;
   try {
     for (; started + 1 < threads && started + 1 < count; ++started) others[started] = std::thread(labour, started + 1);
-  } catch (const std::system_error&) {
-    // The system gives no more threads: fewer do the same work.
+  } catch (...) {
+    // The system gives no more threads, or no memory for them: fewer do the same work.
   }
   labour(0);
   for (int32_t i = 0; i < started; ++i) others[i].join();

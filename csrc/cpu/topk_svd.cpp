@@ -8,6 +8,11 @@
 #include <string.h>
 
 #include <algorithm>
+#include <cmath>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include "kernels.h"
 #include "s2d_cpu.h"
@@ -25,7 +30,7 @@ int64_t rounded_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / mu
 
 struct State {
   int32_t exponent;  // |A| 2^-exponent < 1
-  int32_t finite;
+  bool finite, zero;
 };
 
 // What the sizes of a layer determine.
@@ -73,6 +78,17 @@ bool valid(const s2d_svd_layer& layer) {
          layer.k <= layer.width && layer.reads > 0;
 }
 
+#ifdef __SANITIZE_ADDRESS__
+constexpr int64_t kGap = 256;  // between two arrays, where an overrun shows
+void forbid(char* start, int64_t bytes, int64_t gap) {
+  ASAN_UNPOISON_MEMORY_REGION(start, bytes);
+  ASAN_POISON_MEMORY_REGION(start + bytes, gap);
+}
+#else
+constexpr int64_t kGap = 0;
+void forbid(char*, int64_t, int64_t) {}
+#endif
+
 // Takes arrays from a piece of memory, or with a null one counts their bytes.
 class Carver {
  public:
@@ -80,7 +96,9 @@ class Carver {
   template <typename T>
   T* take(int64_t count) {
     char* const start = base_ ? base_ + used_ : nullptr;
-    used_ += rounded_up(count * static_cast<int64_t>(sizeof(T)), 256);
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(T)), taken = rounded_up(bytes, 256) + kGap;
+    if (start) forbid(start, bytes, taken - bytes);
+    used_ += taken;
     return reinterpret_cast<T*>(start);
   }
   int64_t used() const { return used_; }
@@ -149,14 +167,17 @@ State find_scale(const Problem& problem) {
   }
   State state;
   state.finite = bits < 0x7f800000u;
+  state.zero = bits == 0;
   // The exponents of which both 2^e and 2^-e are normal numbers.
   state.exponent = state.finite ? std::clamp(static_cast<int32_t>(bits >> 23) - 126, -126, 126) : 0;
   return state;
 }
 
-// scratch.block Q -> `Y` [block, LD] and scratch.next Z. Q is scaled on the way.
-void product(const Problem& p, const Scratch& scratch, float scale, float* Y) {
+// scratch.block Q -> `Y` [block, LD] and scratch.next Z of A 2^-exponent. Q is scaled on the way. One half of the scale
+// goes before each product and one after it, so that nothing leaves the range of fp32.
+void product(const Problem& p, const Scratch& scratch, int32_t exponent, float* Y) {
   const Kernels& k = kernels();
+  const float scale = ldexpf(1.0f, -exponent / 2), rest = ldexpf(1.0f, -exponent + exponent / 2);
   const int64_t width = p.width;
   float* const part = scratch.panel_packed;
   for (int64_t i = 0; i < width * p.ld; ++i) scratch.block[i] *= scale;
@@ -176,10 +197,11 @@ void product(const Problem& p, const Scratch& scratch, float scale, float* Y) {
       }
       k.dot(A, lda, rows, p.ld, scratch.block, p.ld, width, part);  // [rows, width]
       for (int64_t c = 0; c < p.block; ++c)
-        for (int64_t r = 0; r < rows; ++r) Y[c * p.LD + first + r] = part[r * width + c];
-      for (int64_t i = 0; i < rows * width; ++i) part[i] *= scale;
+        for (int64_t r = 0; r < rows; ++r) Y[c * p.LD + first + r] = part[r * width + c] * rest;
+      for (int64_t i = 0; i < rows * width; ++i) part[i] = part[i] * rest * scale;
       k.accumulate(A, lda, rows, p.ld, part, width, scratch.next, p.ld);
     }
+    for (int64_t i = 0; i < width * p.ld; ++i) scratch.next[i] *= rest;
     return;
   }
   for (int64_t i = 0; i < p.d; ++i)
@@ -199,13 +221,14 @@ void product(const Problem& p, const Scratch& scratch, float scale, float* Y) {
     }
     memset(part, 0, width * padded * sizeof(float));  // [width, padded]
     k.accumulate(A, lda, p.d, padded, scratch.packed, width, part, padded);
+    for (int64_t i = 0; i < width * padded; ++i) part[i] *= rest;
     for (int64_t c = 0; c < p.block; ++c) memcpy(Y + c * p.LD + first, part + c * padded, columns * sizeof(float));
     for (int64_t i = 0; i < width * padded; ++i) part[i] *= scale;
     k.dot(A, lda, p.d, padded, part, padded, width, scratch.part_packed);
     for (int64_t i = 0; i < p.d * width; ++i) scratch.sums_packed[i] += scratch.part_packed[i];
   }
   for (int64_t i = 0; i < p.d; ++i)
-    for (int64_t c = 0; c < p.block; ++c) scratch.next[c * p.ld + i] = scratch.sums_packed[i * width + c];
+    for (int64_t c = 0; c < p.block; ++c) scratch.next[c * p.ld + i] = scratch.sums_packed[i * width + c] * rest;
 }
 
 void scale_row(float* row, int64_t count, float factor) {
@@ -276,7 +299,7 @@ void orthonormalize(const Problem& p, const Scratch& scratch, int64_t taken) {
 }
 
 // All blocks of Q, Y and Z in K, Y and Z, and H = Y Y^T.
-void krylov(const Problem& p, const Scratch& scratch, float scale) {
+void krylov(const Problem& p, const Scratch& scratch, int32_t exponent) {
   memset(scratch.block, 0, p.width * p.ld * sizeof(float));
   if (p.dense) {
     for (int64_t c = 0; c < p.d; ++c) scratch.block[c * p.ld + c] = 1;
@@ -289,7 +312,7 @@ void krylov(const Problem& p, const Scratch& scratch, float scale) {
   const int64_t size = p.block * p.ld;
   for (int64_t step = 0; step < p.blocks; ++step) {
     memcpy(scratch.K + step * size, scratch.block, size * sizeof(float));
-    product(p, scratch, scale, scratch.Y + step * p.block * p.LD);
+    product(p, scratch, exponent, scratch.Y + step * p.block * p.LD);
     memcpy(scratch.Z + step * size, scratch.next, size * sizeof(float));
     if (step + 1 == p.blocks) break;
     memcpy(scratch.block, scratch.next, size * sizeof(float));
@@ -355,11 +378,15 @@ void write_nothing(const s2d_svd_layer& layer, int32_t status) {
 }
 
 // The outputs from the blocks and H.
-void ritz(const Problem& p, const Scratch& scratch, int32_t exponent, float tolerance, double failure_probability) {
+void ritz(const Problem& p, const Scratch& scratch, const State& state, float tolerance, double failure_probability) {
   const Kernels& kernel = kernels();
   const s2d_svd_layer& layer = p.layer;
   const int64_t n = p.total, b = layer.width;
+  const int32_t exponent = state.exponent;
   const bool found = kernel.eigen(scratch.H, n, scratch.values, scratch.vectors, scratch.work);
+  // Only a weight that changes while it is read, or a start that is not finite, gets here.
+  if (!std::all_of(scratch.values, scratch.values + n, [](double x) { return std::isfinite(x); }))
+    return write_nothing(layer, kNonFinite);
   for (int64_t i = 0; i < n; ++i) scratch.order[i] = i;
   std::sort(scratch.order, scratch.order + n, [&scratch](int64_t i, int64_t j) {
     return scratch.values[i] != scratch.values[j] ? scratch.values[i] > scratch.values[j] : i < j;
@@ -408,7 +435,8 @@ void ritz(const Problem& p, const Scratch& scratch, int32_t exponent, float tole
     layer.S[c] = static_cast<float>(ldexp(s, exponent));
     layer.residual[c] = static_cast<float>(ldexp(residual, exponent));
   }
-  *layer.status = found && criterion <= tolerance * value(0) * value(0) ? kConverged : kNotConverged;
+  const bool something = state.zero || value(0) > 0;  // not so if the start holds no direction
+  *layer.status = found && something && criterion <= tolerance * value(0) * value(0) ? kConverged : kNotConverged;
   const double missed = missed_bound(p, scratch, failure_probability);
   *layer.missed = static_cast<float>(ldexp(missed, exponent));
 }
@@ -416,8 +444,8 @@ void ritz(const Problem& p, const Scratch& scratch, int32_t exponent, float tole
 void solve(const Problem& p, const Scratch& scratch, float tolerance, double failure_probability) {
   const State state = find_scale(p);
   if (!state.finite) return write_nothing(p.layer, kNonFinite);
-  krylov(p, scratch, ldexpf(1.0f, -state.exponent));
-  ritz(p, scratch, state.exponent, tolerance, failure_probability);
+  krylov(p, scratch, state.exponent);
+  ritz(p, scratch, state, tolerance, failure_probability);
 }
 
 bool valid(const s2d_svd_layer* layers, int32_t count, int32_t threads) {
