@@ -108,6 +108,7 @@ class SpectralAdamW(AdamW):
         self._penalties: list[Penalty] = []
         self._decoupled = False
         self._tables: dict[tuple[torch.device, torch.dtype], tuple[Any, Any]] = {}
+        self._rates: dict[torch.device, Tensor] = {}
         self.regularizer: S2D | None = None
         if regularizer is not None:
             regularizer._fuse(self)
@@ -117,7 +118,7 @@ class SpectralAdamW(AdamW):
         super().__setstate__(state)
         for name, value in (
             *(("impl", None), ("_penalties", []), ("_decoupled", False)),
-            *(("regularizer", None), ("_tables", {})),
+            *(("regularizer", None), ("_tables", {}), ("_rates", {})),
         ):
             self.__dict__.setdefault(name, value)
         for group in self.param_groups:
@@ -233,9 +234,7 @@ class SpectralAdamW(AdamW):
         for counts in steps.values():
             torch._foreach_add_(counts, 1)
         for (device, dtype), some in entries.items():
-            lrs = None
-            if any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in rates):
-                lrs = torch.stack([torch.as_tensor(lr, dtype=torch.float32).to(device).reshape(()) for lr in rates])
+            lrs = self._rates_on(device, rates)
             scalars = [_on(device, scalar) for scalar in (clip_coef, grad_scale, found_inf)]
             rest = (numbers, lrs, *scalars, decoupled, clip_penalty)
             self._update_alike(device, dtype, some, penalties, copied, rest)
@@ -244,6 +243,20 @@ class SpectralAdamW(AdamW):
                 torch._foreach_sub_(counts, [found_inf.to(device, torch.float32).reshape(())] * len(counts))
         for target, copy in copied:
             target.copy_(copy.reshape(target.shape))
+
+    def _rates_on(self, device: torch.device, rates: list[float | Tensor]) -> Tensor | None:
+        """Learning rates `[groups]` on the device where one is a tensor there; at one address, for CUDA graphs."""
+        if not any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in rates):
+            return None
+        kept = self._rates.get(device)
+        if kept is None or len(kept) != len(rates):
+            kept = self._rates[device] = torch.empty(len(rates), dtype=torch.float32, device=device)
+        for place, lr in zip(kept, rates, strict=True):
+            if isinstance(lr, Tensor):
+                place.copy_(lr.reshape(()), non_blocking=True)
+            else:
+                place.fill_(lr)
+        return kept
 
     def _update_alike(
         self,

@@ -191,4 +191,23 @@ def variants() -> list[Variant]:
                 flops=2 * tokens * neurons,
             )
         )
+        found.append(
+            Variant(
+                name=f"capture_keep<{name}>",
+                kernel=_keep,
+                signature={
+                    "value": "*fp32", "place": "*i64", "row": "*fp32", "x": pointer, "enabled": "*u8",
+                    "values": "*fp32", "indices": "*i64", **dict.fromkeys(("count", "neurons", "features"), "i32"),
+                    "x_row": "i32", "x_col": "constexpr", **dict.fromkeys((*common, "PARTIALS"), "constexpr"),
+                },
+                constants=common | {"PARTIALS": PARTIALS, "x_col": 1},
+                attributes={(place,): [["tt.divisibility", 16]] for place in (1, 2, 3, 5, 6, 9, 10)},
+                warps=WARPS,
+                stages=1,
+                instructions={},
+                shape=f"{-(-tokens // ROWS) * -(-neurons // COLS)} tiles, x [{tokens}, 768]",
+                bytes=12 * -(-tokens // ROWS) * -(-neurons // COLS) + (4 + dtype.itemsize) * 768,
+                flops=0,
+            )
+        )  # fmt: skip
     return found
