@@ -61,7 +61,7 @@ def penalty_errors(tensors: PenaltyTensors) -> list[float]:
 
 
 def _candidates(device: torch.device) -> tuple[str, ...]:
-    return ("cuda", "triton", "torch") if device.type == "cuda" else ("torch",)
+    return ("cuda", "triton", "torch") if device.type == "cuda" else ("cpu", "torch")
 
 
 def _problem(impl: str, device: torch.device) -> str | None:

@@ -14,12 +14,13 @@ from emulated import build_cpu
 from helpers import decaying_spectrum, matrix_with_spectrum, product_error
 from test_native import C_TYPES
 
-from s2d_kernels import _native_cpu, cpu_svd, ops, topk_svd
+from s2d_kernels import _native, _native_cpu, add_penalty_grad_, cpu_svd, ops, topk_svd
 from s2d_kernels._native import NativeLibraryError
 from s2d_kernels.svd import CONVERGED, NON_FINITE, NOT_CONVERGED, OVERFLOW, TopkSVD
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
+EPS = torch.finfo(torch.float32).eps
 
 
 def test_every_function_of_the_header_has_its_argument_types() -> None:
@@ -104,6 +105,43 @@ def test_address_sanitizer(tmp_path: Path) -> None:
     ]
     options = {"LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0"}
     assert_as_accurate_as_torch(*run(tmp_path, S2D_CPU_LIBRARY=str(library), **options)[:2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_penalty_is_rounded_once(dtype: torch.dtype) -> None:
+    """Every rank in its own loop, rows that share no alignment, subnormal numbers, infinity and NaN."""
+    zero = torch.zeros(())
+    for rank, columns in ((1, 64), (2, 63), (3, 200), (4, 17), (7, 50)):
+        U, S, Vh = torch.randn(33, rank), torch.rand(rank), torch.randn(rank, columns)
+        factor = TopkSVD(U, S, Vh, torch.zeros(rank), zero, zero.int(), None)
+        for scale in (1.0, 1e-6, 1e-39):
+            storage = (torch.randn(66, columns + 3) * scale).to(dtype)
+            storage[4, 4], storage[6, 5] = float("inf"), float("nan")
+            grad, kept = storage[::2, 3:], storage.clone()
+            exact = grad.double() + (U.double() * (S * scale).double()) @ Vh.double()
+            add_penalty_grad_([grad], [factor], coefficients=[S * scale], impl="cpu")
+            rounded = exact.float().to(dtype)
+            good = rounded.isfinite()
+            # fp32 sums of `rank` products in another order than the exact one, in steps of 2^-149 at the least
+            spacing = torch.finfo(dtype).eps * exact.abs() + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+            limit = 0.51 * spacing + 8 * rank * (EPS * scale + 2**-149)
+            assert ((grad.double() - exact).abs() <= limit)[good].all()
+            assert torch.equal(grad.isfinite(), good)
+            grad.copy_(kept[::2, 3:])
+            assert torch.equal(storage.nan_to_num(), kept.nan_to_num())  # nothing outside the view was written
+
+
+def test_the_penalty_given_bad_layers() -> None:
+    U, Vh, c = torch.randn(9, 2), torch.randn(2, 5), torch.ones(2)
+    with pytest.raises(TypeError, match=r"grads\[0\] has dtype torch.float64: the kernels take"):
+        torch.ops.s2d.add_penalty_grad_([torch.zeros(9, 5).double()], [U], [Vh], [c], None, "cpu")
+    with pytest.raises(ValueError, match="need contiguous columns"):
+        torch.ops.s2d.add_penalty_grad_([torch.zeros(5, 9).T], [U], [Vh], [c], None, "cpu")
+    assert ops.choose("add_penalty_grad_", None, CPU, ([torch.zeros(9, 5)], [U], [Vh], [c], None)) == "cpu"
+    assert ops.choose("add_penalty_grad_", None, CPU, ([torch.zeros(5, 9).T], [U], [Vh], [c], None)) == "torch"
+    layer = _native.PenaltyLayer(rows=3, cols=3, rank=1, grad_stride=3)
+    with pytest.raises(NativeLibraryError, match="status 1"):
+        _native_cpu.add_penalty_grad([layer], 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -104,7 +104,7 @@ RUNS: dict[str, Callable[[str, torch.device], None]] = {
 }
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("impl", ["torch", "reference", "cpu"])
 @pytest.mark.parametrize("name", list(RUNS))
 def test_torch(name: str, impl: str, device: torch.device) -> None:
     RUNS[name](impl, device)

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from s2d_kernels._native import ROOT, NativeLibraryError, SvdLayer, open_library
+from s2d_kernels._native import ROOT, NativeLibraryError, PenaltyLayer, SvdLayer, open_library
 
 ABI_VERSION = 1
 MAX_THREADS = 256
@@ -26,6 +26,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "s2d_cpu_abi_version": (c_int, []),
     "s2d_cpu_capability": (c_char_p, []),
     "s2d_cpu_topk_svd_workspace": (c_size_t, _TABLE),
+    "s2d_cpu_add_penalty_grad": (c_int, [POINTER(PenaltyLayer), c_int32, c_int32]),
     "s2d_cpu_topk_svd": (c_int, [*_TABLE, c_float, c_double, c_void_p, c_size_t]),
 }
 
@@ -69,6 +70,14 @@ def problem() -> str | None:
 def capability() -> str:
     """The instruction set whose kernels run here: "avx512", "avx2" or "baseline"."""
     return str(load().s2d_cpu_capability().decode())
+
+
+def add_penalty_grad(layers: Sequence[PenaltyLayer], threads: int) -> None:
+    """grad += U diag(coefficients) Vh of all layers, whose gradients must not share elements."""
+    table = (PenaltyLayer * len(layers))(*layers)
+    status = load().s2d_cpu_add_penalty_grad(table, len(layers), max(1, min(threads, MAX_THREADS)))
+    if status:
+        raise NativeLibraryError(f"s2d_cpu_add_penalty_grad refused its arguments with status {status} (csrc/s2d.h)")
 
 
 class SvdRun:

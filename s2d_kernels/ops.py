@@ -163,7 +163,7 @@ def define(op: str, signature: str, fake: Callable[..., Any]) -> None:
         with exact_arithmetic(device):
             chosen = choose(op, impl, device, given[:count])
             result = _TABLE[op][chosen](*given[:count])
-        if chosen in ("triton", "cuda"):
+        if chosen in ("cpu", "triton", "cuda"):
             # What a kernel writes behind autograd's back must still invalidate what autograd saved.
             for place in mutated:
                 torch.autograd.graph.increment_version(given[place])

@@ -39,6 +39,11 @@ struct Kernels {
   void (*combine)(const double* R, int64_t ldr, int64_t width, const float* X, int64_t ldx, int64_t count, int64_t cols,
                   double* out, int64_t ldo);
 
+  // Rows of a gradient of an s2d_dtype, `stride` apart: G[r, j] += sum_i left[r, i] right[i, j] in fp32, rounded once to
+  // the dtype. A sum that is 0 or not finite changes no bit.
+  void (*add_low_rank)(void* G, int32_t dtype, int64_t stride, int64_t rows, int64_t cols, const float* left,
+                       const float* right, int64_t ldr, int64_t rank);
+
   // sum_t x[t] y[t], and y += factor x.
   float (*inner)(const float* x, const float* y, int64_t count);
   void (*add)(float factor, const float* x, int64_t count, float* y);

@@ -28,6 +28,9 @@ size_t s2d_cpu_topk_svd_workspace(const s2d_svd_layer* layers, int32_t count, in
 int s2d_cpu_topk_svd(const s2d_svd_layer* layers, int32_t count, int32_t threads, float tolerance,
                      double failure_probability, void* workspace, size_t workspace_bytes);
 
+/* As s2d_add_penalty_grad, with `device_rank` in host memory. Layers may not share elements of their gradients. */
+int s2d_cpu_add_penalty_grad(const s2d_penalty_layer* layers, int32_t count, int32_t threads);
+
 #pragma GCC visibility pop
 #ifdef __cplusplus
 }
