@@ -102,7 +102,7 @@ def validate(
 
     failed = compared = count = 0
     try:
-        chosen = validation.usable(torch.device(device)) if impl == "all" else [impl]
+        chosen = validation.usable(torch.device(device), op) if impl == "all" else [impl]
         for one in chosen:
             checks = validation.validate(op=op, impl=one, device=device, seed=seed)
             shown = checks if details else validation.summarize(checks)

@@ -150,15 +150,15 @@ def implemented(op: str, impl: str) -> bool:
     return all(impl in ops.available(name) for name in _OPERATIONS[op])
 
 
-def usable(device: torch.device) -> list[str]:
-    """The implementations other than the reference that take tensors on `device` here."""
+def usable(device: torch.device, op: str | None = None) -> list[str]:
+    """The implementations other than the reference that take tensors on `device` here, of `op` or of anything."""
     found = ["torch"]
     if ops.problem_of("cpu", device) is None:
         found.append("cpu")
     for impl, on_cpu in (("triton", triton_kernels.common.interpreted), ("cuda", _native.emulated)):
         if ops.problem_of(impl, device) is None and (device.type != "cpu" or on_cpu()):
             found.append(impl)
-    return found
+    return [impl for impl in found if op not in _OPERATIONS or implemented(op, impl)]
 
 
 def _check_linear(
