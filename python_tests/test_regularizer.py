@@ -1,4 +1,4 @@
-"""S2D in real training loops: schedule, laws of decay, resume, asynchrony, failures."""
+"""S2D in real training loops: schedule, laws of decay, failures, misuse."""
 
 from __future__ import annotations
 
@@ -7,70 +7,16 @@ import gc
 import io
 import logging
 import re
-import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from training import LR, MODES, batch, same_bits, spiked_model, train
 
-from s2d_kernels import S2D, reference, regularizer
+from s2d_kernels import S2D, reference, refresh
 from s2d_kernels.svd import topk_svd
-
-LR = 1e-2
-
-
-def spiked_model(*, bulk: float = 0.1, dtype: torch.dtype = torch.float32) -> tuple[nn.Sequential, Tensor]:
-    """Two linear layers with Gaussian elements of size `bulk`, the first with an inflated direction v of the inputs."""
-    generator = torch.Generator().manual_seed(1)
-    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
-    v = torch.randn(32, generator=generator)
-    v = v / v.norm()
-    u = torch.zeros(64)
-    u[:2] = 0.5**0.5
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * bulk)
-        model[0].weight += 20 * torch.outer(u, v)
-    return model.to(dtype), v.to(dtype)
-
-
-def batch(v: Tensor, step: int) -> Tensor:
-    generator = torch.Generator().manual_seed(step)
-    return torch.randn(16, 32, generator=generator).to(v.dtype) + 3 * v
-
-
-def train(
-    model: nn.Module,
-    reg: S2D,
-    optimizer: torch.optim.Optimizer,
-    v: Tensor,
-    steps: range,
-    *,
-    task: float = 1.0,
-    lr: float = LR,
-) -> None:
-    for step in steps:
-        x = batch(v, step)
-        loss = task * (model(x) - x).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        if reg.mode == "coupled":
-            reg.add_grad(lr=lr)
-            optimizer.step()
-        else:
-            optimizer.step()
-            reg.decay_(lr)
-
-
-def same_bits(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
-
-
-MODES = [("coupled", 5e-4), ("decoupled", 1.0)]
-
 
 # --- the law of decay ---------------------------------------------------------------------------------------------
 
@@ -150,105 +96,7 @@ def test_penalty_is_the_reference_of_the_decided_components(mode: str) -> None:
     reg.close()
 
 
-# --- schedule, resume, asynchrony ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("mode", "strength"), MODES)
-def test_resume_and_asynchrony_change_no_bit(mode: str, strength: float, tmp_path: Path) -> None:
-    """200 steps = 98 + save + load + 102 = 100 + ...; at 98 the refresh of step 96 is in flight."""
-
-    def run(save_at: int | None, asynchronous: bool = True, slow: bool = False) -> tuple[nn.Module, int]:
-        model, v = spiked_model()
-
-        def build(m: nn.Module) -> tuple[S2D, torch.optim.Optimizer]:
-            reg = S2D(m, mode=mode, strength=strength, interval=24, lead=3, asynchronous=asynchronous)
-            return reg, torch.optim.SGD(m.parameters(), lr=LR, momentum=0.9)
-
-        reg, optimizer = build(model)
-        if slow:  # every refresh waits until somebody waits for it
-            waited_for = threading.Event()
-            refresh, join = reg._refresh, reg._join_pending
-            reg._refresh = lambda *a: (waited_for.wait(60), waited_for.clear(), refresh(*a))[2]
-            reg._join_pending = lambda: (threading.Timer(0.02, waited_for.set).start(), join())[1]
-        if save_at is None:
-            train(model, reg, optimizer, v, range(200))
-        else:
-            train(model, reg, optimizer, v, range(save_at))
-            in_flight = reg._pending is not None
-            assert in_flight == (save_at in (98, 99))  # joined within step 99
-            stored = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "s2d": reg.state_dict()}
-            if in_flight:  # saving does not disturb the run that goes on
-                assert stored["s2d"]["pending_step"] == 96
-            torch.save(stored, tmp_path / "checkpoint.pt")
-            loaded = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-            reg.close()
-            model, _ = spiked_model()
-            reg, optimizer = build(model)
-            model.load_state_dict(loaded["model"])
-            optimizer.load_state_dict(loaded["optimizer"])
-            reg.load_state_dict(loaded["s2d"])
-            train(model, reg, optimizer, v, range(save_at, 200))
-        late = reg.late
-        reg.close()
-        return model, late
-
-    straight, _ = run(None)
-    for save_at in (98, 100, 96, 99):
-        assert same_bits(straight, run(save_at)[0]), save_at
-    synchronous, late = run(None, asynchronous=False)
-    assert late == 0
-    assert same_bits(straight, synchronous)
-    slow, late = run(None, slow=True)
-    assert late == 9  # the refreshes of steps 0, 24, ..., 192: each is waited for
-    assert same_bits(straight, slow)
-    other, v = spiked_model()
-    reg = S2D(other, mode=mode, strength=strength, interval=24, lead=4)
-    train(other, reg, torch.optim.SGD(other.parameters(), lr=LR, momentum=0.9), v, range(200))
-    assert not same_bits(straight, other)  # the comparison can fail: another lead gives other bits
-    reg.close()
-
-
-@pytest.mark.parametrize(("mode", "strength"), MODES)
-def test_resume_at_every_step_of_an_interval(mode: str, strength: float) -> None:
-    """Every step from before a refresh until after its arrival, with momentum, through a checkpoint in memory."""
-
-    def run(save_at: int | None) -> nn.Module:
-        model, v = spiked_model()
-        reg = S2D(model, mode=mode, strength=strength, interval=6, lead=3)
-        optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
-        if save_at is not None:
-            train(model, reg, optimizer, v, range(save_at))
-            file = io.BytesIO()
-            torch.save([model.state_dict(), optimizer.state_dict(), reg.state_dict()], file)
-            reg.close()
-            file.seek(0)
-            states = torch.load(file, weights_only=True)
-            model, _ = spiked_model()
-            reg = S2D(model, mode=mode, strength=strength, interval=6, lead=3)
-            optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
-            for target, state in zip((model, optimizer, reg), states, strict=True):
-                target.load_state_dict(state)
-        train(model, reg, optimizer, v, range(save_at or 0, 20))
-        reg.close()
-        return model
-
-    straight = run(None)
-    assert [save_at for save_at in range(14) if not same_bits(straight, run(save_at))] == []
-
-
-def test_saving_does_not_disturb_the_run_that_goes_on() -> None:
-    results = []
-    for save in (False, True):
-        model, v = spiked_model()
-        reg = S2D(model, mode="decoupled", strength=1.0, interval=24, lead=3)
-        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-        train(model, reg, optimizer, v, range(26))
-        if save:
-            reg.state_dict()
-        train(model, reg, optimizer, v, range(26, 60))
-        results.append(model)
-        reg.close()
-    assert same_bits(*results)
+# --- schedule ---------------------------------------------------------------------------------------------------
 
 
 def test_hooks_are_installed_on_refresh_steps_only() -> None:
@@ -259,34 +107,6 @@ def test_hooks_are_installed_on_refresh_steps_only() -> None:
         assert bool(model[0]._forward_hooks) == (step % 10 == 0)
         train(model, reg, optimizer, v, range(step, step + 1))
     reg.close()
-
-
-def test_state_keys_and_shapes_do_not_change_over_time() -> None:
-    model, v = spiked_model()
-    reg = S2D(model, interval=10, lead=3)
-    first = {k: t.shape for k, t in reg.state_dict().items()}
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    for step in range(15):
-        train(model, reg, optimizer, v, range(step, step + 1))
-        assert {k: t.shape for k, t in reg.state_dict().items()} == first
-    assert all(isinstance(t, Tensor) for t in reg.state_dict().values())
-    reg.close()
-
-
-def test_load_refuses_a_state_of_another_model_and_changes_nothing() -> None:
-    model, v = spiked_model()
-    reg = S2D(model, interval=10, lead=3)
-    train(model, reg, torch.optim.SGD(model.parameters(), lr=LR), v, range(12))
-    state = reg.state_dict()
-    other = S2D(nn.Sequential(nn.Linear(32, 64)), interval=10, lead=3)
-    with pytest.raises(ValueError, match=r"unexpected \['2.weight"):
-        other.load_state_dict(state)
-    with pytest.raises(ValueError, match="missing"):
-        reg.load_state_dict({})
-    with pytest.raises(ValueError, match=r"shape \(1,\), expected \(3,\)"):
-        reg.load_state_dict(state | {"0.weight.S": torch.zeros(1)})
-    assert reg.step == 12
-    assert all(torch.equal(a, b) for a, b in zip(state.values(), reg.state_dict().values(), strict=True))
 
 
 # --- failures -----------------------------------------------------------------------------------------------------
@@ -308,7 +128,7 @@ def test_an_exception_in_the_worker_surfaces_and_training_can_go_on(
 
     train(model, reg, optimizer, v, range(5, 10))
     with monkeypatch.context() as patch:
-        patch.setattr(regularizer, "topk_svd", fail)
+        patch.setattr(refresh, "topk_svd", fail)
         train(model, reg, optimizer, v, range(10, 11))
         while not reg._pending.done():
             time.sleep(0.001)
@@ -408,72 +228,6 @@ def test_tied_fused_and_convolutional_parameters_train() -> None:
         torch.testing.assert_close(difference, expected.view_as(difference), atol=1e-5, rtol=1e-3)
 
 
-# --- attach -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("mode", "strength"), MODES)
-def test_attach_equals_the_explicit_calls(mode: str, strength: float) -> None:
-    results = []
-    for attach in (False, True):
-        model, v = spiked_model()
-        reg = S2D(model, mode=mode, strength=strength, interval=10, lead=2)
-        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-        if attach:
-            reg.attach(optimizer)
-            for step in range(20):
-                x = batch(v, step)
-                optimizer.zero_grad()
-                (model(x) - x).square().mean().backward()
-                optimizer.step()
-            reg.detach()
-            optimizer.step()
-        else:
-            train(model, reg, optimizer, v, range(20))
-            optimizer.step()
-        assert reg.step == 20
-        results.append(model)
-        reg.close()
-    assert same_bits(*results)
-
-
-def test_attach_uses_each_groups_learning_rate() -> None:
-    model, v = spiked_model()
-    reg = S2D(model, mode="decoupled", strength=1.0, interval=10, lead=0, threshold=1e-6)
-    optimizer = torch.optim.SGD(
-        [{"params": model[0].parameters(), "lr": 0.0}, {"params": model[2].parameters()}], lr=LR
-    )
-    reg.attach(optimizer)
-    before = [model[0].weight.detach().clone(), model[2].weight.detach().clone()]
-    (0 * model(batch(v, 0))).sum().backward()
-    optimizer.step()
-    assert torch.equal(model[0].weight, before[0])
-    expected = reference.decoupled_update(before[1].double(), lr=LR, rank=1, strength=1.0, power=2.0)
-    torch.testing.assert_close(model[2].weight.detach(), expected.float(), atol=1e-6, rtol=1e-5)
-
-
-def test_attach_refuses_what_it_cannot_do(caplog: pytest.LogCaptureFixture) -> None:
-    model, v = spiked_model()
-    reg = S2D(model)
-    with pytest.raises(ValueError, match="holds none of the 2 penalized matrices"):
-        reg.attach(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0))
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    reg.attach(optimizer)
-
-    def closure() -> float:
-        return 0.0
-
-    for step in (lambda: optimizer.step(closure), lambda: optimizer.step(closure=closure)):
-        with pytest.raises(ValueError, match="closure"):
-            step()
-    model(batch(v, 0)).sum().backward()
-    optimizer.grad_scale = torch.ones(1)
-    with pytest.raises(ValueError, match="GradScaler"):
-        optimizer.step()
-    caplog.clear()
-    S2D(model).attach(torch.optim.AdamW(model.parameters()))
-    assert caplog.text.count("mode='decoupled' acts on the weights") == 1
-
-
 def test_gradient_scale() -> None:
     gradients = []
     for scale in (1.0, 1024.0):
@@ -565,7 +319,7 @@ def test_a_layer_that_did_not_converge_starts_cold_next_time(monkeypatch: pytest
             factors[0] = factors[0]._replace(status=torch.tensor(1, dtype=torch.int32))
         return factors
 
-    monkeypatch.setattr(regularizer, "topk_svd", recorded)
+    monkeypatch.setattr(refresh, "topk_svd", recorded)
     model, v = spiked_model()
     reg = S2D(model, interval=5, lead=1)
     train(model, reg, torch.optim.SGD(model.parameters(), lr=LR), v, range(20))
@@ -635,61 +389,6 @@ def test_several_processes_are_refused() -> None:
     assert all("S2D on 2 processes is not supported" in queue.get() for _ in range(2))
 
 
-def test_momentum_counts_in_the_overshoot_check() -> None:
-    for momentum, refused in ((0.0, False), (0.9, True)):
-        model, v = spiked_model()
-        reg = S2D(model, interval=100, lead=0, strength=0.125)  # interval * lr * strength * 20 = 0.25
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=momentum)
-        reg.attach(optimizer)
-        for _ in range(2):  # refused again, not once
-            optimizer.zero_grad()
-            model(batch(v, 0)).square().mean().backward()
-            if refused:
-                with pytest.raises(ValueError, match=r"= 2\.5\d* on '0.weight'"):
-                    optimizer.step()
-            else:
-                optimizer.step()
-
-
-def test_attached_means_attached_once_and_closed_means_closed() -> None:
-    model, v = spiked_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    reg = S2D(model, mode="decoupled", strength=1.0, interval=10, lead=0)
-    reg.attach(optimizer)
-    with pytest.raises(ValueError, match="attached to an optimizer"):
-        reg.attach(optimizer)
-    with pytest.raises(ValueError, match=r"decay_: attached.*detach\(\) first"):
-        reg.decay_(LR)
-    reg.close()
-    before = model[0].weight.detach().clone()
-    model(batch(v, 0)).sum().backward()
-    model[0].weight.grad.zero_()
-    optimizer.step()
-    assert torch.equal(model[0].weight, before)
-    with pytest.raises(ValueError, match="decay_: this S2D is closed"):
-        reg.decay_(LR)
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_step_that_the_scaler_skips_decays_nothing(fused: bool) -> None:
-    model, v = spiked_model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=fused)
-    reg = S2D(model, mode="decoupled", strength=1.0, interval=10, lead=0)
-    reg.attach(optimizer)
-    scaler = torch.amp.GradScaler("cpu")
-    before = model[0].weight.detach().clone()
-    for poison in (True, False):
-        optimizer.zero_grad()
-        scaler.scale(model(batch(v, 0)).square().mean()).backward()
-        if poison:
-            model[0].weight.grad[0, 0] = float("inf")
-        scaler.step(optimizer)
-        scaler.update()
-        assert torch.equal(model[0].weight, before) == poison
-        assert reg.step == (0 if poison else 1)
-    reg.close()
-
-
 @pytest.mark.parametrize(("mode", "strength"), MODES)
 def test_autocast_around_the_step_changes_no_bit(mode: str, strength: float) -> None:
     results = []
@@ -712,23 +411,6 @@ def test_autocast_around_the_step_changes_no_bit(mode: str, strength: float) -> 
         reg.close()
     assert same_bits(results[0], results[1])
     assert same_bits(results[0], results[2])
-
-
-def test_frozen_and_unused_parameters_stay_as_they_are() -> None:
-    model, v = spiked_model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
-    reg = S2D(model, mode="decoupled", strength=1.0, interval=10, lead=0)
-    reg.attach(optimizer)
-    model(batch(v, 0)).sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    model[0].weight.requires_grad_(False)
-    before = model[0].weight.clone()
-    for step in range(5):
-        model(batch(v, step)).sum().backward()
-        optimizer.step()
-    assert torch.equal(model[0].weight, before)
-    reg.close()
 
 
 def test_channels_last_patch_embeddings() -> None:
@@ -766,40 +448,6 @@ def test_a_dropped_s2d_and_copies_of_the_model_leave_no_live_hook() -> None:
     assert not model[0]._forward_hooks
 
 
-def test_a_state_loaded_with_another_interval_keeps_its_pending_refresh() -> None:
-    model, v = spiked_model()
-    reg = S2D(model, interval=100, lead=10)
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    train(model, reg, optimizer, v, range(5))
-    state = reg.state_dict()
-    reg.close()
-    other = S2D(model, interval=5, lead=4)
-    other.load_state_dict(state)
-    train(model, other, optimizer, v, range(5, 6))
-    assert other.layers[0].k_target == 1
-    other.close()
-
-
-def test_a_pending_refresh_loaded_into_a_shorter_interval_is_caught_up() -> None:
-    """Taken over at step 5, where the next refresh starts: the decay of steps 0 to 4 is not lost, nor counted twice."""
-    model, v = spiked_model(bulk=1e-6)
-    start = torch.linalg.svdvals(model[0].weight.detach())[0].item()
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-
-    def build(interval: int, lead: int) -> S2D:
-        return S2D(model, mode="decoupled", strength=1.0, interval=interval, lead=lead, select=[("2", False)])
-
-    reg, other = build(100, 10), build(5, 4)
-    train(model, reg, optimizer, v, range(5), task=0.0)
-    other.load_state_dict(reg.state_dict())
-    reg.close()
-    for last in (6, 12, 60):  # after the take-over, after the arrival of the refresh begun then, and long after
-        train(model, other, optimizer, v, range(other.step, last), task=0.0)
-        end = torch.linalg.svdvals(model[0].weight.detach().double())[0].item()
-        assert end == pytest.approx(1 / (1 / start + LR * last), rel=1e-3)
-    other.close()
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -829,111 +477,3 @@ def test_layers_without_shape_or_elements() -> None:
 def test_low_precision_weights_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     S2D(nn.Linear(16, 16).bfloat16(), mode="decoupled", strength=1.0)
     assert "rounds most of a small decay away" in caplog.text
-
-
-# --- weights read in place, static factors, models that move --------------------------------------------------------
-
-
-@pytest.mark.parametrize(("mode", "strength"), MODES)
-def test_reading_the_weights_in_place_gives_the_bits_of_the_copies(
-    mode: str, strength: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every read is slow, and whoever changed the weights before its end would change the result."""
-    slow: Callable = topk_svd
-    monkeypatch.setattr(regularizer, "topk_svd", lambda *a, **k: (time.sleep(0.05), slow(*a, **k))[1])
-    results = []
-    for snapshot in (True, False):
-        model, v = spiked_model()
-        reg = S2D(model, mode=mode, strength=strength, interval=6, lead=3, snapshot=snapshot)
-        assert reg.snapshot_bytes == (2 * 32 * 64 * 4 if snapshot else 0)
-        optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.5)
-        reg.attach(optimizer)
-        for step in range(20):
-            x = batch(v, step)
-            optimizer.zero_grad()
-            (model(x) - x).square().mean().backward()
-            optimizer.step()
-        assert reg.layers[0].k_target == 1
-        results.append((model, reg.late))
-        reg.close()
-    assert same_bits(results[0][0], results[1][0])
-    assert results[1][1] == 4  # each refresh is waited for, at its start
-
-
-def test_reading_in_place_wants_a_hook_before_the_step() -> None:
-    model, _ = spiked_model()
-    with pytest.raises(ValueError, match=r"snapshot=False.*use attach"):
-        S2D(model, mode="decoupled", strength=1.0, snapshot=False).decay_(LR)
-
-
-def test_a_graph_captured_once_sees_factors_and_ranks_swapped_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a CUDA graph replays is the same kernels on the same memory: here the recorded arguments of the one call."""
-    plain, v = spiked_model()
-    reg = S2D(plain, interval=10, lead=3)
-    optimizer = torch.optim.SGD(plain.parameters(), lr=LR)
-    train(plain, reg, optimizer, v, range(40))
-    reg.close()
-
-    model, _ = spiked_model()
-    reg = S2D(model, interval=10, lead=3, static_factors=True)
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    add: Callable = regularizer.add_penalty_grad_
-    recorded: list[tuple] = []
-    monkeypatch.setattr(regularizer, "add_penalty_grad_", lambda *a, **k: (recorded.append((a, k)), add(*a, **k)))
-    replayed = 0
-    for step in range(40):
-        x = batch(v, step)
-        optimizer.zero_grad(set_to_none=False)  # a graph's gradients keep their memory
-        (model(x) - x).square().mean().backward()
-        if reg.refresh_due:
-            with pytest.raises(ValueError, match=f"step {step} is a refresh step"):
-                reg.advance()
-            reg.add_grad()
-        else:
-            reg.advance()
-            arguments, options = recorded[0]
-            add(*arguments, **options)
-            replayed += 1
-        optimizer.step()
-    assert (replayed, reg.step) == (36, 40)
-    assert len(recorded) == 4
-    assert same_bits(plain, model)
-    state = reg.state_dict()
-    train(model, reg, optimizer, v, range(40, 45))
-    factors = recorded[0][0][1][0]
-    reg.load_state_dict(state)  # in place as well
-    assert torch.equal(factors.U, state["0.weight.basis.U"][:, :3])
-    reg.close()
-
-
-def test_static_factors_belong_to_the_coupled_form() -> None:
-    model, _ = spiked_model()
-    with pytest.raises(ValueError, match="static_factors=True belongs to mode='coupled'"):
-        S2D(model, mode="decoupled", strength=1.0, static_factors=True)
-    with pytest.raises(ValueError, match=r"advance belongs to S2D\(static_factors=True\)"):
-        S2D(model).advance()
-
-
-@pytest.mark.parametrize(("mode", "strength"), [("coupled", 5e-4), ("decoupled", 1e-4)])
-@pytest.mark.parametrize("moved_at", [0, 4, 5, 8])
-def test_a_model_that_changes_its_dtype_or_device_later(
-    mode: str, strength: float, moved_at: int, device: torch.device
-) -> None:
-    """Trainers move the model after S2D was built; on a CPU the dtype stands for it. At 5 a refresh is under way."""
-    model, v = spiked_model()
-    reg = S2D(model, mode=mode, strength=strength, interval=4, lead=2)
-    train(model, reg, torch.optim.SGD(model.parameters(), lr=LR), v, range(moved_at))
-    model.to(device).double()
-    v = v.to(device).double()
-    for step in range(moved_at, 20):
-        x = batch(v.cpu(), step).to(device)
-        model.zero_grad()
-        (model(x) - x).square().mean().backward()
-        reg.add_grad() if mode == "coupled" else reg.decay_(LR)
-    assert reg.step == 20
-    assert reg.layers[0].k_target == 1
-    sigma = torch.linalg.svdvals(model[0].weight.detach())[0].item()
-    assert reg.layers[0].sigma_max == pytest.approx(sigma, rel=1e-3)
-    assert all(t.dtype == torch.float64 for key, t in reg.state_dict().items() if key.endswith(".U"))
-    assert reg.penalty.device.type == device.type
-    reg.close()

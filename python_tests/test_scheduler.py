@@ -181,9 +181,9 @@ def test_dataloader_workers_beside_a_running_refresh(method: str) -> None:
 def test_an_exit_in_the_middle_of_a_refresh_does_not_hang(ending: str) -> None:
     program = f"""
 import os, time, torch, torch._dynamo
-from s2d_kernels import S2D, regularizer
-svd = regularizer.topk_svd
-regularizer.topk_svd = lambda *a, **k: (time.sleep(0.5), svd(*a, **k))[1]
+from s2d_kernels import S2D, refresh
+svd = refresh.topk_svd
+refresh.topk_svd = lambda *a, **k: (time.sleep(0.5), svd(*a, **k))[1]
 model = torch.nn.Linear(16, 16)
 reg, waiting = S2D(model), S2D(model)
 model(torch.randn(2, 16)).sum().backward()

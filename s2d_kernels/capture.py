@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,10 @@ class Captured(NamedTuple):
     neuron: Tensor
     x: Tensor
     weight: Tensor
+
+    def apart(self, matrix: Matrix) -> bool:
+        """Whether the weight is a copy in its own memory."""
+        return self.weight.untyped_storage().data_ptr() != matrix.parameter.untyped_storage().data_ptr()
 
 
 class _Kept(NamedTuple):
@@ -198,7 +202,9 @@ class GraphCapture:
         device = self._matrices[0].parameter.device if self._matrices else torch.device("cpu")
         self._enabled = torch.zeros((), dtype=torch.bool, device=device)
         self._handles = [
-            module.register_forward_hook(_always(some, self._kept, self._enabled), with_kwargs=True)
+            module.register_forward_hook(
+                _Resident([(m, self._kept[m.name]) for m in some], self._enabled), with_kwargs=True
+            )
             for module, some in by_module.items()
         ]
 
@@ -220,7 +226,8 @@ class GraphCapture:
         if not self._copy_at_start:
             self._copy_weights()
         weights, self._weights = self._weights, {}
-        return {name: kept.captured(weights[name]) for name, kept in self._kept.items()}
+        # copies made at the start are from before a change of dtype
+        return {m.name: self._kept[m.name].captured(weights[m.name].to(m.parameter.dtype)) for m in self._matrices}
 
     def remove(self) -> None:
         """Take the operations out of the model; what was compiled with them is compiled anew."""
@@ -237,21 +244,28 @@ class GraphCapture:
         self._weights = {m.name: m.rows(m.parameter.detach()).clone() for m in self._matrices}
 
 
-def _always(
-    matrices: Sequence[Matrix], kept: Mapping[str, _Kept], enabled: Tensor
-) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
-    """A hook of plain tensors and one operation, which Dynamo traces through."""
-    targets = [(matrix, *kept[matrix.name]) for matrix in matrices]
+class _Resident:
+    """Forward hook of plain tensors and one operation, which Dynamo traces; inert in a copy of the model."""
 
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def __init__(self, targets: Sequence[tuple[Matrix, _Kept]] = (), enabled: Tensor | None = None) -> None:
+        self._targets = [(matrix, *kept) for matrix, kept in targets]
+        self._enabled = enabled
+
+    def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not torch.is_grad_enabled():
             return
-        for matrix, value, place, row in targets:
+        for matrix, value, place, row in self._targets:
             x, y, bias = _inputs_and_outputs(matrix, args, kwargs, output)
+            if y.device != value.device:
+                raise ValueError(
+                    f"{matrix.name!r} runs on {y.device}, but its capture was made on {value.device}: with "
+                    "capture='graph' move the model first, then build S2D"
+                )
             bias = None if bias is None else bias.detach()
-            torch.ops.s2d.capture_largest_(value, place, row, y.detach(), x.detach(), bias, enabled, None)
+            torch.ops.s2d.capture_largest_(value, place, row, y.detach(), x.detach(), bias, self._enabled, None)
 
-    return hook
+    def __reduce__(self) -> tuple[type[_Resident], tuple[()]]:
+        return _Resident, ()
 
 
 def _inputs_and_outputs(

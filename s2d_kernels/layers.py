@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from s2d_kernels import reference
 from s2d_kernels.penalty import penalty_coefficients
 from s2d_kernels.selection import PCDR
-from s2d_kernels.svd import CONVERGED, SVDBasis, TopkSVD
+from s2d_kernels.svd import CONVERGED, SVDBasis, TopkSVD, warm_width
 
 
 class LayerReport(NamedTuple):
@@ -49,6 +50,27 @@ class LayerState:
             self.prepared = strength, power, penalty_coefficients([self.S], strength=strength, power=power)[0]
         return self.prepared[2]
 
+    def decay(self, lr: float, *, strength: float, power: float) -> Tensor:
+        """Decay the cached singular values by one step of the decoupled form; returns their change `[k]`."""
+        S = reference.decayed_singular_values(self.S, lr_sum=lr, strength=strength, power=power)
+        S = torch.where(torch.arange(len(S), device=S.device) < self.rank, S, self.S)
+        change, self.S = S - self.S, S
+        return change
+
+    def catch_up(self, old: LayerState, *, strength: float, power: float) -> Tensor:
+        """Decay these fresh singular values by `missed_lr`; returns `[k]`, the change that the weight still needs.
+
+        A component that went on being decayed by the previous factors `old` has it already: along the new u_i, v_i they
+        took sum_j change_j (u_i . u_j)(v_j . v_i). The rest is the change of the weight.
+        """
+        k = self.S.shape[0]
+        target = reference.decayed_singular_values(self.S, lr_sum=self.missed_lr, strength=strength, power=power)
+        overlap = (self.basis.U[:, :k].mT @ old.basis.U[:, :k]) * (self.basis.Vh[:k] @ old.basis.Vh[:k].mT)
+        actual = self.S + overlap @ (old.S - old.S_at_snapshot)
+        inside = torch.arange(k, device=target.device) < self.rank
+        self.S = torch.where(inside, target, self.S)
+        return torch.where(inside, target - actual, 0.0)
+
     def factors(self) -> TopkSVD:
         """The `k` components in use, with the cached singular values."""
         k = self.S.shape[0]
@@ -64,6 +86,19 @@ class Refreshed(NamedTuple):
     status: int
     sigma: float
     pcdr: PCDR | None
+
+
+def empty_layer(shape: tuple[int, int], like: Tensor, *, k_max: int) -> LayerState:
+    """The state of a matrix of `shape` before its first refresh, on the device of `like`; fp64 for fp64, else fp32."""
+    m, n = shape
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    k = min(k_max, m, n)
+    b = min(warm_width(k), m, n)
+
+    def zeros(*size: int) -> Tensor:
+        return torch.zeros(size, dtype=dtype, device=like.device)
+
+    return LayerState(SVDBasis(zeros(m, b), zeros(b), zeros(b, n), zeros(b)), S=zeros(k), S_at_snapshot=zeros(k))
 
 
 KEYS = (
@@ -104,6 +139,23 @@ def unpack(state: Mapping[str, Tensor], empty: LayerState) -> tuple[LayerState, 
         return layer, None
     fresh = basis("pending")
     return layer, Refreshed(fresh, flags[4], flags[5], float(fresh.S[0]), None)
+
+
+def check_state(state: Mapping[str, object], like: Mapping[str, Tensor]) -> None:
+    """Raise a TypeError or ValueError where `state` has not the keys and shapes of `like`."""
+    strange = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise TypeError(f"state {strange[0]!r} is a {type(state[strange[0]]).__name__}, expected a tensor")
+    missing, unexpected = like.keys() - state.keys(), state.keys() - like.keys()
+    if missing or unexpected:
+        raise ValueError(
+            f"state does not fit this S2D: missing {sorted(missing)[:5]}, unexpected {sorted(unexpected)[:5]} "
+            "(first five each). It must be built on the same model with the same selection"
+        )
+    for key, expected in like.items():
+        found = state[key]
+        if isinstance(found, Tensor) and found.shape != expected.shape:
+            raise ValueError(f"state {key!r} has shape {tuple(found.shape)}, expected {tuple(expected.shape)}")
 
 
 def copied(target: SVDBasis, source: SVDBasis) -> SVDBasis:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
+
+from s2d_kernels import ops
+
+logger = logging.getLogger("s2d_kernels")
 
 HEAD = re.compile(r"(^|\.)(lm_head|head|classifier|score|output_projection|embed_out)$")
 FUSED_QKV = re.compile(r"(^|[._])(qkv|qkv_proj|c_attn|wqkv|in_proj|query_key_value)$", re.IGNORECASE)
@@ -158,6 +163,29 @@ def find_matrices(
     return matrices, decisions
 
 
+def log_selection(
+    model: nn.Module, matrices: Sequence[Matrix], decisions: Sequence[ParameterDecision], *, decoupled: bool
+) -> None:
+    """Log each decision at INFO, and warn of a model with nothing to penalize or with weights that round decay away."""
+    for decision in decisions:
+        logger.info("S2D %s: %s %s: %s", decision.decision, decision.name, list(decision.shape), decision.reason)
+    if not matrices:
+        logger.warning(
+            "S2D found nothing to penalize among %d parameters of %s: see S2D.decisions for the reasons, "
+            "select=[(regex, True)] overrides those that go by name",
+            len(decisions),
+            type(model).__name__,
+        )
+    low = [m.name for m in matrices if m.parameter.dtype in (torch.bfloat16, torch.float16)]
+    if low and decoupled:
+        logger.warning(
+            "S2D decoupled: %d matrices (first: %s) are in bf16 or fp16, which rounds most of a small decay away: "
+            "keep fp32 weights",
+            len(low),
+            low[0],
+        )
+
+
 def check_whole(name: str, parameter: Tensor) -> None:
     """Raise a NotImplementedError where a parameter's weight or gradient is not there as one ordinary tensor.
 
@@ -177,6 +205,25 @@ def check_whole(name: str, parameter: Tensor) -> None:
         raise NotImplementedError(
             f"parameter {name!r} is a DTensor: sharded models (FSDP2, tensor parallelism) are not supported yet"
         )
+
+
+def check_gradients_kept(matrices: Sequence[Matrix]) -> None:
+    """Raise a NotImplementedError where matrices that ran forward have hooks that take their gradients away."""
+    taken = [m.name for m in matrices if getattr(m.parameter, "_post_accumulate_grad_hooks", None)]
+    if taken:
+        raise NotImplementedError(
+            f"{taken[0]!r} and {len(taken) - 1} more have run forward, but their gradients are gone, and they have "
+            "hooks that run when a gradient is complete: S2D cannot act with an optimizer in the backward. Step it "
+            "after backward() instead"
+        )
+
+
+def checked_rate(matrix: Matrix, lr: object) -> float:
+    """A learning rate of the matrix, 0 where it is frozen; a ValueError where it is negative or not finite."""
+    rate = ops.check_number(f"lr of {matrix.name!r}", lr)
+    if rate < 0:
+        raise ValueError(f"lr={rate} of {matrix.name!r} must not be negative")
+    return rate if matrix.parameter.requires_grad else 0.0
 
 
 def check_processes() -> None:
@@ -220,6 +267,16 @@ class ParameterGroups:
             }
             self._seen = [(group, group["params"], len(group["params"])) for group in groups]
         return self._by_name
+
+    def trained(self) -> set[str]:
+        """Names of the matrices that the optimizers hold and that have a gradient in this step."""
+        held = self()
+        return {m.name for m in self._matrices if m.name in held and m.parameter.grad is not None}
+
+    def rates(self) -> dict[str, float]:
+        """The learning rate of every matrix, 0 for those that this step leaves alone."""
+        groups, trained = self(), self.trained()
+        return {m.name: float(groups[m.name]["lr"]) if m.name in trained else 0.0 for m in self._matrices}
 
     @property
     def adaptive(self) -> bool:

@@ -12,29 +12,42 @@ Whoever is late is waited for at t + lead, so the bits of training do not depend
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from s2d_kernels import ops, reference
+from s2d_kernels.attachment import Fused, fuse, hook
 from s2d_kernels.capture import ActivationCapture, Captured, GraphCapture
-from s2d_kernels.layers import KEYS, LayerReport, LayerState, Refreshed, copied, moved, pack, unpack
+from s2d_kernels.layers import (
+    KEYS,
+    LayerReport,
+    LayerState,
+    Refreshed,
+    check_state,
+    copied,
+    empty_layer,
+    moved,
+    pack,
+    unpack,
+)
 from s2d_kernels.optim import Penalty
 from s2d_kernels.parameters import (
     Matrix,
     ParameterDecision,
-    ParameterGroups,
+    check_gradients_kept,
     check_processes,
     check_whole,
+    checked_rate,
     find_matrices,
+    log_selection,
 )
-from s2d_kernels.penalty import add_penalty_grad_, penalty_status
+from s2d_kernels.penalty import add_penalty_grad_
+from s2d_kernels.refresh import compute_refresh, log_arrival
 from s2d_kernels.scheduler import Pending, SideStream
-from s2d_kernels.selection import PCDR, pcdr
-from s2d_kernels.svd import CONVERGED, NON_FINITE, OVERFLOW, STATUS_NAMES, SVDBasis, topk_svd, warm_width
+from s2d_kernels.selection import PCDR
+from s2d_kernels.svd import CONVERGED, STATUS_NAMES, SVDBasis
 
 logger = logging.getLogger("s2d_kernels")
 
@@ -70,13 +83,13 @@ class S2D:
         splits: regex -> row counts of fused projections.
         seed: seed of the random columns of the SVD.
         capture: "hooks", installed on refresh steps only, on which a compiled model runs eagerly; or "graph", an
-            operation that stays in the model, for CUDA graphs and models that shall not leave their compiled code: load
-            the weights, build S2D, then compile.
+            operation that stays in the model, for CUDA graphs and models that shall not leave their compiled code: move
+            the model and load the weights, build S2D, then compile.
         asynchronous: False runs each refresh in place; the bits are the same.
         snapshot: True copies the weights on refresh steps, `snapshot_bytes` in all, until the refresh has arrived.
             False copies nothing: the refresh reads the weights themselves and is waited for before the optimizer
             changes them, so that none of its time is hidden, whatever `lead` says. The bits are the same. The
-            decoupled form then must be attached.
+            decoupled form then must be attached, or belong to a `SpectralAdamW`.
         static_factors: True keeps the factors of the coupled form in the same memory for good and their ranks on the
             device, so that a captured CUDA graph can hold `add_grad`; see `advance`.
         impl: implementation of the operations (of those that have it), or None to choose.
@@ -148,23 +161,7 @@ class S2D:
         self.step = 0
         self.decisions: list[ParameterDecision]
         self._matrices, self.decisions = find_matrices(model, k_max=k_max, select=select, splits=splits)
-        for decision in self.decisions:
-            logger.info("S2D %s: %s %s: %s", decision.decision, decision.name, list(decision.shape), decision.reason)
-        if not self._matrices:
-            logger.warning(
-                "S2D found nothing to penalize among %d parameters of %s: see S2D.decisions for the reasons, "
-                "select=[(regex, True)] overrides those that go by name",
-                len(self.decisions),
-                type(model).__name__,
-            )
-        low = [m.name for m in self._matrices if m.parameter.dtype in (torch.bfloat16, torch.float16)]
-        if low and mode == "decoupled":
-            logger.warning(
-                "S2D decoupled: %d matrices (first: %s) are in bf16 or fp16, which rounds most of a small decay away: "
-                "keep fp32 weights",
-                len(low),
-                low[0],
-            )
+        log_selection(model, self._matrices, self.decisions, decoupled=mode == "decoupled")
         if static_factors and mode != "coupled":
             raise ValueError("static_factors=True belongs to mode='coupled': the decoupled form acts outside of graphs")
         if capture == "graph" and not snapshot:
@@ -182,7 +179,7 @@ class S2D:
             self._capture = ActivationCapture(self._matrices, copy_weights=snapshot)
         self._pending: Pending[dict[str, Refreshed]] | None = None
         self._pending_step = -1
-        self._handles: list[torch.utils.hooks.RemovableHandle | _Fused] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle | Fused] = []
         self._closed = False
         self._warned: set[str] = set()
         self._arm()
@@ -314,13 +311,7 @@ class S2D:
         else:
             self._decay({m.name: lr for m in self._matrices})
 
-    def _decay(self, given: Mapping[str, float]) -> None:
-        rates = {}
-        for matrix in self._matrices:
-            rate = ops.check_number(f"lr of {matrix.name!r}", given[matrix.name])
-            if rate < 0:
-                raise ValueError(f"lr={rate} of {matrix.name!r} must not be negative")
-            rates[matrix.name] = rate if matrix.parameter.requires_grad else 0.0
+    def _decay(self, rates: Mapping[str, float]) -> None:
         with ops.exact_arithmetic(self._side.device):
             changes = self._changes(rates)
             if changes is None:
@@ -328,11 +319,18 @@ class S2D:
             self._change_weights(changes)
         self._end_step()
 
-    def _changes(self, rates: Mapping[str, float]) -> list[tuple[Matrix, LayerState, Tensor]] | None:
+    def _begin_in_place(self) -> None:
+        """Refresh from the weights themselves if one is due, before the optimizer changes them."""
+        if not self._no_gradients():
+            with ops.exact_arithmetic(self._side.device):
+                self._launch_if_due()
+
+    def _changes(self, given: Mapping[str, float]) -> list[tuple[Matrix, LayerState, Tensor]] | None:
         """What this step takes from the singular values of each decided layer; None where the step does not count."""
+        rates = {m.name: checked_rate(m, given[m.name]) for m in self._matrices}
         if not self._launch_if_due():
             return None
-        before = self._in_use()
+        before = dict(self._layers)
         late = self._catch_up(before) if self._arrive_if_due() else {}
         changes = []
         for matrix in self._matrices:
@@ -340,9 +338,8 @@ class S2D:
             layer.missed_lr += rate
             change = late.get(matrix.name)
             if layer.rank and rate != 0:
-                S = reference.decayed_singular_values(layer.S, lr_sum=rate, strength=self.strength, power=self.power)
-                S = torch.where(torch.arange(len(S), device=S.device) < layer.rank, S, layer.S)
-                change, layer.S = S - layer.S if change is None else change + (S - layer.S), S
+                now = layer.decay(rate, strength=self.strength, power=self.power)
+                change = now if change is None else change + now
             if change is not None:
                 changes.append((matrix, layer, change))
         return changes
@@ -350,10 +347,10 @@ class S2D:
     def _begin_fused(self) -> list[Penalty] | None:
         """The penalties of this step for an optimizer that applies them itself; None where the step does not count."""
         (handle,) = self._handles
-        if self._no_gradients() or not isinstance(handle, _Fused):
+        if self._no_gradients() or not isinstance(handle, Fused):
             return None
-        groups = handle.groups()
-        trained = {m.name for m in self._matrices if m.name in groups and m.parameter.grad is not None}
+        groups = handle.groups
+        trained = groups.trained()
         with ops.exact_arithmetic(self._side.device):
             if self.mode == "coupled":
                 if not self._launch_if_due():
@@ -362,8 +359,7 @@ class S2D:
                 layers = [(matrix, self._layers[matrix.name]) for matrix in self._matrices]
                 parts = [(m, at, at.coefficients(self.strength, self.power)) for m, at in layers if at.rank]
             else:
-                rates = {m.name: float(groups[m.name]["lr"]) if m.name in trained else 0.0 for m in self._matrices}
-                changes = self._changes(rates)
+                changes = self._changes(groups.rates())
                 if changes is None:
                     return None
                 # What is late on a parameter that this step leaves alone.
@@ -379,10 +375,7 @@ class S2D:
         """Leave the calls to the step of an optimizer that applies the penalties itself, until `detach` or `close`."""
         self._check_callable(type(optimizer).__name__)
         self._check_supported()
-        groups = self._groups_of([optimizer])
-        if self.mode == "coupled":
-            self._warn_adaptive(optimizer)
-        self._handles = [_Fused(optimizer, groups)]
+        self._handles = [fuse(self, optimizer)]
 
     def _change_weights(self, changes: Sequence[tuple[Matrix, LayerState, Tensor]]) -> None:
         """W += U diag(change) Vh of each layer's decided components."""
@@ -420,79 +413,7 @@ class S2D:
         """
         self._check_callable("attach")
         self._check_supported()
-        parts = [optimizer] if parts is None else list(parts)
-        for one in (optimizer, *parts):
-            if not isinstance(one, torch.optim.Optimizer) or not hasattr(one, "_optimizer_step_pre_hooks"):
-                raise TypeError(
-                    f"{type(one).__module__}.{type(one).__name__} is no torch.optim.Optimizer with step hooks: attach "
-                    "the optimizer inside it, or use s2d_kernels.integrations"
-                )
-        groups = self._groups_of(parts)
-        if self.mode == "decoupled":
-
-            def after(inner: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-                found_inf = getattr(inner, "found_inf", None)  # a fused optimizer skips such a step by itself
-                if self._no_gradients() or (found_inf is not None and bool(found_inf)):
-                    return
-                group_of = groups()
-                trained = {m.name for m in self._matrices if m.name in group_of and m.parameter.grad is not None}
-                self._decay(
-                    {m.name: float(group_of[m.name]["lr"]) if m.name in trained else 0.0 for m in self._matrices}
-                )
-
-            def start(inner: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-                if not self.snapshot and not self._no_gradients():
-                    with ops.exact_arithmetic(self._side.device):
-                        self._launch_if_due()
-
-            self._handles = [optimizer.register_step_pre_hook(start), optimizer.register_step_post_hook(after)]
-            return
-        if groups.adaptive:
-            self._warn_adaptive(parts[0])
-
-        def before(inner: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            positional = [a for a in args if a is not inner]  # torch passes the optimizer itself among the arguments
-            if any(a is not None for a in positional) or kwargs.get("closure") is not None:
-                raise ValueError(
-                    "optimizer.step(closure) computes the gradients after the hook: S2D cannot be attached to it. "
-                    "Call reg.add_grad() inside the closure, after backward()"
-                )
-            if getattr(inner, "grad_scale", None) is not None:
-                raise ValueError(
-                    "the fused optimizer takes gradients still scaled by the GradScaler: call "
-                    "scaler.unscale_(optimizer) and reg.add_grad() yourself instead of attach"
-                )
-            if self._no_gradients():
-                return
-            self._add_grad(1.0, groups.effective_rates())
-
-        self._handles = [optimizer.register_step_pre_hook(before)]
-
-    def _groups_of(self, optimizers: Sequence[torch.optim.Optimizer]) -> ParameterGroups:
-        """Their groups; a ValueError where they hold none of the matrices, a warning where some are missing."""
-        groups = ParameterGroups(self._matrices, optimizers)
-        held = groups()
-        if self._matrices and not held:
-            raise ValueError(
-                f"the optimizer holds none of the {len(self._matrices)} penalized matrices "
-                f"(first: {self._matrices[0].name!r}): attach the optimizer that trains this model"
-            )
-        missing = [matrix.name for matrix in self._matrices if matrix.name not in held]
-        if missing:
-            logger.warning(
-                "S2D: %d of the %d penalized matrices are not in the attached optimizer (first: %s)",
-                len(missing),
-                len(self._matrices),
-                missing[0],
-            )
-        return groups
-
-    def _warn_adaptive(self, optimizer: torch.optim.Optimizer) -> None:
-        logger.warning(
-            "S2D coupled with %s: it divides the penalty by the gradient's own size, so that strength hardly "
-            "matters. mode='decoupled' acts on the weights instead",
-            type(optimizer).__name__,
-        )
+        self._handles = [*hook(self, optimizer, [optimizer] if parts is None else list(parts))]
 
     def detach(self) -> None:
         """End what `attach` or `SpectralAdamW` began."""
@@ -591,20 +512,9 @@ class S2D:
         Raises:
             ValueError: keys are missing or unexpected, or a shape differs (another model, k_max or selection).
                 Nothing is changed then.
+            TypeError: a value is no tensor.
         """
-        strange = [key for key, value in state_dict.items() if not isinstance(value, Tensor)]
-        if strange:
-            raise TypeError(f"state {strange[0]!r} is a {type(state_dict[strange[0]]).__name__}, expected a tensor")
-        expected = {key: value.shape for key, value in self._pack(-1, {}).items()}
-        missing, unexpected = expected.keys() - state_dict.keys(), state_dict.keys() - expected.keys()
-        if missing or unexpected:
-            raise ValueError(
-                f"state does not fit this S2D: missing {sorted(missing)[:5]}, unexpected {sorted(unexpected)[:5]} "
-                "(first five each). It must be built on the same model with the same selection"
-            )
-        for key, shape in expected.items():
-            if state_dict[key].shape != shape:
-                raise ValueError(f"state {key!r} has shape {tuple(state_dict[key].shape)}, expected {tuple(shape)}")
+        check_state(state_dict, self._pack(-1, {}))
         self._capture.stop()
         self.step = int(state_dict["step"])
         self._pending_step = int(state_dict["pending_step"])
@@ -625,15 +535,7 @@ class S2D:
     # --- the refresh --------------------------------------------------------------------------------------------
 
     def _empty_layer(self, matrix: Matrix) -> LayerState:
-        (m, n), device = matrix.shape, matrix.parameter.device
-        dtype = torch.float64 if matrix.parameter.dtype == torch.float64 else torch.float32
-        k = min(self.k_max, m, n)
-        b = min(warm_width(k), m, n)
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        return LayerState(SVDBasis(zeros(m, b), zeros(b), zeros(b, n), zeros(b)), S=zeros(k), S_at_snapshot=zeros(k))
+        return empty_layer(matrix.shape, matrix.parameter, k_max=self.k_max)
 
     def _place(self) -> tuple[torch.device, torch.dtype]:
         if not self._matrices:
@@ -647,6 +549,7 @@ class S2D:
             layer, like = self._layers[matrix.name], self._empty_layer(matrix)
             layer.basis = moved(layer.basis, like.S)
             layer.S, layer.S_at_snapshot = layer.S.to(like.S), layer.S_at_snapshot.to(like.S)
+            layer.prepared = None
             if pending is not None and matrix.name in pending:
                 fresh = pending[matrix.name]
                 pending[matrix.name] = fresh._replace(basis=moved(fresh.basis, like.S))
@@ -683,13 +586,14 @@ class S2D:
             self._capture.start()
             return False
         if self._pending is not None:  # only after loading a state of another interval or lead
-            before = self._in_use()
+            before = dict(self._layers)
             self._take_over()
             if self.mode == "decoupled":  # the copies of this step's weights are from before what is caught up here
                 late = self._catch_up(before)
                 changes = [(m, self._layers[m.name], late[m.name]) for m in self._matrices if m.name in late]
                 self._change_weights(changes)
-                self._add_changes([(captured[m.name].weight, at, c) for m, at, c in changes if m.name in captured])
+                copies = [m.name for m in self._matrices if m.name in captured and captured[m.name].apart(m)]
+                self._add_changes([(captured[m.name].weight, at, c) for m, at, c in changes if m.name in copies])
         bases: dict[str, SVDBasis | None] = {}
         for name, layer in self._layers.items():
             layer.S_at_snapshot, layer.missed_lr = layer.S, 0.0
@@ -704,33 +608,18 @@ class S2D:
     def _refresh(
         self, captured: dict[str, Captured], bases: dict[str, SVDBasis | None], seed: int
     ) -> dict[str, Refreshed]:
-        """Factors and decisions of every captured matrix; runs on the side stream and touches no live parameter."""
-        names = list(captured)
-        weights = [captured[name].weight for name in names]
-        ks = [min(self.k_max, *weight.shape) for weight in weights]
-        factors = topk_svd(weights, k=ks, warm=[bases[n] for n in names], seed=seed, keys=names, impl=self.impl)
-        decisions = pcdr(
-            weights,
-            [captured[name].x for name in names],
-            [captured[name].neuron for name in names],
-            factors,
+        """The work on the side stream."""
+        return compute_refresh(
+            captured,
+            bases,
+            mode=self.mode,
+            strength=self.strength,
+            power=self.power,
             threshold=self.threshold,
             k_max=self.k_max,
-            impl=self.impl if self.impl in ops.available("pcdr_exact") else None,
+            seed=seed,
+            impl=self.impl,
         )
-        statuses = torch.stack([factor.status for factor in factors])
-        if self.mode == "coupled":
-            statuses = penalty_status(factors, strength=self.strength, power=self.power)
-        sigmas = torch.stack([factor.S[0] for factor in factors])
-        on_host = torch.stack([statuses.double(), sigmas.double()]).tolist()  # once for all layers
-        refreshed = {}
-        for name, k, factor, decision, status, sigma in zip(names, ks, factors, decisions, *on_host, strict=True):
-            width = self._layers[name].basis.S.shape[0]
-            U, S, Vh, residual = factor.basis
-            basis = SVDBasis(U[:, :width].contiguous(), S[:width], Vh[:width], residual[:width])
-            rank = 0 if status in (NON_FINITE, OVERFLOW) else min(decision.k_target, k)
-            refreshed[name] = Refreshed(basis, rank, int(status), sigma, decision)
-        return refreshed
 
     def _join_pending(self) -> dict[str, Refreshed]:
         """Wait for the pending refresh; on failure forget it, so that training can go on, and say so."""
@@ -756,14 +645,6 @@ class S2D:
         self._warned.clear()
         self._pending = None
         for name, fresh in refreshed.items():
-            if fresh.status in (NON_FINITE, OVERFLOW) or (fresh.pcdr is not None and fresh.pcdr.route == "non-finite"):
-                logger.warning(
-                    "S2D refresh of step %d: %s holds NaN or Inf (or overflows): no penalty until the next refresh",
-                    self._pending_step,
-                    name,
-                )
-            elif fresh.status != CONVERGED:
-                logger.info("S2D refresh of step %d: %s did not converge, cold start next", self._pending_step, name)
             old = self._layers[name]
             basis, S = fresh.basis, fresh.basis.S[: old.S.shape[0]]
             if self._static_ranks is not None:
@@ -780,44 +661,19 @@ class S2D:
                 pcdr=fresh.pcdr,
             )
         self._store_ranks()
-        chosen = [f"{name} ({fresh.rank})" for name, fresh in refreshed.items() if fresh.rank]
-        logger.info(
-            "S2D refresh of step %d: %d of %d matrices decayed: %s",
-            self._pending_step,
-            len(chosen),
-            len(refreshed),
-            ", ".join(chosen) or "none",
-        )
+        log_arrival(self._pending_step, refreshed)
 
     def _store_ranks(self) -> None:
         if self._static_ranks is not None:
             self._static_ranks.copy_(torch.tensor([self._layers[m.name].rank for m in self._matrices]))
 
-    def _in_use(self) -> dict[str, tuple[LayerState, SVDBasis, Tensor]]:
-        """What `_catch_up` must know of the factors that `_take_over` replaces."""
-        return {name: (layer, layer.basis, layer.S) for name, layer in self._layers.items()}
-
-    def _catch_up(self, before: Mapping[str, tuple[LayerState, SVDBasis, Tensor]]) -> dict[str, Tensor]:
-        """By name what gives fresh factors the decay of the steps between their snapshot and now.
-
-        A component that went on being decayed by the previous factors has it already: along the new u_i, v_i they took
-        sum_j change_j (u_i . u_j)(v_j . v_i). The rest is the change of the weight.
-        """
+    def _catch_up(self, before: Mapping[str, LayerState]) -> dict[str, Tensor]:
+        """By name what gives fresh factors the decay of the steps between their snapshot and now."""
         changes = {}
         for matrix in self._matrices:
-            layer, (old_layer, old, old_S) = self._layers[matrix.name], before[matrix.name]
-            if layer is old_layer or not layer.rank:
-                continue
-            k = layer.S.shape[0]
-            target = reference.decayed_singular_values(
-                layer.S, lr_sum=layer.missed_lr, strength=self.strength, power=self.power
-            )
-            overlap = (layer.basis.U[:, :k].mT @ old.U[:, :k]) * (layer.basis.Vh[:k] @ old.Vh[:k].mT)
-            actual = layer.S + overlap @ (old_S - old_layer.S_at_snapshot)
-            inside = torch.arange(k, device=target.device) < layer.rank
-            if matrix.parameter.requires_grad:
-                changes[matrix.name] = torch.where(inside, target - actual, 0.0)
-                layer.S = torch.where(inside, target, layer.S)
+            layer, old = self._layers[matrix.name], before[matrix.name]
+            if layer is not old and layer.rank and matrix.parameter.requires_grad:
+                changes[matrix.name] = layer.catch_up(old, strength=self.strength, power=self.power)
         return changes
 
     def _check_deviation(self, rates: Mapping[str, float]) -> None:
@@ -854,13 +710,8 @@ class S2D:
         if not self._matrices or any(matrix.parameter.grad is not None for matrix in self._matrices):
             return False
         self._check_supported()
-        taken = [m.name for m in self._matrices if getattr(m.parameter, "_post_accumulate_grad_hooks", None)]
-        if taken and self._capture.seen:
-            raise NotImplementedError(
-                f"{taken[0]!r} and {len(taken) - 1} more have run forward, but their gradients are gone, and they have "
-                "hooks that run when a gradient is complete: S2D cannot act with an optimizer in the backward. Step it "
-                "after backward() instead"
-            )
+        if self._capture.seen:
+            check_gradients_kept(self._matrices)
         return True
 
     def _check_supported(self) -> None:
@@ -868,19 +719,6 @@ class S2D:
         check_processes()
         for matrix in self._matrices:
             check_whole(matrix.name, matrix.parameter)
-
-
-class _Fused:
-    """The bond with an optimizer that applies the penalties itself, in the place of a hook's handle."""
-
-    def __init__(self, optimizer: Any, groups: ParameterGroups) -> None:
-        self._optimizer = weakref.ref(optimizer)
-        self.groups = groups
-
-    def remove(self) -> None:
-        optimizer = self._optimizer()
-        if optimizer is not None:
-            optimizer.regularizer = None
 
 
 def _completed(side: SideStream, result: dict[str, Refreshed]) -> Pending[dict[str, Refreshed]]:

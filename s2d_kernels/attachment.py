@@ -1,0 +1,142 @@
+"""How an `S2D` acts inside an optimizer's step: by hooks of any optimizer, or because the optimizer asks it."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from s2d_kernels.parameters import Matrix, ParameterGroups
+
+if TYPE_CHECKING:
+    from s2d_kernels.regularizer import S2D
+
+logger = logging.getLogger("s2d_kernels")
+
+
+class Fused:
+    """The bond with an optimizer that applies the penalties itself, in the place of a hook's handle."""
+
+    def __init__(self, optimizer: Any, groups: ParameterGroups) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self.groups = groups
+
+    def remove(self) -> None:
+        """Part from the optimizer, which goes on without penalties."""
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            optimizer.regularizer = None
+
+
+def fuse(reg: S2D, optimizer: torch.optim.Optimizer) -> Fused:
+    """Bind `reg` to an optimizer that applies the penalties itself; a ValueError where it holds no matrix."""
+    groups = _groups_of(reg.matrices, [optimizer])
+    if reg.mode == "coupled":
+        _warn_adaptive(optimizer)
+    return Fused(optimizer, groups)
+
+
+def hook(reg: S2D, optimizer: torch.optim.Optimizer, parts: Sequence[torch.optim.Optimizer]) -> list[RemovableHandle]:
+    """The hooks of `S2D.attach` on an optimizer whose step steps `parts`; errors as there."""
+    _check_optimizers([optimizer, *parts])
+    groups = _groups_of(reg.matrices, parts)
+    if reg.mode == "decoupled":
+        return _hook_decoupled(reg, optimizer, groups)
+    if groups.adaptive:
+        _warn_adaptive(parts[0])
+    return _hook_coupled(reg, optimizer, groups)
+
+
+def _check_optimizers(optimizers: Sequence[object]) -> None:
+    """Raise a TypeError where one is no torch optimizer with step hooks."""
+    for one in optimizers:
+        if not isinstance(one, torch.optim.Optimizer) or not hasattr(one, "_optimizer_step_pre_hooks"):
+            raise TypeError(
+                f"{type(one).__module__}.{type(one).__name__} is no torch.optim.Optimizer with step hooks: attach "
+                "the optimizer inside it, or use s2d_kernels.integrations"
+            )
+
+
+def _groups_of(matrices: Sequence[Matrix], optimizers: Sequence[torch.optim.Optimizer]) -> ParameterGroups:
+    """Their groups; a ValueError where they hold none of the matrices, a warning where some are missing."""
+    groups = ParameterGroups(matrices, optimizers)
+    held = groups()
+    if matrices and not held:
+        raise ValueError(
+            f"the optimizer holds none of the {len(matrices)} penalized matrices "
+            f"(first: {matrices[0].name!r}): attach the optimizer that trains this model"
+        )
+    missing = [matrix.name for matrix in matrices if matrix.name not in held]
+    if missing:
+        logger.warning(
+            "S2D: %d of the %d penalized matrices are not in the attached optimizer (first: %s)",
+            len(missing),
+            len(matrices),
+            missing[0],
+        )
+    return groups
+
+
+def _warn_adaptive(optimizer: torch.optim.Optimizer) -> None:
+    """Log that the coupled form hardly depends on its strength here."""
+    logger.warning(
+        "S2D coupled with %s: it divides the penalty by the gradient's own size, so that strength hardly "
+        "matters. mode='decoupled' acts on the weights instead",
+        type(optimizer).__name__,
+    )
+
+
+def _hook_decoupled(reg: S2D, optimizer: torch.optim.Optimizer, groups: ParameterGroups) -> list[RemovableHandle]:
+    """Decay after each step; where the weights are not copied, their refresh is made before it."""
+
+    def before(inner: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if reg.snapshot:
+            return
+        if _has_closure(inner, args, kwargs):
+            raise ValueError(
+                "optimizer.step(closure) runs the model after the hook that reads the weights: snapshot=False cannot "
+                "be attached to it. Use snapshot=True"
+            )
+        if not _skips(inner):
+            reg._begin_in_place()
+
+    def after(inner: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+        if not _skips(inner) and not reg._no_gradients():
+            reg._decay(groups.rates())
+
+    return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+
+
+def _hook_coupled(reg: S2D, optimizer: torch.optim.Optimizer, groups: ParameterGroups) -> list[RemovableHandle]:
+    """Add the penalty's gradient before each step."""
+
+    def before(inner: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _has_closure(inner, args, kwargs):
+            raise ValueError(
+                "optimizer.step(closure) computes the gradients after the hook: S2D cannot be attached to it. "
+                "Call reg.add_grad() inside the closure, after backward()"
+            )
+        if getattr(inner, "grad_scale", None) is not None:
+            raise ValueError(
+                "the fused optimizer takes gradients still scaled by the GradScaler: call "
+                "scaler.unscale_(optimizer) and reg.add_grad() yourself instead of attach"
+            )
+        if not _skips(inner) and not reg._no_gradients():
+            reg._add_grad(1.0, groups.effective_rates())
+
+    return [optimizer.register_step_pre_hook(before)]
+
+
+def _has_closure(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    positional = [a for a in args if a is not optimizer]  # torch passes the optimizer itself among the arguments
+    return any(a is not None for a in positional) or kwargs.get("closure") is not None
+
+
+def _skips(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether this is a step that a GradScaler has found infinite: a fused optimizer is called and skips it itself."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
