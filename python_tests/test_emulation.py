@@ -467,7 +467,7 @@ def test_penalty_grad_keeps_a_nan_layer_to_itself(library: Emulated) -> None:
     cases = [Case(37, 63, 2, seed=i) for i in range(3)]
     cases[1].U.fill_(float("nan"))
     assert add(library, cases) == OK
-    assert cases[1].view(cases[1].memory).isnan().all()
+    assert torch.equal(cases[1].memory, cases[1].before)  # not one number of it is usable
     cases[0].check()
     cases[2].check()
 

@@ -224,7 +224,7 @@ def run_primitives(device: torch.device) -> None:
             for got, wanted in ((y, bucket.Y[step][0].double()), (z, bucket.Z[step][0].double())):
                 assert (got - wanted).abs().max() <= TINY * wanted.abs().max()
             scale = batch.work64[row.state : row.state + 4].tolist()
-            assert scale == [bucket.scale.item(), 1.0, bucket.exponent.item(), 0.0]
+            assert scale == [2.0 ** -bucket.exponent.item(), 1.0, bucket.exponent.item(), 0.0]
         if not step:
             for primitives in (batch, *buckets):
                 primitives.orthonormalize(step)
