@@ -29,6 +29,7 @@ ENVIRONMENT = {
     "date": "2026-01-01",
     "copy_bytes_per_second": 1e10,
     "fp32_flops_per_second": 1e11,
+    "instructions": "CPU nothing special",
 }
 CONTEXT = runs.Context("2026-01-01T00:00:00+00:00", CPU, ENVIRONMENT, repeats=2)
 
@@ -285,15 +286,16 @@ LAYERS = cases.PenaltyCase("layers", "twelve layers", 12 * ((24, 16),))
 @pytest.mark.parametrize("case", cases.PENALTY_CASES["quick"], ids=lambda c: str(c.dtype))
 def test_quick_penalty_end_to_end(case):
     rows = runs.run_penalty(case, CONTEXT)
-    assert [(row.impl, row.variant) for row in rows[:2]] == [("ours", "torch"), ("grad.addmm_(U c, Vh)", "")]
-    assert len(rows) == 1 + len(penalty_peers.PENALTY_PEERS)
+    names = [("ours", "cpu"), ("ours", "torch"), ("grad.addmm_(U c, Vh)", "")]
+    assert [(row.impl, row.variant) for row in rows[:3]] == names
+    assert len(rows) == 2 + len(penalty_peers.PENALTY_PEERS)
     for row in rows:
         assert row.gate
         assert 0 < row.seconds_min <= row.seconds <= row.seconds_max
         assert row.error_p90 <= row.error_max <= row.error_limit == torch.finfo(case.dtype).eps
         assert row.traffic["bytes_per_second"] == row.traffic["moved_bytes"] / row.seconds
         assert row.traffic["copy_fraction"] == row.traffic["bytes_per_second"] / 1e10
-        assert set(row.speedup) == (set() if row.impl == "ours" else {"torch"})
+        assert set(row.speedup) == (set() if row.impl == "ours" else {"cpu", "torch"})
         assert timing.Row.from_json(row.to_json()) == row
         assert len(tables.cells(row)) == len(tables.headings(row)) == 10
         assert f"{row.error_max:.1e} <= {row.error_limit:.1e}" in tables.cells(row)
@@ -313,12 +315,13 @@ def test_bytes_of_the_penalty_by_hand(dtype):
     factors = 3 * size * m_and_n
     scaled = 3 * size * (m_and_n if widened else 8 + 4)
     assert moved == [
+        case.bytes,
         case.bytes + 2 * 3 * factors * widened,
         2 * size * elements + factors,
         4 * size * elements + factors,
         3 * size * elements,
     ]
-    assert extra == [4 * 3 * (12 + 18), scaled, scaled + size * 128, size * elements]
+    assert extra == [0, 4 * 3 * (12 + 18), scaled, scaled + size * 128, size * elements]
 
 
 def allocations(function: Callable[[], object]) -> tuple[object, int, int]:
@@ -362,7 +365,7 @@ def slightly_off(tensors):
 @pytest.mark.parametrize("prepare", [all_but_the_last, slightly_off])
 def test_a_wrong_penalty_fails_its_gate_and_claims_nothing(prepare, dtype):
     case = dataclasses.replace(LAYERS, dtype=dtype)
-    (ours,), peer = penalty_peers.ours(CPU), penalty_peers.PENALTY_PEERS[0]
+    (_, ours), peer = penalty_peers.ours(CPU), penalty_peers.PENALTY_PEERS[0]
     wrong = dataclasses.replace(peer, name="wrong", prepare=prepare)
     right, failed, other = runs.run_penalty(case, CONTEXT, peers=[ours, wrong, peer])
     assert (right.gate, failed.gate, other.gate) == (True, False, True)
@@ -388,7 +391,7 @@ def test_every_usable_implementation_is_measured_and_the_others_are_named(monkey
     cuda = torch.device("cuda")
     monkeypatch.setattr(ops, "problem_of", lambda impl, device: None)
     assert [peer.variant for peer in penalty_peers.ours(cuda)] == ["cuda", "triton", "torch"]
-    assert [peer.variant for peer in penalty_peers.ours(CPU)] == ["torch"]
+    assert [peer.variant for peer in penalty_peers.ours(CPU)] == ["cpu", "torch"]
     monkeypatch.setattr(ops, "problem_of", lambda impl, device: "no library" if impl == "cuda" else None)
     assert [peer.variant for peer in penalty_peers.ours(cuda)] == ["triton", "torch"]
     assert penalty_peers.left_out(cuda) == ["impl='cuda' is left out: no library"]
@@ -443,7 +446,7 @@ def test_penalty_command(tmp_path, monkeypatch):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     rows = timing.read_rows(file)
-    assert [row.dtype for row in rows] == 4 * ["float32"] + 4 * ["bfloat16"]
+    assert [row.dtype for row in rows] == 5 * ["float32"] + 5 * ["bfloat16"]
     assert {row.op for row in rows} == {"add_penalty_grad_"}
     assert CliRunner().invoke(app, ["penalty", "--case", "nonsense"]).exit_code == 2
     measured = []
