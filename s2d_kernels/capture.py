@@ -42,7 +42,8 @@ class _Kept(NamedTuple):
     @classmethod
     def nothing(cls, features: int, device: torch.device) -> _Kept:
         place = torch.zeros(2, dtype=torch.int64, device=device)
-        return cls(torch.full((), -1.0, device=device), place, torch.full((features,), torch.nan, device=device))
+        value = torch.full((), -1.0, dtype=torch.float32, device=device)
+        return cls(value, place, torch.full((features,), torch.nan, dtype=torch.float32, device=device))
 
     def clear(self) -> None:
         self.value.fill_(-1.0)

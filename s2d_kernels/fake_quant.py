@@ -101,7 +101,8 @@ class _FakeQuantized(nn.Module):
         self.static = act_range is not None
         if act_range is not None:
             low, high = (math.nan, math.nan) if act_range == "static" else (float(v) for v in act_range)
-            self._set_range("act", torch.tensor(low), torch.tensor(high), self.act_symmetric)
+            ends = [torch.tensor(v, dtype=torch.float32) for v in (low, high)]
+            self._set_range("act", ends[0], ends[1], self.act_symmetric)
         if self.learn_range:
             rows = self.weight.detach().flatten(1).float()
             dims = (1,) if self.weight_granularity == "per_channel" else (0, 1)

@@ -60,7 +60,7 @@ def product(factor: Tensor, scale: Tensor, values: Tensor, mask: Tensor, out_dty
     rest_of_block, digit_of_block = buffer(step, torch.float32), buffer(step, torch.float32)
     planes = buffer(digits * step, torch.int8)
     sums = torch.empty((digits * step, K), dtype=torch.int32)
-    summand = torch.empty((step, K))
+    summand = torch.empty((step, K), dtype=torch.float32)
     out = torch.empty((rows, K), dtype=out_dtype)
     for start in range(0, rows, step):
         count = min(step, rows - start)

@@ -431,7 +431,7 @@ class S2D:
     @property
     def penalty(self) -> Tensor:
         """Value of the penalty on the decided components, strength/(power+1) * sum s^(power+1): a device tensor."""
-        total = torch.zeros((), device=self._side.device)
+        total = torch.zeros((), dtype=torch.float32, device=self._side.device)
         for layer in self._layers.values():
             if layer.rank:
                 total = total + layer.S[: layer.rank].float().pow(self.power + 1).sum()

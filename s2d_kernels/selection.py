@@ -381,7 +381,7 @@ def _leading(A: Tensor) -> Tensor:
     """
     d = A.shape[1]
     generator = torch.Generator().manual_seed(0)
-    Q = torch.randn(d, BLOCK, generator=generator).to(A.device)
+    Q = torch.randn(d, BLOCK, generator=generator, dtype=A.dtype).to(A.device)
     for step in range(6):
         Q, R = torch.linalg.qr(A.mT @ (A @ Q))
         if step == 1 and float(R[0, 0].abs()) < STICKING_OUT**2 * float(R[-1, -1].abs()):

@@ -1,0 +1,74 @@
+"""torch.set_default_dtype of a training script changes nothing here: kernels write through raw pointers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from emulated import build_emulated
+from torch import Tensor
+
+from s2d_kernels import fake_quant_linear, pcdr, topk_svd
+from s2d_kernels.capture import _Kept
+from s2d_kernels.capture_ops import capture_largest_
+from s2d_kernels.fake_quant import FakeQuantLinear
+from s2d_kernels.svd import SVDBasis
+
+
+def run_layer() -> list[Tensor]:
+    x, w = (torch.linspace(-2, 3, n * 64, dtype=torch.float32).sin().view(n, 64).requires_grad_() for n in (40, 48))
+    y = fake_quant_linear(x, w)
+    y.square().sum().backward()
+    return [y, x.grad, w.grad]
+
+
+def run_pcdr() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(80, 60, generator=generator, dtype=torch.float32)
+    weight[:, 0] *= 30
+    x = torch.randn(60, generator=generator, dtype=torch.float32)
+    neuron = torch.tensor(3)
+    exact = torch.ops.s2d.pcdr_exact([weight], [x], [neuron], 3, 0.95, "torch")
+    decided = pcdr([weight], [x], [neuron], topk_svd([weight], k=3), k_max=3)[0]
+    return [exact, torch.tensor(decided.k_target)]
+
+
+def run_capture() -> list[Tensor]:
+    kept = _Kept.nothing(6, torch.device("cpu"))
+    x = torch.arange(24, dtype=torch.float32).view(4, 6)
+    for impl in ("torch", "cuda"):
+        capture_largest_(*kept, x @ x.T - 100, x, impl=impl)
+    return list(kept)
+
+
+def run_factors() -> list[Tensor]:
+    weight = torch.arange(35 * 50, dtype=torch.float32).sin().view(35, 50)
+    results = [topk_svd([weight], k=2, impl=impl)[0].basis for impl in ("cpu", "torch", "cuda", "reference")]
+    return [tensor for basis in results for tensor in SVDBasis(*basis)]
+
+
+def run_ranges() -> list[Tensor]:
+    weight = torch.ones(4, 6, dtype=torch.float32)
+    layer = FakeQuantLinear(6, 4, bias=False, act_range=(-0.1, 0.7), act_granularity="per_tensor")
+    layer.weight.data = weight
+    return [layer.act_min, layer.act_max]
+
+
+RUNS = (run_layer, run_pcdr, run_capture, run_factors, run_ranges)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("run", RUNS)
+def test_same_bits(run: Callable[[], list[Tensor]], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_emulated()
+    monkeypatch.setenv("S2D_NATIVE", "emulated")
+    expected = run()
+    torch.set_default_dtype(dtype)
+    try:
+        got = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(expected, got, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
