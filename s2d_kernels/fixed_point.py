@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from s2d_kernels import reference
+from s2d_kernels import ops, reference
 from s2d_kernels.int8_product import int8_digits_serve
 from s2d_kernels.quantizers import unpack_mask
 
@@ -21,8 +21,7 @@ def serves(factor: Tensor, depth: int, span: int) -> bool:
 
 def _digits(out_dtype: torch.dtype) -> int:
     """Three, 24 bits as in fp32; two, 16 bits, for an output of at most 11 or where torch may use TF32 or bf16."""
-    reduced = torch.backends.mkldnn.matmul.fp32_precision in ("tf32", "bf16")  # type: ignore[attr-defined]
-    return 3 if out_dtype == torch.float32 and not reduced else 2
+    return 3 if out_dtype == torch.float32 and not ops.fp32_is_reduced(torch.device("cpu")) else 2
 
 
 def product(factor: Tensor, scale: Tensor, values: Tensor, mask: Tensor, out_dtype: torch.dtype) -> Tensor | None:

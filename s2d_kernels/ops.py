@@ -127,6 +127,15 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
         yield
 
 
+def fp32_is_reduced(device: torch.device) -> bool:
+    """Whether torch may make fp32 products on `device` of TF32 or bf16 ones, as `set_float32_matmul_precision` allows.
+
+    It is one setting for all threads, so what needs fp32 products takes fp64 ones rather than change it.
+    """
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    return backend.matmul.fp32_precision in ("tf32", "bf16")
+
+
 _max_sms: ContextVar[int | None] = ContextVar("s2d_max_sms", default=None)
 
 

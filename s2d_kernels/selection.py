@@ -317,6 +317,7 @@ def _exact_of_layer(weight: Tensor, x: Tensor, neuron: Tensor, k_max: int, thres
     With a threshold in fp32 first, at half the cost, which stands where it is clear about the threshold.
     """
     fast = threshold is not None and min(weight.shape) >= SMALLEST_IN_FP32 and weight.dtype != torch.float64
+    fast = fast and not ops.fp32_is_reduced(weight.device)
     for dtype in (torch.float32, torch.float64) if fast else (torch.float64,):
         W, row = _scaled(weight.to(dtype)), x.double()
         row = _scaled(row)

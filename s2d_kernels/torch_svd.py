@@ -95,8 +95,10 @@ def _bmm(A: Tensor, B: Tensor) -> Tensor:
     """torch.bmm whose bits do not depend on the size of the batch.
 
     MKL gives each matrix of a batch to one thread, but splits a single one among all, sums included: so a single one
-    goes twice.
+    goes twice. Where torch may reduce fp32 products, they are made in fp64: the residuals would not see the loss.
     """
+    if A.dtype == torch.float32 and ops.fp32_is_reduced(A.device):
+        return _bmm(A.double(), B.double()).float()
     if A.shape[0] == 1 and A.device.type == "cpu":
         return torch.bmm(A.expand(2, -1, -1), B.expand(2, -1, -1))[:1]
     return torch.bmm(A, B)
