@@ -261,6 +261,24 @@ def test_parameters_autocast_and_numpy_integers() -> None:
     assert all(torch.equal(x, y) for x, y in zip(plain.basis, inside.basis, strict=True))
 
 
+def test_a_weight_changed_while_the_call_is_queued(preferred: str, device: torch.device) -> None:
+    """What comes after the call on the same stream changes nothing about it, and it changes nothing in the weight."""
+    weights = [torch.randn(300, 200, device=device), torch.randn(200, 300, device=device).mT]
+    copies = [weight.clone() for weight in weights]
+    versions = [weight._version for weight in weights]
+    impl = None if device.type == "cuda" else preferred
+    expected = topk_svd(copies, k=3, impl=impl)
+    if device.type == "cuda":
+        torch.cuda._sleep(100_000_000)  # the call surely is in the queue when the weights are overwritten
+    got = topk_svd(weights, k=3, impl=impl)
+    assert [weight._version for weight in weights] == versions
+    for weight in weights:
+        weight.zero_()
+    for result, wanted in zip(got, expected, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(result.basis, wanted.basis, strict=True))
+        assert torch.equal(result.missed, wanted.missed)
+
+
 @pytest.mark.parametrize("scale", [1e200, 1e-200])
 def test_fp64_range(scale: float) -> None:
     weight = matrix_with_spectrum(70, 60, decaying_spectrum(60, rate=0.1), dtype=torch.float64)
