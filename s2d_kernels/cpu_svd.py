@@ -1,4 +1,4 @@
-"""`topk_svd` with impl="cpu": csrc/cpu/topk_svd.cpp, one matrix per thread through all its reads."""
+"""`topk_svd` with impl="cpu": csrc/cpu/topk_svd.cpp, one matrix per thread, large ones by all threads."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from s2d_kernels._native import DTYPES, SvdLayer
 from s2d_kernels.svd import FAILURE_PROBABILITY, TOLERANCE
 
 _DTYPES = {getattr(torch, name): code for name, code in DTYPES.items()}
-# A matrix is one thread's work, so that its bits do not depend on what else is in the call. Larger ones go to
-# impl="torch", which takes all threads for each.
-MAX_ELEMENTS = 1 << 26
 
 
 def _problem(device: torch.device) -> str | None:
@@ -22,7 +19,7 @@ def _problem(device: torch.device) -> str | None:
 
 
 def _supports(weights: list[Tensor], _starts: list[Tensor], _ks: list[int], _reads: list[int]) -> bool:
-    return all(weight.dtype in _DTYPES and weight.numel() <= MAX_ELEMENTS for weight in weights)
+    return all(weight.dtype in _DTYPES for weight in weights)
 
 
 ops.declare_problem("cpu", _problem)

@@ -22,7 +22,7 @@ int s2d_cpu_abi_version(void);
 const char* s2d_cpu_capability(void);
 
 /* The algorithm of s2d_kernels/svd.py, one matrix per thread from the first read to the last, so that a matrix is read
- * from memory once and then from the caches. The workspace is aligned to 256 bytes. `width` and `reads` are unlimited;
+ * from memory once and then from the caches; matrices of 2^22 elements and more one by one with all threads. The workspace is aligned to 256 bytes. `width` and `reads` are unlimited;
  * results depend neither on `threads` nor on the other matrices. */
 size_t s2d_cpu_topk_svd_workspace(const s2d_svd_layer* layers, int32_t count, int32_t threads);
 int s2d_cpu_topk_svd(const s2d_svd_layer* layers, int32_t count, int32_t threads, float tolerance,

@@ -1,8 +1,11 @@
-// Top-k singular triplets of many matrices: block Krylov on A^T A (s2d_kernels/svd.py), one matrix per thread.
+// Top-k singular triplets of many matrices: block Krylov on A^T A (s2d_kernels/svd.py), one matrix per thread, and the
+// large ones, before the others, one after another by all threads.
 //
 // A [D, d], D >= d, is W or its transpose. A block of b directions is kept as rows. One read of A, panel by panel:
 //   Y[c, p] = sum_j A[p, j] Q[c, j],  Z[c, j] = sum_p Y[c, p] A[p, j]
 // A panel stays in the second-level cache between the two products, a matrix in the third level between its reads.
+// A large matrix is cut into slabs of rows whose parts of Z are summed in their order: by its shape alone, so that its
+// bits depend neither on the number of threads nor on the other matrices.
 #include <float.h>
 #include <math.h>
 #include <string.h>
@@ -23,6 +26,9 @@ namespace {
 
 constexpr int64_t kPanel = 48 * 1024;  // fp32 numbers of a panel of rows: 192 KiB, a share of the second-level cache
 constexpr int64_t kChunk = 256;        // columns of factors made at once
+constexpr int64_t kLarge = 1 << 22;    // elements from which a matrix is all threads' work,
+constexpr int64_t kSlab = 1 << 20;     // in slabs of about so many,
+constexpr int64_t kMaxSlabs = 64;      // but not in more than these
 constexpr int kOrthogonalizations = 3;
 constexpr int32_t kConverged = 0, kNotConverged = 1, kNonFinite = 2, kOverflow = 4;  // as s2d_kernels/svd.py has them
 
@@ -41,6 +47,7 @@ struct Problem {
   int64_t block, blocks, total;  // rows of a block, blocks, both multiplied
   int64_t width, ld, LD;         // block, d and D in whole vectors
   int64_t panel_rows, panel_columns;
+  int64_t slab, slabs;  // rows of A that one thread works through, and the number of such parts
 
   explicit Problem(const s2d_svd_layer& given) : layer(given) {
     wide = layer.rows < layer.cols;
@@ -60,7 +67,12 @@ struct Problem {
     panel_rows = std::clamp<int64_t>(kPanel / ld, 12, 3072) / 6 * 6;
     panel_columns = std::clamp<int64_t>(3 * kPanel / d, 48, 384) / 48 * 48;
     in_place = layer.dtype == S2D_FLOAT32 && (by_columns || (stride_d == 1 && d == ld));
+    const int64_t parts = large() ? std::clamp<int64_t>(D * d / kSlab, 1, kMaxSlabs) : 1;
+    slab = rounded_up((D + parts - 1) / parts, by_columns ? panel_columns : panel_rows);
+    slabs = (D + slab - 1) / slab;
   }
+
+  bool large() const { return D * d >= kLarge; }
 
   int64_t cost() const { return D * d * width * blocks; }
 
@@ -108,23 +120,40 @@ class Carver {
   int64_t used_ = 0;
 };
 
-// A thread's memory for one matrix: all blocks of Q, Y and Z, rows padded with zeros, and what lies between them.
+// What each thread that works on a matrix has for itself.
+struct Panels {
+  float *packed, *part_packed, *panel;
+  double* chunk;
+};
+
+// The memory for one matrix: all blocks of Q, Y and Z, rows padded with zeros, and what lies between them.
 struct Scratch {
+  int32_t threads;
+  Panels panels[kMaxSlabs];  // of each thread
   float *K, *Y, *Z;
-  float *block, *next, *packed, *panel_packed, *sums_packed, *part_packed, *panel, *against, *lengths, *gaussian;
+  float *block, *next, *packed, *against, *lengths, *gaussian;
+  float* partial;  // [slabs, width * ld], of Z or, packed, of its transpose
+  double* grams;   // [slabs, total, total]
   double *H, *vectors, *values, *work, *R, *chunk, *other, *theta;
   int64_t* order;
-  Scratch(const Problem& p, Carver& carver) {
+  Scratch(const Problem& p, int32_t given_threads, Carver& carver) {
+    threads = p.large() ? static_cast<int32_t>(std::min<int64_t>(given_threads, p.slabs)) : 1;
     K = carver.take<float>(p.total * p.ld);
     Y = carver.take<float>(p.total * p.LD);
     Z = carver.take<float>(p.total * p.ld);
-    for (float** member : {&block, &next, &packed, &sums_packed, &part_packed})
-      *member = carver.take<float>(p.width * p.ld);
-    panel_packed = carver.take<float>(p.width * std::max(p.panel_rows, p.panel_columns));
-    panel = carver.take<float>(std::max(p.panel_rows * p.ld, p.d * p.panel_columns));
+    for (float** member : {&block, &next, &packed}) *member = carver.take<float>(p.width * p.ld);
+    for (int32_t thread = 0; thread < threads; ++thread) {
+      Panels& own = panels[thread];
+      own.packed = carver.take<float>(p.width * std::max(p.panel_rows, p.panel_columns));
+      own.part_packed = carver.take<float>(p.by_columns ? p.width * p.ld : 0);
+      own.panel = carver.take<float>(std::max(p.panel_rows * p.ld, p.d * p.panel_columns));
+      own.chunk = carver.take<double>(p.layer.width * kChunk);
+    }
+    partial = carver.take<float>(p.slabs * p.width * p.ld);
     against = carver.take<float>(p.total * p.width);
     lengths = carver.take<float>(p.width);
     gaussian = carver.take<float>(p.ld);
+    grams = carver.take<double>(p.slabs > 1 ? p.slabs * p.total * p.total : 0);
     H = carver.take<double>(p.total * p.total);
     vectors = carver.take<double>(p.total * p.total);
     for (double** member : {&values, &theta}) *member = carver.take<double>(p.total);
@@ -135,36 +164,47 @@ struct Scratch {
   }
 };
 
-// The order of the layers, the most expensive first, and the threads' memories.
+// The order of the layers, large ones first and then the most expensive, and the memory of the matrices that are worked
+// on at the same time.
 struct Workspace {
   int32_t* order;
   char* scratch;
+  int32_t large;
   int64_t scratch_bytes, bytes;
 
   Workspace(const s2d_svd_layer* layers, int32_t count, int32_t threads, void* memory) {
     Carver carver(memory);
     order = carver.take<int32_t>(count);
     scratch = static_cast<char*>(memory) + carver.used();
+    large = 0;
     scratch_bytes = 0;
+    int64_t large_bytes = 0;
     for (int32_t i = 0; i < count; ++i) {
+      const Problem problem(layers[i]);
       Carver counter(nullptr);
-      (void)Scratch(Problem(layers[i]), counter);
-      scratch_bytes = std::max(scratch_bytes, counter.used());
+      (void)Scratch(problem, threads, counter);
+      int64_t& most = problem.large() ? large_bytes : scratch_bytes;
+      most = std::max(most, counter.used());
+      large += problem.large();
     }
-    bytes = carver.used() + scratch_bytes * std::min(threads, count);
+    bytes = carver.used() + std::max(large_bytes, scratch_bytes * std::min(threads, count - large));
   }
 };
 
 // The largest |element|, as a power of two that exceeds it, and whether all are finite.
-State find_scale(const Problem& problem) {
-  uint32_t bits = 0;
+State find_scale(const Problem& problem, int32_t threads) {
   const bool along_D = problem.by_columns;
-  for (int64_t i = 0; i < (along_D ? problem.d : problem.D); ++i) {
-    const void* line = along_D ? problem.element(0, i) : problem.element(i, 0);
-    const uint32_t most = kernels().largest(line, problem.layer.dtype, along_D ? problem.D : problem.d,
-                                            along_D ? problem.stride_D : problem.stride_d);
-    bits = std::max(bits, most);
-  }
+  const int64_t lines = along_D ? problem.d : problem.D, each = (lines + problem.slabs - 1) / problem.slabs;
+  uint32_t most[kMaxSlabs] = {};
+  share_out(static_cast<int32_t>(problem.slabs), threads, [&](int32_t part, int32_t) {
+    for (int64_t i = part * each; i < std::min(lines, (part + 1) * each); ++i) {
+      const void* line = along_D ? problem.element(0, i) : problem.element(i, 0);
+      const uint32_t found = kernels().largest(line, problem.layer.dtype, along_D ? problem.D : problem.d,
+                                               along_D ? problem.stride_D : problem.stride_d);
+      most[part] = std::max(most[part], found);
+    }
+  });
+  const uint32_t bits = *std::max_element(most, most + problem.slabs);
   State state;
   state.finite = bits < 0x7f800000u;
   state.zero = bits == 0;
@@ -173,62 +213,92 @@ State find_scale(const Problem& problem) {
   return state;
 }
 
-// scratch.block Q -> `Y` [block, LD] and scratch.next Z of A 2^-exponent. Q is scaled on the way. One half of the scale
-// goes before each product and one after it, so that nothing leaves the range of fp32.
-void product(const Problem& p, const Scratch& scratch, int32_t exponent, float* Y) {
+// The factors of one product: half of the scale 2^-exponent goes before it and half after it, so that nothing leaves the
+// range of fp32.
+struct Halves {
+  float before, after;
+  explicit Halves(int32_t exponent)
+      : before(ldexpf(1.0f, -exponent / 2)), after(ldexpf(1.0f, -exponent + exponent / 2)) {}
+};
+
+// Rows first..last of A: their part of `Y` [block, LD], and sum [width, ld] = their part of Z.
+void product_of_rows(const Problem& p, const Scratch& scratch, const Panels& own, Halves scale, int64_t first,
+                     int64_t last, float* Y, float* sum) {
   const Kernels& k = kernels();
-  const float scale = ldexpf(1.0f, -exponent / 2), rest = ldexpf(1.0f, -exponent + exponent / 2);
   const int64_t width = p.width;
-  float* const part = scratch.panel_packed;
-  for (int64_t i = 0; i < width * p.ld; ++i) scratch.block[i] *= scale;
-  memset(scratch.next, 0, width * p.ld * sizeof(float));
-  if (!p.by_columns) {
-    for (int64_t first = 0; first < p.D; first += p.panel_rows) {
-      const int64_t rows = std::min(p.panel_rows, p.D - first);
-      const float* A = static_cast<const float*>(p.element(first, 0));
-      int64_t lda = p.stride_D;
-      if (!p.in_place) {
-        for (int64_t r = 0; r < rows; ++r) {
-          k.widen(p.element(first + r, 0), p.layer.dtype, p.d, p.stride_d, scratch.panel + r * p.ld);
-          std::fill(scratch.panel + r * p.ld + p.d, scratch.panel + (r + 1) * p.ld, 0.0f);
-        }
-        A = scratch.panel;
-        lda = p.ld;
+  memset(sum, 0, width * p.ld * sizeof(float));
+  for (; first < last; first += p.panel_rows) {
+    const int64_t rows = std::min(p.panel_rows, last - first);
+    const float* A = static_cast<const float*>(p.element(first, 0));
+    int64_t lda = p.stride_D;
+    if (!p.in_place) {
+      for (int64_t r = 0; r < rows; ++r) {
+        k.widen(p.element(first + r, 0), p.layer.dtype, p.d, p.stride_d, own.panel + r * p.ld);
+        std::fill(own.panel + r * p.ld + p.d, own.panel + (r + 1) * p.ld, 0.0f);
       }
-      k.dot(A, lda, rows, p.ld, scratch.block, p.ld, width, part);  // [rows, width]
-      for (int64_t c = 0; c < p.block; ++c)
-        for (int64_t r = 0; r < rows; ++r) Y[c * p.LD + first + r] = part[r * width + c] * rest;
-      for (int64_t i = 0; i < rows * width; ++i) part[i] = part[i] * rest * scale;
-      k.accumulate(A, lda, rows, p.ld, part, width, scratch.next, p.ld);
+      A = own.panel;
+      lda = p.ld;
     }
-    for (int64_t i = 0; i < width * p.ld; ++i) scratch.next[i] *= rest;
-    return;
+    k.dot(A, lda, rows, p.ld, scratch.block, p.ld, width, own.packed);  // [rows, width]
+    for (int64_t c = 0; c < p.block; ++c)
+      for (int64_t r = 0; r < rows; ++r) Y[c * p.LD + first + r] = own.packed[r * width + c] * scale.after;
+    for (int64_t i = 0; i < rows * width; ++i) own.packed[i] = own.packed[i] * scale.after * scale.before;
+    k.accumulate(A, lda, rows, p.ld, own.packed, width, sum, p.ld);
   }
-  for (int64_t i = 0; i < p.d; ++i)
-    for (int64_t c = 0; c < width; ++c) scratch.packed[i * width + c] = scratch.block[c * p.ld + i];
-  memset(scratch.sums_packed, 0, p.d * width * sizeof(float));
-  for (int64_t first = 0; first < p.D; first += p.panel_columns) {
-    const int64_t columns = std::min(p.panel_columns, p.D - first), padded = rounded_up(columns, kLanes);
+}
+
+// The same where A's columns are contiguous; sum [d, width] is packed.
+void product_of_columns(const Problem& p, const Scratch& scratch, const Panels& own, Halves scale, int64_t first,
+                        int64_t last, float* Y, float* sum) {
+  const Kernels& k = kernels();
+  const int64_t width = p.width;
+  memset(sum, 0, p.d * width * sizeof(float));
+  for (; first < last; first += p.panel_columns) {
+    const int64_t columns = std::min(p.panel_columns, last - first), padded = rounded_up(columns, kLanes);
     const float* A = static_cast<const float*>(p.element(first, 0));
     int64_t lda = p.stride_d;
     if (!p.in_place || columns != padded) {
       for (int64_t i = 0; i < p.d; ++i) {
-        k.widen(p.element(first, i), p.layer.dtype, columns, 1, scratch.panel + i * padded);
-        std::fill(scratch.panel + i * padded + columns, scratch.panel + (i + 1) * padded, 0.0f);
+        k.widen(p.element(first, i), p.layer.dtype, columns, 1, own.panel + i * padded);
+        std::fill(own.panel + i * padded + columns, own.panel + (i + 1) * padded, 0.0f);
       }
-      A = scratch.panel;
+      A = own.panel;
       lda = padded;
     }
-    memset(part, 0, width * padded * sizeof(float));  // [width, padded]
-    k.accumulate(A, lda, p.d, padded, scratch.packed, width, part, padded);
-    for (int64_t i = 0; i < width * padded; ++i) part[i] *= rest;
-    for (int64_t c = 0; c < p.block; ++c) memcpy(Y + c * p.LD + first, part + c * padded, columns * sizeof(float));
-    for (int64_t i = 0; i < width * padded; ++i) part[i] *= scale;
-    k.dot(A, lda, p.d, padded, part, padded, width, scratch.part_packed);
-    for (int64_t i = 0; i < p.d * width; ++i) scratch.sums_packed[i] += scratch.part_packed[i];
+    memset(own.packed, 0, width * padded * sizeof(float));  // [width, padded]
+    k.accumulate(A, lda, p.d, padded, scratch.packed, width, own.packed, padded);
+    for (int64_t i = 0; i < width * padded; ++i) own.packed[i] *= scale.after;
+    for (int64_t c = 0; c < p.block; ++c) memcpy(Y + c * p.LD + first, own.packed + c * padded, columns * sizeof(float));
+    for (int64_t i = 0; i < width * padded; ++i) own.packed[i] *= scale.before;
+    k.dot(A, lda, p.d, padded, own.packed, padded, width, own.part_packed);
+    for (int64_t i = 0; i < p.d * width; ++i) sum[i] += own.part_packed[i];
   }
+}
+
+// scratch.block Q -> `Y` [block, LD] and scratch.next Z of A 2^-exponent. Q is scaled on the way.
+void product(const Problem& p, const Scratch& scratch, int32_t exponent, float* Y) {
+  const Halves scale(exponent);
+  const int64_t width = p.width, part = width * p.ld;
+  for (int64_t i = 0; i < part; ++i) scratch.block[i] *= scale.before;
+  if (p.by_columns) {
+    for (int64_t i = 0; i < p.d; ++i)
+      for (int64_t c = 0; c < width; ++c) scratch.packed[i * width + c] = scratch.block[c * p.ld + i];
+  }
+  share_out(static_cast<int32_t>(p.slabs), scratch.threads, [&](int32_t slab, int32_t thread) {
+    const auto work = p.by_columns ? product_of_columns : product_of_rows;
+    work(p, scratch, scratch.panels[thread], scale, slab * p.slab, std::min(p.D, (slab + 1) * p.slab), Y,
+         scratch.partial + slab * part);
+  });
+  float* const sum = scratch.partial;
+  for (int64_t slab = 1; slab < p.slabs; ++slab)
+    for (int64_t i = 0; i < part; ++i) sum[i] += sum[slab * part + i];
+  if (!p.by_columns) {
+    for (int64_t i = 0; i < part; ++i) scratch.next[i] = sum[i] * scale.after;
+    return;
+  }
+  memset(scratch.next, 0, part * sizeof(float));
   for (int64_t i = 0; i < p.d; ++i)
-    for (int64_t c = 0; c < p.block; ++c) scratch.next[c * p.ld + i] = scratch.sums_packed[i * width + c] * rest;
+    for (int64_t c = 0; c < p.block; ++c) scratch.next[c * p.ld + i] = sum[i * width + c] * scale.after;
 }
 
 void scale_row(float* row, int64_t count, float factor) {
@@ -298,6 +368,20 @@ void orthonormalize(const Problem& p, const Scratch& scratch, int64_t taken) {
   for (int64_t c = 0; c < p.block; ++c) orthogonalize(p, block, c);
 }
 
+// H = Y Y^T, of a large matrix as the sum of its slabs' parts.
+void gram(const Problem& p, const Scratch& scratch) {
+  if (p.slabs == 1) return kernels().gram(scratch.Y, p.LD, p.total, p.LD, scratch.H);
+  const int64_t each = rounded_up((p.LD + p.slabs - 1) / p.slabs, kLanes), size = p.total * p.total;
+  const int64_t parts = (p.LD + each - 1) / each;
+  share_out(static_cast<int32_t>(parts), scratch.threads, [&](int32_t part, int32_t) {
+    const int64_t first = part * each, length = std::min(each, p.LD - first);
+    kernels().gram(scratch.Y + first, p.LD, p.total, length, scratch.grams + part * size);
+  });
+  std::fill(scratch.H, scratch.H + size, 0.0);
+  for (int64_t part = 0; part < parts; ++part)
+    for (int64_t i = 0; i < size; ++i) scratch.H[i] += scratch.grams[part * size + i];
+}
+
 // All blocks of Q, Y and Z in K, Y and Z, and H = Y Y^T.
 void krylov(const Problem& p, const Scratch& scratch, int32_t exponent) {
   memset(scratch.block, 0, p.width * p.ld * sizeof(float));
@@ -318,7 +402,7 @@ void krylov(const Problem& p, const Scratch& scratch, int32_t exponent) {
     memcpy(scratch.block, scratch.next, size * sizeof(float));
     orthonormalize(p, scratch, (step + 1) * p.block);
   }
-  kernels().gram(scratch.Y, p.LD, p.total, p.LD, scratch.H);
+  gram(p, scratch);
 }
 
 // Bound on a singular value beyond the k found, from the random row w that went through q = `blocks` products:
@@ -419,15 +503,16 @@ void ritz(const Problem& p, const Scratch& scratch, const State& state, float to
     }
     write_vectors(layer, !p.wide, scratch.chunk, first, length);
   }
-  for (int64_t first = 0; first < p.D; first += kChunk) {
-    const int64_t length = std::min(kChunk, p.D - first), columns = std::min(kChunk, p.LD - first);
-    kernel.combine(scratch.R, n, b, scratch.Y + first, p.LD, n, columns, scratch.chunk, kChunk);
+  share_out(static_cast<int32_t>((p.D + kChunk - 1) / kChunk), scratch.threads, [&](int32_t part, int32_t thread) {
+    double* const chunk = scratch.panels[thread].chunk;
+    const int64_t first = part * kChunk, length = std::min(kChunk, p.D - first);
+    kernel.combine(scratch.R, n, b, scratch.Y + first, p.LD, n, std::min(kChunk, p.LD - first), chunk, kChunk);
     for (int64_t c = 0; c < b; ++c) {
       const double s = value(c), inverse = s > 0 ? 1 / s : 0;
-      for (int64_t i = 0; i < length; ++i) scratch.chunk[c * kChunk + i] *= inverse;
+      for (int64_t i = 0; i < length; ++i) chunk[c * kChunk + i] *= inverse;
     }
-    write_vectors(layer, p.wide, scratch.chunk, first, length);
-  }
+    write_vectors(layer, p.wide, chunk, first, length);
+  });
   double criterion = 0;
   for (int64_t c = 0; c < b; ++c) {
     const double s = value(c), residual = sqrt(squares[c]);
@@ -442,7 +527,7 @@ void ritz(const Problem& p, const Scratch& scratch, const State& state, float to
 }
 
 void solve(const Problem& p, const Scratch& scratch, float tolerance, double failure_probability) {
-  const State state = find_scale(p);
+  const State state = find_scale(p, scratch.threads);
   if (!state.finite) return write_nothing(p.layer, kNonFinite);
   krylov(p, scratch, state.exponent);
   ritz(p, scratch, state, tolerance, failure_probability);
@@ -473,13 +558,18 @@ int s2d_cpu_topk_svd(const s2d_svd_layer* layers, int32_t count, int32_t threads
     return S2D_BAD_WORKSPACE;
   for (int32_t i = 0; i < count; ++i) space.order[i] = i;
   std::sort(space.order, space.order + count, [layers](int32_t a, int32_t b) {
-    const int64_t first = Problem(layers[a]).cost(), second = Problem(layers[b]).cost();
-    return first != second ? first > second : a < b;
+    const Problem first(layers[a]), second(layers[b]);
+    if (first.large() != second.large()) return first.large();
+    return first.cost() != second.cost() ? first.cost() > second.cost() : a < b;
   });
-  share_out(count, threads, [&](int32_t item, int32_t thread) {
+  const auto work = [&](int32_t item, char* memory) {
     const Problem problem(layers[space.order[item]]);
-    Carver carver(space.scratch + thread * space.scratch_bytes);
-    solve(problem, Scratch(problem, carver), tolerance, failure_probability);
+    Carver carver(memory);
+    solve(problem, Scratch(problem, threads, carver), tolerance, failure_probability);
+  };
+  for (int32_t item = 0; item < space.large; ++item) work(item, space.scratch);
+  share_out(count - space.large, threads, [&](int32_t item, int32_t thread) {
+    work(space.large + item, space.scratch + thread * space.scratch_bytes);
   });
   return S2D_OK;
 }
