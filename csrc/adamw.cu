@@ -7,7 +7,7 @@
 //
 // Memory-bound: p, g, m, v are read and p, m, v written once, 16 bytes an access where the alignment allows; Vh and U come
 // from L2. fp32 arithmetic, one rounding to the tensors' type. An element of P that is 0 or not finite changes no bit.
-#include "common.cuh"
+#include "low_rank.cuh"
 
 namespace s2d {
 namespace {
@@ -112,17 +112,7 @@ __device__ __forceinline__ void update_word(const Rule& rule, unsigned grad, con
   }
 }
 
-// coefficients[i] U[row, i] of a tile's rows, read by all its columns.
 using ScaledU = float[S2D_MAX_RANK][kTileRows];
-
-__device__ __forceinline__ void stage_scaled_u(const Layer& layer, int64_t tile_row, int rank, ScaledU& scaled) {
-  const int within = threadIdx.x % kTileRows;
-  const int64_t row = tile_row + within;
-  for (int i = threadIdx.x / kTileRows; i < rank; i += kThreads / kTileRows) {
-    scaled[i][within] =
-        row < layer.rows ? layer.coefficients[i] * layer.U[row * layer.u_row_stride + i * layer.u_col_stride] : 0.0f;
-  }
-}
 
 // One tile [kTileRows, kTileCols]: a warp owns kRowsPerWarp rows, a lane kPer16 columns, adjacent where rows are
 // aligned.
@@ -160,7 +150,7 @@ __device__ __forceinline__ void update_tile(const Table& table, const Layer& lay
     }
   }
   if (rank > 0) {
-    stage_scaled_u(layer, tile_row, rank, scaled);
+    stage_scaled_u<kThreads>(layer, tile_row, rank, scaled);
     __syncthreads();
   }
   const Rule rule = rule_of(table, layer);
@@ -222,17 +212,9 @@ __global__ void __launch_bounds__(kThreads, 4) adamw(S2D_GRID_CONSTANT(Table) ta
   S2D_SHARED(float, scaled, [S2D_MAX_RANK][kTileRows]);
   if (table.found_inf && *table.found_inf != 0.0f) return;
   const uint32_t tile = blockIdx.x;
-  int index = 0;
-  for (int end = table.count; end - index > 1;) {
-    const int middle = (index + end) / 2;
-    if (table.first_tile[middle] <= tile) {
-      index = middle;
-    } else {
-      end = middle;
-    }
-  }
+  const int index = last_not_above(table.first_tile, table.count, tile);
   const Layer& layer = table.layers[index];
-  const int rank = layer.device_rank ? min(static_cast<int>(layer.rank), *layer.device_rank) : layer.rank;
+  const int rank = rank_of(layer);
   const uint32_t within = tile - table.first_tile[index];
   switch (layer.dtype) {
     case S2D_FLOAT32:
@@ -243,10 +225,6 @@ __global__ void __launch_bounds__(kThreads, 4) adamw(S2D_GRID_CONSTANT(Table) ta
       return update_tile<fp16>(table, layer, within, rank, scaled);
   }
 }
-
-bool aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
-
-int64_t element_bytes(int32_t dtype) { return dtype == S2D_FLOAT32 ? 4 : 2; }
 
 int64_t tile_cols(int32_t dtype) { return dtype == S2D_FLOAT32 ? kTileCols<float> : kTileCols<bf16>; }
 

@@ -136,8 +136,6 @@ __global__ void __launch_bounds__(kThreads) capture_keep(S2D_GRID_CONSTANT(s2d_c
   }
 }
 
-bool aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
-
 size_t element_bytes(int32_t dtype) { return dtype == S2D_FLOAT32 ? 4 : 2; }
 
 bool is_valid(const s2d_capture_call& call) {

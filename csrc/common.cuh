@@ -138,11 +138,21 @@ __device__ __forceinline__ uint4 pack(const float (&values)[kPer16<T>]) {
   return make_uint4(word[0], word[1], word[2], word[3]);
 }
 
-// A penalty as it may be added: for 0 and for what is not finite -0, which changes no bit of what it is added to.
-__device__ __forceinline__ float usable_sum(float sum) {
-  const unsigned magnitude = __float_as_uint(sum) & 0x7fffffffu;
-  return magnitude - 1u < 0x7f7fffffu ? sum : -0.0f;
+// The last index whose `first` is not above `value`; `first` ascends, and its first element is not above it.
+__device__ __forceinline__ int last_not_above(const uint32_t* first, int count, uint32_t value) {
+  int index = 0;
+  for (int end = count; end - index > 1;) {
+    const int middle = (index + end) / 2;
+    if (first[middle] <= value) {
+      index = middle;
+    } else {
+      end = middle;
+    }
+  }
+  return index;
 }
+
+inline bool aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
 struct Sum {
   template <typename T>

@@ -4,7 +4,7 @@
 // Memory-bound for the ranks in use: each gradient element is read and written once, 16 bytes an access where the
 // layer's alignment allows; Vh and U come from L2. Sums are formed in fp32, i ascending, and rounded once to the
 // gradient's type; one that is 0 or not finite changes no bit of it.
-#include "common.cuh"
+#include "low_rank.cuh"
 
 namespace s2d {
 namespace {
@@ -36,17 +36,7 @@ struct Table {
 };
 static_assert(sizeof(Table) <= 32764, "the table is a kernel parameter");
 
-// coefficients[i] U[row, i] of a tile's rows, read by all its columns.
 using ScaledU = float[S2D_MAX_RANK][kTileRows];
-
-__device__ __forceinline__ void stage_scaled_u(const Layer& layer, int64_t tile_row, int rank, ScaledU& scaled) {
-  const int within = threadIdx.x % kTileRows;
-  const int64_t row = tile_row + within;
-  for (int i = threadIdx.x / kTileRows; i < rank; i += kThreads / kTileRows) {
-    scaled[i][within] =
-        row < layer.rows ? layer.coefficients[i] * layer.U[row * layer.u_row_stride + i * layer.u_col_stride] : 0.0f;
-  }
-}
 
 // One tile [kTileRows, kTileCols]: a warp owns kRowsPerWarp rows, a lane kPer16 columns, adjacent where rows are
 // aligned.
@@ -74,7 +64,7 @@ __device__ __forceinline__ void add_tile(const Layer& layer, uint32_t tile, int 
       if (r < height) packed[r] = load_16(grad + r * layer.grad_stride);
     }
   }
-  stage_scaled_u(layer, tile_row, rank, scaled);
+  stage_scaled_u<kThreads>(layer, tile_row, rank, scaled);
   __syncthreads();
 
   if (whole) {
@@ -141,17 +131,9 @@ __device__ __forceinline__ void add_tile(const Layer& layer, uint32_t tile, int 
 __global__ void __launch_bounds__(kThreads, 3) add_penalty_grad(S2D_GRID_CONSTANT(Table) table) {
   S2D_SHARED(float, scaled, [S2D_MAX_RANK][kTileRows]);
   const uint32_t tile = blockIdx.x;
-  int index = 0;
-  for (int end = table.count; end - index > 1;) {
-    const int middle = (index + end) / 2;
-    if (table.first_tile[middle] <= tile) {
-      index = middle;
-    } else {
-      end = middle;
-    }
-  }
+  const int index = last_not_above(table.first_tile, table.count, tile);
   const Layer& layer = table.layers[index];
-  const int rank = layer.device_rank ? min(static_cast<int>(layer.rank), *layer.device_rank) : layer.rank;
+  const int rank = rank_of(layer);
   if (rank <= 0) return;
   const uint32_t within = tile - table.first_tile[index];
   switch (layer.dtype) {
@@ -163,10 +145,6 @@ __global__ void __launch_bounds__(kThreads, 3) add_penalty_grad(S2D_GRID_CONSTAN
       return add_tile<fp16>(layer, within, rank, scaled);
   }
 }
-
-bool aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
-
-int64_t element_bytes(int32_t dtype) { return dtype == S2D_FLOAT32 ? 4 : 2; }
 
 bool is_empty(const s2d_penalty_layer& layer) { return layer.rank == 0 || layer.rows == 0 || layer.cols == 0; }
 

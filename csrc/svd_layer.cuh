@@ -88,16 +88,7 @@ struct Table {
 static_assert(sizeof(Table) <= 32764 - 16, "the table is a kernel parameter");
 
 __device__ __forceinline__ int layer_of(const Table& table, uint32_t block) {
-  int index = 0;
-  for (int end = table.count; end - index > 1;) {
-    const int middle = (index + end) / 2;
-    if (table.first[middle] <= block) {
-      index = middle;
-    } else {
-      end = middle;
-    }
-  }
-  return index;
+  return last_not_above(table.first, table.count, block);
 }
 
 }  // namespace

@@ -334,8 +334,6 @@ __global__ void __launch_bounds__(kThreads, 2) rotate_left(S2D_GRID_CONSTANT(Tab
 
 // --- host ---------------------------------------------------------------------------------------------------------
 
-bool aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
-
 bool is_valid(const s2d_svd_layer& layer) {
   if (layer.rows <= 0 || layer.cols <= 0 || layer.dtype < S2D_FLOAT32 || layer.dtype > S2D_FLOAT16) return false;
   const int64_t d = min(layer.rows, layer.cols);

@@ -351,8 +351,6 @@ __global__ void __launch_bounds__(kPackThreads)
   }
 }
 
-bool aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
-
 int64_t divide_up(int64_t dividend, int64_t divisor) { return dividend / divisor + (dividend % divisor != 0); }
 
 bool is_dtype(int32_t dtype) { return dtype >= S2D_FLOAT32 && dtype <= S2D_FLOAT16; }

@@ -18,8 +18,10 @@ from s2d_kernels.triton_kernels.common import (
     VECTOR_BYTES,
     Variant,
     check_device,
+    find_row,
     interpreted,
     jit,
+    low_rank_tile,
     narrow,
     tl,
     widen,
@@ -196,18 +198,11 @@ def _update_tile(
         p = widen(p, tl.float32, INTERPRETED)
         m = widen(m, tl.float32, INTERPRETED)
         v = widen(v, tl.float32, INTERPRETED)
-        # Zero, made of the tile: the sum of a plain zero gets a layout of its own, and shared memory to convert it.
-        penalty = tl.minimum(tl.abs(p), 0.0)
-        # Not a range: in Triton 3.6's interpreter one with a bound that was loaded fails with NumPy 2.4.
-        component = 0
-        while component < rank:
-            for step in tl.static_range(UNROLL):
-                r = component + step
-                c = tl.load(coefficients + r * coefficient_stride, mask=r < rank, other=0.0)
-                a = tl.load(left + r * left_rank + i * left_row, mask=in_rows & (r < rank), other=0.0)
-                b = tl.load(right + r * right_rank + j * right_col, mask=in_cols & (r < rank), other=0.0)
-                penalty += (a * c)[:, None] * b[None, :]
-            component += UNROLL
+        zero = tl.minimum(tl.abs(p), 0.0)
+        penalty = low_rank_tile(
+            zero, left, coefficients, right, i, j, in_rows, in_cols, left_row, left_rank, coefficient_stride,
+            right_rank, right_col, rank, UNROLL,
+        )  # fmt: skip
         g = g * grad_factor
         if not DECOUPLED:
             penalty = penalty * penalty_factor
@@ -252,15 +247,7 @@ def _adamw(
 ) -> None:
     """All layers of one dtype and group: a program updates one tile of the last layer that begins at or before it."""
     tile = tl.program_id(0).to(tl.int64)
-    layer = tl.full((), 0, tl.int32)
-    count = layers
-    # The layer lies in [layer, layer + count).
-    while count > 1:
-        half = count // 2
-        later = tl.load(table + (layer + half) * FIELDS) <= tile
-        layer = tl.where(later, layer + half, layer)
-        count = tl.where(later, count - half, half)
-    row = table + layer * FIELDS
+    row = find_row(table, layers, FIELDS, 0, tile)
     if _number(row, 26, 0.0) == 0.0:
         if tl.load(row + 21) != 0:
             _update_tile(

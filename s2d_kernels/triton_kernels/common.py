@@ -60,6 +60,58 @@ def narrow(x: tl.tensor, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.t
     return x.to(DTYPE)
 
 
+@jit()
+def find_row(
+    table: tl.tensor, rows: tl.tensor, FIELDS: tl.constexpr, FIRST: tl.constexpr, program: tl.tensor
+) -> tl.tensor:
+    """The last row `[FIELDS]` of an ascending table whose field FIRST is not above `program`."""
+    at = tl.full((), 0, tl.int32)
+    count = rows
+    # The row lies in [at, at + count).
+    while count > 1:
+        half = count // 2
+        later = tl.load(table + (at + half) * FIELDS + FIRST) <= program
+        at = tl.where(later, at + half, at)
+        count = tl.where(later, count - half, half)
+    return table + at * FIELDS
+
+
+@jit()
+def low_rank_tile(
+    zero: tl.tensor,
+    left: tl.tensor,
+    coefficients: tl.tensor,
+    right: tl.tensor,
+    i: tl.tensor,
+    j: tl.tensor,
+    in_rows: tl.tensor,
+    in_cols: tl.tensor,
+    left_row: tl.tensor,
+    left_rank: tl.tensor,
+    coefficient_stride: tl.tensor,
+    right_rank: tl.tensor,
+    right_col: tl.tensor,
+    rank: tl.tensor,
+    UNROLL: tl.constexpr,
+) -> tl.tensor:
+    """zero + sum_r (left[i, r] coefficients[r]) right[r, j], r ascending.
+
+    `zero` is made of the tile: the sum of a plain zero gets a layout of its own, and shared memory to convert it.
+    """
+    total = zero
+    # Not a range: in Triton 3.6's interpreter one with a bound that was loaded fails with NumPy 2.4.
+    component = 0
+    while component < rank:
+        for step in tl.static_range(UNROLL):
+            r = component + step
+            c = tl.load(coefficients + r * coefficient_stride, mask=r < rank, other=0.0)
+            u = tl.load(left + r * left_rank + i * left_row, mask=in_rows & (r < rank), other=0.0)
+            v = tl.load(right + r * right_rank + j * right_col, mask=in_cols & (r < rank), other=0.0)
+            total += (u * c)[:, None] * v[None, :]
+        component += UNROLL
+    return total
+
+
 class Tables:
     """Device tables by device, stream and content: one is copied when a pointer, shape or stride is a new one.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from s2d_kernels.triton_kernels.common import constant, jit, tl, widen
+from s2d_kernels.triton_kernels.common import constant, find_row, jit, tl, widen
 
 
 class Matrix(NamedTuple):
@@ -93,15 +93,7 @@ PARTIALS_IN_FLIGHT = constant(8)
 @jit()
 def find(table: tl.tensor, matrices: tl.tensor, first: tl.constexpr, program: tl.tensor) -> tl.tensor:
     """Table row of the matrix that `program` belongs to: the last one whose field `first` is not above it."""
-    at = tl.full((), 0, tl.int32)
-    count = matrices
-    # The matrix lies in [at, at + count).
-    while count > 1:
-        half = count // 2
-        later = tl.load(table + (at + half) * FIELDS + first) <= program
-        at = tl.where(later, at + half, at)
-        count = tl.where(later, count - half, half)
-    return table + at * FIELDS
+    return find_row(table, matrices, FIELDS, first, program)
 
 
 @jit()

@@ -18,8 +18,10 @@ from s2d_kernels.triton_kernels.common import (
     VECTOR_BYTES,
     Variant,
     check_device,
+    find_row,
     interpreted,
     jit,
+    low_rank_tile,
     narrow,
     tl,
     widen,
@@ -129,19 +131,11 @@ def _update_tile(
         place = grad + (i[:, None] * grad_row + j[None, :] * grad_col)
         value = tl.load(place, mask=inside, other=0.0, eviction_policy="evict_first")
         wide = widen(value, SUM, INTERPRETED)
-        # Zero, made of the tile: the sum of a plain zero gets a layout of its own, and shared memory to convert it.
         zero = tl.minimum(tl.abs(wide), 0.0)
-        total = zero
-        # Not a range: in Triton 3.6's interpreter one with a bound that was loaded fails with NumPy 2.4.
-        component = 0
-        while component < rank:
-            for step in tl.static_range(UNROLL):
-                r = component + step
-                c = tl.load(coefficients + r * coefficient_stride, mask=r < rank, other=0.0)
-                u = tl.load(left + r * left_rank + i * left_row, mask=in_rows & (r < rank), other=0.0)
-                v = tl.load(right + r * right_rank + j * right_col, mask=in_cols & (r < rank), other=0.0)
-                total += (u * c)[:, None] * v[None, :]
-            component += UNROLL
+        total = low_rank_tile(
+            zero, left, coefficients, right, i, j, in_rows, in_cols, left_row, left_rank, coefficient_stride,
+            right_rank, right_col, rank, UNROLL,
+        )  # fmt: skip
         # In the place of 0 and of what is not finite -0, which changes no bit: -0 + 0 would.
         usable = (tl.abs(total) < float("inf")) & (total != 0.0)
         total = tl.where(usable, total, zero * -1.0)
@@ -164,15 +158,7 @@ def _add_low_rank(
 ) -> None:
     """All layers of one dtype: program p updates tile p - first_tile of the last layer with first_tile <= p."""
     tile = tl.program_id(0).to(tl.int64)
-    layer = tl.full((), 0, tl.int32)
-    count = layers
-    # The layer lies in [layer, layer + count).
-    while count > 1:
-        half = count // 2
-        later = tl.load(table + (layer + half) * FIELDS) <= tile
-        layer = tl.where(later, layer + half, layer)
-        count = tl.where(later, count - half, half)
-    row = table + layer * FIELDS
+    row = find_row(table, layers, FIELDS, 0, tile)
     if tl.load(row + 15) != 0:
         _update_tile(row, tile, GRAD, SUM, UNROLL, BLOCK_ROWS, BLOCK_COLS, VECTOR, INTERPRETED, True)
     else:
