@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from bench import pcdr_cases
 from s2d_kernels import demo_models, pcdr, reference, selection, topk_svd
+from s2d_kernels.svd import SVDBasis, TopkSVD
 
 
 def planted_layer(m: int, n: int, *, spike: float, alignment: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,22 +68,46 @@ def test_bounds_settle_the_clear_cases() -> None:
     assert routes.count("bounds") >= 36
 
 
-def test_unconverged_factors_are_not_trusted() -> None:
-    weight, tokens = planted_layer(200, 200, spike=0.3, alignment=1.0, seed=3)
+def exact_factors(weight: torch.Tensor, residual: float) -> TopkSVD:
+    """All triplets of an fp64 SVD, said to have this residual / s_1."""
+    U, S, Vh = (t.float() for t in torch.linalg.svd(weight.double(), full_matrices=False))
+    stated = torch.full_like(S, residual * float(S[0]))
+    zero = torch.zeros(())
+    return TopkSVD(U[:, :3], S[:3], Vh[:3], stated[:3], zero, zero.int(), SVDBasis(U, S, Vh, stated))
+
+
+@pytest.mark.parametrize(("residual", "route"), [(0.009, "bounds"), (0.011, "exact")])
+def test_components_with_a_large_residual_are_not_used(residual: float, route: str) -> None:
+    """Nothing but the rule stands in the way: the threshold is far from what the bounds say, widened or not."""
+    weight, tokens = planted_layer(120, 100, spike=50.0, alignment=5.0, seed=0)
     token, neuron, _ = reference.largest_activation(weight, tokens)
-    factors = topk_svd([weight], k=3, reads=1)
-    assert factors[0].residual[2] / factors[0].S[0] > 1e-2
-    got = pcdr([weight], [tokens[token]], [neuron], factors)[0]
-    truth = pcdr([weight], [tokens[token]], [neuron], impl="reference")[0]
-    assert got.k_target == truth.k_target
+    (got,) = pcdr([weight], [tokens[token]], [neuron], [exact_factors(weight, residual)], threshold=0.8)
+    assert (got.route, got.k_target) == (route, 1)
 
 
-def test_a_cluster_goes_the_exact_way() -> None:
-    spectrum = torch.cat([torch.tensor([5.0, 5.0 - 1e-6]), decaying_spectrum(60) * 0.05])
+@pytest.mark.parametrize("residual", [0.0, 0.0099])
+def test_bounds_are_widened(residual: float) -> None:
+    """With all triplets both bounds are the ratio itself: what is left between them is the widening."""
+    weight, tokens = planted_layer(80, 60, spike=3.0, alignment=0.3, seed=5)
+    token, neuron, _ = reference.largest_activation(weight, tokens)
+    truth = reference.pcdr(weight.double(), tokens[token].double(), neuron, 3)
+    assert (truth < 0.9).all()
+    for difference, route in ((0.008, "exact"), (0.013, "bounds")):
+        factors = [exact_factors(weight, residual)]
+        threshold = float(truth[2]) + difference
+        (got,) = pcdr([weight], [tokens[token]], [neuron], factors, threshold=threshold)
+        assert (got.route, got.k_target) == (route, 0)
+
+
+@pytest.mark.parametrize(("gap", "route"), [(0.01, "bounds"), (1e-3, "exact")])
+def test_a_cluster_goes_the_exact_way(gap: float, route: str) -> None:
+    """Its vectors are arbitrary, and so is what one of them carries. Here they come out as planted, all by the first."""
+    spectrum = torch.cat([torch.tensor([5.0, 5.0 * (1 - gap)]), 0.05 * decaying_spectrum(60)])
     weight = matrix_with_spectrum(90, 80, spectrum)
-    x = torch.randn(80)
-    neuron = int((weight @ x).abs().argmax())
-    assert pcdr([weight], [x], [neuron], topk_svd([weight], k=3, reads=4))[0].route == "exact"
+    U, _, Vh = torch.linalg.svd(weight.double())
+    neuron = int(U[:, 0].abs().argmax())
+    (got,) = pcdr([weight], [Vh[0].float()], [neuron], [exact_factors(weight, 1e-3)], threshold=0.9)
+    assert (got.route, got.k_target) == (route, 1)
 
 
 @pytest.mark.parametrize("spike", [0.0, 5.0, 20.0, 50.0, 1000.0])
@@ -163,13 +188,34 @@ def test_fewer_singular_values_than_k_max(shape: tuple[int, int]) -> None:
 def test_extreme_scales_and_silent_inputs() -> None:
     weight, tokens = planted_layer(60, 50, spike=20.0, alignment=5.0, seed=0)
     token, neuron, _ = reference.largest_activation(weight, tokens)
-    for scale in (1e-30, 1e25):
+    for scale in (1e-30, 1e25, 1e35):
         args = ([weight * scale], [tokens[token]], [neuron])
         assert pcdr(*args, topk_svd(args[0], k=3))[0].k_target == 1
         assert pcdr(*args)[0].k_target == 1
     silent = ([weight], [torch.zeros(50)], [0])
     assert pcdr(*silent)[0].k_target == 0
     assert pcdr(*silent, topk_svd([weight], k=3))[0].k_target == 0
+
+
+@pytest.mark.parametrize("power", [-120, -100, -60, 60, 100, 118])
+@pytest.mark.parametrize("input_power", [-100, 0, 100])
+def test_bounds_do_not_depend_on_the_scale(power: int, input_power: int) -> None:
+    """By powers of two, which change nothing but exponents, on layers that are neither dominated nor healthy."""
+    for seed in range(5):
+        weight, tokens = planted_layer(60, 50, spike=2.0, alignment=0.3, seed=seed)
+        token, neuron, _ = reference.largest_activation(weight, tokens)
+        basis = topk_svd([weight], k=3)[0].basis
+
+        def bounds(power: int, input_power: int, weight=weight, x=tokens[token], neuron=neuron, basis=basis):
+            scaled = [torch.ldexp(t, torch.tensor(power)) for t in (weight, basis.S, basis.residual)]
+            x = torch.ldexp(x, torch.tensor(input_power))
+            where = torch.tensor(neuron)
+            lists = [[t] for t in (scaled[0], x, where, basis.U, scaled[1], basis.Vh, scaled[2])]
+            return torch.ops.s2d.pcdr_bounds(*lists, 3)
+
+        plain = bounds(0, 0)
+        assert (plain[:, 0] > 0).any()
+        torch.testing.assert_close(bounds(power, input_power), plain, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("with_factors", [True, False])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,8 +35,8 @@ class LayerState:
     """Factors in use on one matrix, all on the parameter's device. Zero tensors until a refresh has arrived."""
 
     basis: SVDBasis  # as the refresh delivered it: the next warm start
-    S: Tensor  # [k], the cached singular values, which the decoupled form decays
-    S_at_snapshot: Tensor  # [k], S when the weights of the refresh under way were copied
+    S: Tensor  # fp64 [k], the cached singular values, which the decoupled form decays in place, by less than fp32 sees
+    S_at_snapshot: Tensor  # fp64 [k], S when the weights of the refresh under way were copied
     rank: int = 0
     status: int = CONVERGED
     arrived: bool = False
@@ -43,39 +44,82 @@ class LayerState:
     sigma: float = 0.0  # the largest singular value at the snapshot, on the host
     pcdr: PCDR | None = None
     prepared: tuple[float, float, Tensor] | None = None  # strength, power and their coefficients
+    kept: tuple[int, TopkSVD] | None = None  # what `factors` made last
+    change: Tensor | None = None  # [rank], what the decoupled form's step takes; the same memory at each of them
 
     def coefficients(self, strength: float, power: float) -> Tensor:
         """strength * s^power `[k]`, of which the coupled form needs the same at every step between two refreshes."""
         if self.prepared is None or self.prepared[:2] != (strength, power):
-            self.prepared = strength, power, penalty_coefficients([self.S], strength=strength, power=power)[0]
+            S = self.S.to(self.basis.S.dtype)
+            self.prepared = strength, power, penalty_coefficients([S], strength=strength, power=power)[0]
         return self.prepared[2]
 
-    def decay(self, lr: float, *, strength: float, power: float) -> Tensor:
-        """Decay the cached singular values by one step of the decoupled form; returns their change `[k]`."""
-        S = reference.decayed_singular_values(self.S, lr_sum=lr, strength=strength, power=power)
-        S = torch.where(torch.arange(len(S), device=S.device) < self.rank, S, self.S)
-        change, self.S = S - self.S, S
-        return change
-
     def catch_up(self, old: LayerState, *, strength: float, power: float) -> Tensor:
-        """Decay these fresh singular values by `missed_lr`; returns `[k]`, the change that the weight still needs.
+        """Decay these fresh singular values by `missed_lr`; returns the change `[rank]` that the weight still needs.
 
         A component that went on being decayed by the previous factors `old` has it already: along the new u_i, v_i they
         took sum_j change_j (u_i . u_j)(v_j . v_i). The rest is the change of the weight.
         """
-        k = self.S.shape[0]
-        target = reference.decayed_singular_values(self.S, lr_sum=self.missed_lr, strength=strength, power=power)
-        overlap = (self.basis.U[:, :k].mT @ old.basis.U[:, :k]) * (self.basis.Vh[:k] @ old.basis.Vh[:k].mT)
-        actual = self.S + overlap @ (old.S - old.S_at_snapshot)
-        inside = torch.arange(k, device=target.device) < self.rank
-        self.S = torch.where(inside, target, self.S)
-        return torch.where(inside, target - actual, 0.0)
+        k, r = self.S.shape[0], self.rank
+        S = self.S[:r]
+        target = reference.decayed_singular_values(S, lr_sum=self.missed_lr, strength=strength, power=power)
+        U, Vh, old_U, old_Vh = (
+            t.double() for t in (self.basis.U[:, :r], self.basis.Vh[:r], old.basis.U[:, :k], old.basis.Vh[:k])
+        )
+        actual = S + ((U.mT @ old_U) * (Vh @ old_Vh.mT)) @ (old.S - old.S_at_snapshot)
+        S.copy_(target)
+        return target - actual
 
-    def factors(self) -> TopkSVD:
-        """The `k` components in use, with the cached singular values."""
-        k = self.S.shape[0]
-        basis, zero = self.basis, self.S.new_zeros(())
-        return TopkSVD(basis.U[:, :k], self.S, basis.Vh[:k], basis.residual[:k], zero, zero.to(torch.int32), basis)
+    def factors(self, count: int) -> TopkSVD:
+        """The first `count` components as the refresh delivered them."""
+        if self.kept is None or self.kept[0] != count:
+            U, S, Vh, residual = self.basis
+            zero = S.new_zeros(())
+            some = U[:, :count], S[:count], Vh[:count], residual[:count]
+            self.kept = count, TopkSVD(*some, zero, zero.to(torch.int32), self.basis)
+        return self.kept[1]
+
+    def taken(self) -> Tensor:
+        """The memory for the step's change, `[rank]` in the factors' dtype."""
+        if self.change is None:
+            self.change = self.basis.S.new_zeros(self.rank)
+        return self.change
+
+
+def decay(layers: Sequence[LayerState], rates: Sequence[float], *, strength: float, power: float) -> list[Tensor]:
+    """Decay the cached singular values of each layer's decided components by one step of the decoupled form.
+
+    `reference.decayed_singular_values` of all layers in a dozen launches, with the change itself accurate:
+
+        change = s expm1(-log(1 + g) / (power - 1)),  g = (power - 1) lr strength s^(power - 1)
+
+    Args:
+        layers: with ranks of 1 and more.
+        rates: the learning rate of each; 0 changes nothing.
+
+    Returns:
+        Their changes, fp64 `[rank]` each.
+    """
+    S = [layer.S[: layer.rank] for layer in layers]
+    if power == 1:
+        changes = torch._foreach_mul(S, [math.expm1(-strength * rate) for rate in rates])
+    else:
+        growths = [(power - 1) * strength * rate for rate in rates]
+        log_growth = torch._foreach_log(S)
+        torch._foreach_mul_(log_growth, power - 1)
+        torch._foreach_add_(log_growth, [math.log(g) if g else -math.inf for g in growths])
+        # log(1 + g) = max(log g, 0) + log1p(exp(-|log g|)), whatever the size of g
+        rest = torch._foreach_abs(log_growth)
+        torch._foreach_neg_(rest)
+        torch._foreach_exp_(rest)
+        torch._foreach_log1p_(rest)
+        torch._foreach_clamp_min_(log_growth, 0.0)
+        torch._foreach_add_(rest, log_growth)
+        torch._foreach_mul_(rest, -1.0 / (power - 1))
+        torch._foreach_expm1_(rest)
+        changes = torch._foreach_mul(rest, S)
+    torch._foreach_add_(S, changes)
+    return list(changes)
 
 
 class Refreshed(NamedTuple):
@@ -98,7 +142,8 @@ def empty_layer(shape: tuple[int, int], like: Tensor, *, k_max: int) -> LayerSta
     def zeros(*size: int) -> Tensor:
         return torch.zeros(size, dtype=dtype, device=like.device)
 
-    return LayerState(SVDBasis(zeros(m, b), zeros(b), zeros(b, n), zeros(b)), S=zeros(k), S_at_snapshot=zeros(k))
+    basis = SVDBasis(zeros(m, b), zeros(b), zeros(b, n), zeros(b))
+    return LayerState(basis, S=zeros(k).double(), S_at_snapshot=zeros(k).double())
 
 
 KEYS = (

@@ -276,7 +276,9 @@ class ParameterGroups:
     def rates(self) -> dict[str, float]:
         """The learning rate of every matrix, 0 for those that this step leaves alone."""
         groups, trained = self(), self.trained()
-        return {m.name: float(groups[m.name]["lr"]) if m.name in trained else 0.0 for m in self._matrices}
+        # A learning rate on a device is read once a group: each reading waits for the device.
+        read = {id(group): float(group["lr"]) for group in groups.values()}
+        return {m.name: read[id(groups[m.name])] if m.name in trained else 0.0 for m in self._matrices}
 
     @property
     def adaptive(self) -> bool:
@@ -288,7 +290,12 @@ class ParameterGroups:
 
         Empty for adaptive optimizers, where nothing can be said.
         """
-        return {} if self.adaptive else {name: _effective_rate(group) for name, group in self().items()}
+        if self.adaptive:
+            return {}
+        groups = self()
+        read = {id(group): group for group in groups.values()}
+        rates = {key: _effective_rate(group) for key, group in read.items()}
+        return {name: rates[id(group)] for name, group in groups.items()}
 
 
 def _effective_rate(group: Mapping[str, Any]) -> float:

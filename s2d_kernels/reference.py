@@ -49,16 +49,18 @@ def coupled_update(weight: Tensor, grad: Tensor, *, lr: float, rank: int, streng
     return weight - lr * (grad + penalty_gradient(weight, rank=rank, strength=strength, power=power))
 
 
-def decayed_singular_values(S: Tensor, *, lr_sum: Tensor | float, strength: float, power: float) -> Tensor:
+def decayed_singular_values(S: Tensor, *, lr_sum: float, strength: float, power: float) -> Tensor:
     """Exact solution of ds/dt = -strength * s^power over a time `lr_sum` (the decoupled form).
 
     s * (1 + (power-1) * lr_sum * strength * s^(power-1))^(-1/(power-1)); power = 1 is s * exp(-lr_sum * strength).
     """
     if power == 1:
-        return S * torch.exp(torch.as_tensor(-strength * lr_sum, dtype=S.dtype, device=S.device))
+        return S * math.exp(-strength * lr_sum)
+    rate = (power - 1) * strength * lr_sum
+    if rate == 0:
+        return S.clone()
     # log(1 + growth) from the logarithm of growth = (power-1) * strength * lr_sum * s^(power-1), which may overflow
-    rate = torch.as_tensor((power - 1) * strength * lr_sum, dtype=S.dtype, device=S.device)
-    log_growth = rate.log() + (power - 1) * S.log()
+    log_growth = math.log(rate) + (power - 1) * S.log()
     return S * torch.exp(torch.logaddexp(log_growth, torch.zeros_like(S)) * (-1.0 / (power - 1)))
 
 

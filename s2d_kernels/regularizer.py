@@ -27,6 +27,7 @@ from s2d_kernels.layers import (
     Refreshed,
     check_state,
     copied,
+    decay,
     empty_layer,
     moved,
     pack,
@@ -239,7 +240,7 @@ class S2D:
             layer, grad = self._layers[matrix.name], matrix.parameter.grad
             if grad is not None and (layer.rank or self._static_ranks is not None):
                 grads.append(matrix.rows(grad))
-                factors.append(layer.factors())
+                factors.append(layer.factors(layer.S.shape[0]))
                 indices.append(index)
                 touched.append((matrix, grad))
         if not grads:
@@ -332,17 +333,21 @@ class S2D:
             return None
         before = dict(self._layers)
         late = self._catch_up(before) if self._arrive_if_due() else {}
-        changes = []
+        decided = []
         for matrix in self._matrices:
             layer, rate = self._layers[matrix.name], rates[matrix.name]
             layer.missed_lr += rate
-            change = late.get(matrix.name)
-            if layer.rank and rate != 0:
-                now = layer.decay(rate, strength=self.strength, power=self.power)
-                change = now if change is None else change + now
-            if change is not None:
-                changes.append((matrix, layer, change))
-        return changes
+            if layer.rank and (rate != 0 or matrix.name in late):
+                decided.append((matrix, layer))
+        if not decided:
+            return []
+        layers = [layer for _, layer in decided]
+        changes = decay(layers, [rates[m.name] for m, _ in decided], strength=self.strength, power=self.power)
+        for index, (matrix, _) in enumerate(decided):
+            if matrix.name in late:
+                changes[index] += late[matrix.name]
+        torch._foreach_copy_([layer.taken() for layer in layers], changes)
+        return [(matrix, layer, layer.taken()) for matrix, layer in decided]
 
     def _begin_fused(self) -> list[Penalty] | None:
         """The penalties of this step for an optimizer that applies them itself; None where the step does not count."""
@@ -357,7 +362,7 @@ class S2D:
                     return None
                 self._arrive_if_due()
                 layers = [(matrix, self._layers[matrix.name]) for matrix in self._matrices]
-                parts = [(m, at, at.coefficients(self.strength, self.power)) for m, at in layers if at.rank]
+                parts = [(m, at, at.coefficients(self.strength, self.power)[: at.rank]) for m, at in layers if at.rank]
             else:
                 changes = self._changes(groups.rates())
                 if changes is None:
@@ -366,7 +371,7 @@ class S2D:
                 self._change_weights([change for change in changes if change[0].name not in trained])
                 parts = changes
         return [
-            Penalty(m.parameter, m.start, m.stop, at.basis.U[:, : at.rank], at.basis.Vh[: at.rank], c[: at.rank])
+            Penalty(m.parameter, m.start, m.stop, at.basis.U[:, : at.rank], at.basis.Vh[: at.rank], c)
             for m, at, c in parts
             if m.name in trained
         ]
@@ -388,8 +393,7 @@ class S2D:
         if changes:
             add_penalty_grad_(
                 [rows for rows, _, _ in changes],
-                [layer.factors() for _, layer, _ in changes],
-                ranks=[layer.rank for _, layer, _ in changes],
+                [layer.factors(layer.rank) for _, layer, _ in changes],
                 coefficients=[change for _, _, change in changes],
                 impl=self.impl,
             )
@@ -549,7 +553,7 @@ class S2D:
             layer, like = self._layers[matrix.name], self._empty_layer(matrix)
             layer.basis = moved(layer.basis, like.S)
             layer.S, layer.S_at_snapshot = layer.S.to(like.S), layer.S_at_snapshot.to(like.S)
-            layer.prepared = None
+            layer.prepared = layer.kept = layer.change = None
             if pending is not None and matrix.name in pending:
                 fresh = pending[matrix.name]
                 pending[matrix.name] = fresh._replace(basis=moved(fresh.basis, like.S))
@@ -596,7 +600,7 @@ class S2D:
                 self._add_changes([(captured[m.name].weight, at, c) for m, at, c in changes if m.name in copies])
         bases: dict[str, SVDBasis | None] = {}
         for name, layer in self._layers.items():
-            layer.S_at_snapshot, layer.missed_lr = layer.S, 0.0
+            layer.S_at_snapshot, layer.missed_lr = layer.S.clone(), 0.0
             # a layer that did not converge, or was not finite, starts afresh with the wider cold block
             bases[name] = layer.basis if layer.arrived and layer.status == CONVERGED else None
         self._pending_step = self.step
@@ -646,13 +650,13 @@ class S2D:
         self._pending = None
         for name, fresh in refreshed.items():
             old = self._layers[name]
-            basis, S = fresh.basis, fresh.basis.S[: old.S.shape[0]]
+            basis, S = fresh.basis, fresh.basis.S[: old.S.shape[0]].to(torch.float64, copy=True)
             if self._static_ranks is not None:
                 basis, S = copied(old.basis, basis), old.S.copy_(S)
             self._layers[name] = LayerState(
                 basis=basis,
                 S=S,
-                S_at_snapshot=S,
+                S_at_snapshot=S.clone(),
                 rank=fresh.rank,
                 status=fresh.status,
                 arrived=True,
@@ -665,7 +669,10 @@ class S2D:
 
     def _store_ranks(self) -> None:
         if self._static_ranks is not None:
-            self._static_ranks.copy_(torch.tensor([self._layers[m.name].rank for m in self._matrices]))
+            ranks = torch.tensor([self._layers[m.name].rank for m in self._matrices], dtype=torch.int32)
+            if self._static_ranks.device.type == "cuda":  # from pageable memory the copy would wait for the device
+                ranks = ranks.pin_memory()
+            self._static_ranks.copy_(ranks, non_blocking=True)
 
     def _catch_up(self, before: Mapping[str, LayerState]) -> dict[str, Tensor]:
         """By name what gives fresh factors the decay of the steps between their snapshot and now."""

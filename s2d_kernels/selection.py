@@ -271,12 +271,17 @@ def _bounds_of_layer(
     weight: Tensor, x: Tensor, neuron: Tensor, U: Tensor, S: Tensor, Vh: Tensor, residual: Tensor, *, k_max: int
 ) -> Tensor:
     """Lower and upper bounds `[2, k_max]` in fp64; (0, 1) where the factors do not allow a statement."""
-    W, x = weight.to(S.dtype), x.to(S.dtype)
+    W, x = weight.to(S.dtype), _scaled(x.to(S.dtype))
     relative = residual / S[0].clamp(min=torch.finfo(S.dtype).tiny)
     usable = (relative <= USABLE_RESIDUAL).to(S.dtype).cumprod(0)  # the leading run of converged components
+    # In units of a power of two near s_1: squares would leave the range. W x takes half of it before the product.
+    exponent = torch.frexp(S[0]).exponent
+    half = exponent // 2
+    row = torch.ldexp(W.index_select(0, neuron.reshape(1)).squeeze(0), -exponent)
+    y = torch.ldexp(W @ torch.ldexp(x, -half), half - exponent)
+    S = torch.ldexp(S, -exponent)
     U, Vh, S_used = U * usable, Vh * usable.unsqueeze(1), S * usable
 
-    row, y = W.index_select(0, neuron.reshape(1)).squeeze(0), W @ x
     u, projection = U.index_select(0, neuron.reshape(1)).squeeze(0), Vh @ x
     terms = S_used * u * projection
     # Cauchy-Schwarz on the tail, once over the input side and once over the output side; `tail` is its signed sum.
@@ -296,7 +301,9 @@ def _bounds_of_layer(
     gap = (S - following) / S.clamp(min=torch.finfo(S.dtype).tiny)
     clear = (usable > 0) & (gap >= 4 * relative.cummax(0).values)
     if b < d:
-        clear[-1] = False  # what follows the last computed component is not known
+        # What follows the last computed component is not known. Not [-1], which would wait for a GPU.
+        clear[-1:] = False
+    clear &= lower <= upper  # not so where one is NaN
     lower, upper = torch.where(clear, lower, 0.0)[:k_max], torch.where(clear, upper, 1.0)[:k_max]
     if b < k_max:  # min(m, n) < k_max: further components add nothing
         lower, upper = (torch.cat([t, t[-1:].expand(k_max - b)]) for t in (lower, upper))
