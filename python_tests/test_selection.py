@@ -128,6 +128,43 @@ def test_the_fp32_route_knows_how_far_off_it_is(shape: tuple[int, int], spike: f
         assert ((ratios - truth).abs() < 2e-4).all()
 
 
+@pytest.mark.parametrize("gap", [1e-5, 1e-6, 3e-7])
+def test_the_fp32_route_knows_a_near_tie(gap: float) -> None:
+    """Two leading singular values so close that fp32 turns their vectors into each other."""
+    spectrum = torch.cat([torch.tensor([1.0, 1.0 - gap]), torch.linspace(0.95, 0.1, 108)])
+    errors = []
+    for seed in range(4):
+        weight = matrix_with_spectrum(150, 110, spectrum, seed=seed)
+        U, _, Vh = torch.linalg.svd(weight.double())
+        generator = torch.Generator().manual_seed(seed)
+        x = Vh[0] + 0.3 * Vh[1] + 0.01 * torch.randn(110, generator=generator)
+        neuron = int(U[:, 0].abs().argmax())
+        truth = reference.pcdr(weight.double(), x, neuron, 3)
+        ratios, error = selection._in_fp32(weight, weight[neuron].double(), x, 3)
+        assert ((ratios - truth).abs() < error).all()
+        errors.append(float((ratios - truth).abs().max()))
+        (got,) = pcdr([weight], [x], [neuron], threshold=float(truth[0]) + 2e-3)
+        assert got.k_target == reference.select_rank(truth, float(truth[0]) + 2e-3)
+    assert max(errors) > selection.FP32_ERROR  # so that it had to know
+
+
+def test_the_fp32_route_knows_a_tail_below_its_resolution() -> None:
+    spectrum = torch.cat([torch.linspace(1, 0.8, 12), torch.full((98,), 1e-5)])
+    errors = []
+    for seed in range(3):
+        weight = matrix_with_spectrum(150, 110, spectrum, seed=seed)
+        _, _, Vh = torch.linalg.svd(weight.double())
+        x = Vh[12:].mT @ torch.randn(98, generator=torch.Generator().manual_seed(seed)).double() + 1e-4 * Vh[0]
+        neuron = int((weight.double() @ x).abs().argmax())
+        truth = reference.pcdr(weight.double(), x, neuron, 3)
+        ratios, error = selection._in_fp32(weight, weight[neuron].double(), x, 3)
+        assert ((ratios - truth).abs() < error).all()
+        errors.append(float((ratios - truth).abs().max()))
+        (got,) = pcdr([weight], [x], [neuron], threshold=float(truth[0]) + 5e-3)
+        assert got.k_target == reference.select_rank(truth, float(truth[0]) + 5e-3)
+    assert max(errors) > selection.FP32_ERROR
+
+
 def test_near_the_threshold_fp64_decides() -> None:
     weight, tokens = planted_layer(150, 110, spike=5.0, alignment=1.0, seed=0)
     token, neuron, _ = reference.largest_activation(weight, tokens)

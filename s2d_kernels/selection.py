@@ -376,6 +376,7 @@ def _in_fp32(A: Tensor, p: Tensor, q: Tensor, k_max: int) -> tuple[Tensor, Tenso
     gaps = (squares[inner] - squares[inner + 1]).clamp(min=tiny)
     mixed = (a[places] * b[places + 1]).abs() + (a[places + 1] * b[places]).abs()
     boundary = torch.where(places < j, 0.0, MIXING * delta / gaps * mixed / terms.sum().clamp(min=tiny))
+    boundary = boundary.cummax(0).values  # what two have mixed, the sum of their magnitudes has not forgotten
     boundary = torch.cat([boundary, boundary[-1:].expand(k_max - len(boundary))])
     resolved = delta * TAIL_RESOLUTION < squares[(d - j) // 2]
     return _ratios(terms, k_max), torch.where(resolved, boundary + FP32_ERROR, torch.inf)
