@@ -101,8 +101,8 @@ class S2D:
         TypeError: `model` is no module.
         ValueError: a value out of range, a pattern that matches nothing.
         NotImplementedError: parameters that are DTensors, belong to DeepSpeed ZeRO or are updated in the backward; more
-            than one process in torch.distributed. The same may come from a later step, where a trainer took the
-            parameters over after this S2D was built.
+            than one process in torch.distributed; nn.DataParallel on several GPUs. The same may come from a later step,
+            where a trainer took the parameters over after this S2D was built.
 
     Attributes:
         step: completed optimizer steps.
@@ -412,8 +412,9 @@ class S2D:
 
         Raises:
             TypeError: not a torch optimizer, or a wrapper without hooks.
-            ValueError: already attached or closed; the optimizer holds none of the penalized parameters. Later, from
-                the step: it is called with a closure, or with gradients still scaled by a GradScaler.
+            ValueError: already attached or closed; the optimizer holds none of the penalized parameters; coupled with
+                LBFGS, which evaluates the gradient several times a step. Later, from the step: it is called with a
+                closure, or with gradients still scaled by a GradScaler.
             NotImplementedError: see the class.
         """
         self._check_callable("attach")
