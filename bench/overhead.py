@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json as json_module
 import statistics
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,17 +15,20 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench import timing
+from bench import tables, timing
 from s2d_kernels import S2D
 from s2d_kernels.demo_models import english_batches, load_minilm
 from s2d_kernels.scheduler import LABEL
 
+OP = "training step"
 LR = 2e-5
+# SimCSE's 32 tokens; of its batch of 64 what two cores do in half a second, which makes the cost of S2D look larger.
+BATCH, TOKENS = 16, 32
+SEGMENT = 10
 IN_STEP = "S2D in the step: start, join, decay"
 LANES = {
     "forward and backward": "training thread",
@@ -78,17 +81,23 @@ class FineTuning:
 
 @dataclass
 class Overhead:
-    """Seconds of the steps, by position in the interval.
+    """What was measured; seconds are by [position in the interval][interval].
 
     Attributes:
-        plain, with_s2d: [position][block], seconds.
+        plain, with_s2d: of a step without and with S2D.
+        own: of them in S2D's code on the training thread: copies and capture in the forward, and the call in the step.
+        refresh: of each refresh on the worker, start to end.
+        expected: refreshes that must have arrived.
         late, waited_seconds, snapshot_bytes: of `S2D`.
         environment: as in every row of the benchmarks.
-        setting: batch, tokens, mode, interval, lead, blocks.
+        setting: batch, tokens, and the arguments of `S2D`.
     """
 
     plain: list[list[float]]
     with_s2d: list[list[float]]
+    own: list[list[float]]
+    refresh: list[float]
+    expected: int
     late: int
     waited_seconds: float
     snapshot_bytes: int
@@ -97,12 +106,12 @@ class Overhead:
 
     @property
     def exposed(self) -> float:
-        """Time of an interval with S2D over that without, minus 1; each position by its median over the blocks."""
+        """Time of an interval with S2D over that without, minus 1; each position by its median over the intervals."""
         return _interval(self.with_s2d) / _interval(self.plain) - 1
 
     @property
     def spread(self) -> tuple[float, float]:
-        """The least and the largest of the same by single pairs of blocks."""
+        """The least and the largest of the same by single intervals."""
         pairs = [
             sum(a) / sum(b) - 1
             for a, b in zip(zip(*self.with_s2d, strict=True), zip(*self.plain, strict=True), strict=True)
@@ -111,7 +120,22 @@ class Overhead:
 
 
 def _interval(seconds: list[list[float]]) -> float:
-    return sum(statistics.median(blocks) for blocks in seconds)
+    return sum(statistics.median(one) for one in seconds)
+
+
+def segments(first: int, steps: int, *, interval: int, lead: int, length: int) -> list[int]:
+    """Lengths of what the steps from `first` on are cut into: at least `length`, and no refresh is under way between.
+
+    So the worker never runs beside the steps without S2D. The last one may be shorter.
+    """
+    lengths, step, last = [], first, first + steps
+    while step < last:
+        end = step + length
+        while (end - 1) % interval < lead:
+            end += 1
+        lengths.append(min(end, last) - step)
+        step += lengths[-1]
+    return lengths
 
 
 def measure(
@@ -119,112 +143,210 @@ def measure(
     *,
     batch: int,
     tokens: int,
-    blocks: int,
+    intervals: int,
     s2d: dict[str, Any],
     advance: Callable[[], object] = lambda: None,
 ) -> Overhead:
-    """Blocks of one interval each with and without S2D in turn, in the order A B B A; the first refresh is not counted.
+    """Two models train in one process, with S2D and without, in turn by segments in the order A B B A.
 
-    A block ends with no refresh under way, so that the worker never runs beside the plain steps.
+    What a slow minute of the machine does to a segment it does to its neighbour. The steps before, with the first,
+    cold refresh, are not counted.
     """
-    interval = s2d["interval"]
+    interval, lead = s2d["interval"], s2d["lead"]
+    first, steps = lead + 1, intervals * interval
     runs = [FineTuning(device, batch=batch, tokens=tokens, s2d=arguments) for arguments in (None, s2d)]
-    for run in runs:  # the cold refresh, allocators, caches
-        _seconds(run, interval, device, advance)
-    seconds: list[list[list[float]]] = [[], []]
-    for block in range(blocks):
-        for which in (0, 1) if block % 2 == 0 else (1, 0):
-            seconds[which].append(_seconds(runs[which], interval, device, advance))
     reg = runs[1].reg
     assert reg is not None
-    plain, with_s2d = ([list(position) for position in zip(*one, strict=True)] for one in seconds)
+    inside, refresh = _watch(reg)
+    for run in runs:  # the cold refresh, allocators, caches
+        _seconds(run, first, device, advance, inside)
+    late, waited = reg.late, reg.waited_seconds
+    refresh.clear()
+    cut = segments(first, steps, interval=interval, lead=lead, length=SEGMENT)
+    seconds: list[list[list[float]]] = [[[] for _ in range(interval)] for _ in runs]
+    own: list[list[float]] = [[] for _ in range(interval)]
+    for number, length in enumerate(cut):
+        for which in (0, 1) if number % 2 == 0 else (1, 0):
+            start = runs[which].step_number
+            for step, (took, of_it) in enumerate(_seconds(runs[which], length, device, advance, inside), start):
+                seconds[which][step % interval].append(took)
+                if which == 1:
+                    own[step % interval].append(of_it)
     result = Overhead(
-        plain,
-        with_s2d,
-        reg.late,
-        reg.waited_seconds,
+        seconds[0],
+        seconds[1],
+        own,
+        refresh,
+        sum(step % interval == 0 for step in range(first, first + steps)),
+        reg.late - late,
+        reg.waited_seconds - waited,
         reg.snapshot_bytes,
         timing.environment(device),
-        {"batch": batch, "tokens": tokens, "blocks": blocks, **s2d},
+        {"batch": batch, "tokens": tokens, **s2d},
     )
     reg.close()
     return result
 
 
-def _seconds(run: FineTuning, steps: int, device: torch.device, advance: Callable[[], object]) -> list[float]:
-    """Seconds of each step; on a GPU between events of the training stream, without a synchronization in between."""
-    if device.type == "cuda":
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-        events[0].record()
-        for event in events[1:]:
-            run.step()
-            event.record()
-            advance()
-        events[-1].synchronize()
-        return [a.elapsed_time(b) / 1e3 for a, b in pairwise(events)]
-    stamps = [time.perf_counter()]
+def _watch(reg: S2D) -> tuple[list[float], list[float]]:
+    """Lists that grow by the seconds of each call of S2D in the training thread, and of each refresh in the worker."""
+    inside: list[float] = []
+    refresh: list[float] = []
+
+    def watched(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            begin = time.perf_counter()
+            result = function(*arguments, **keywords)
+            seconds.append(time.perf_counter() - begin)
+            return result
+
+        return call
+
+    name = "_add_grad" if reg.mode == "coupled" else "_decay"
+    for owner, method, seconds in ((reg, name, inside), (reg._capture, "observe", inside), (reg, "_refresh", refresh)):
+        setattr(owner, method, watched(getattr(owner, method), seconds))
+    return inside, refresh
+
+
+def _seconds(
+    run: FineTuning, steps: int, device: torch.device, advance: Callable[[], object], inside: list[float]
+) -> list[tuple[float, float]]:
+    """Seconds of each step, and the host's in S2D's calls of it.
+
+    On a GPU the former are between events of the training stream, without a synchronization in between.
+    """
+    on_gpu = device.type == "cuda"
+
+    def stamp() -> Any:
+        if not on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    stamps, own = [stamp()], []
     for _ in range(steps):
+        inside.clear()
         run.step()
-        stamps.append(time.perf_counter())
+        stamps.append(stamp())
+        own.append(sum(inside))
         advance()
-    return [b - a for a, b in pairwise(stamps)]
+    if on_gpu:
+        stamps[-1].synchronize()
+        return [(a.elapsed_time(b) / 1e3, of_it) for (a, b), of_it in zip(pairwise(stamps), own, strict=True)]
+    return [(b - a, of_it) for (a, b), of_it in zip(pairwise(stamps), own, strict=True)]
 
 
-def table(result: Overhead) -> Table:
-    """The figures by what happens in a step, then for the whole interval."""
+def rows_of(result: Overhead, run: str, device: torch.device) -> list[timing.Row]:
+    """One row for each kind of step, then one for the whole interval, as `timing.Row` with "training step" as op.
+
+    A row passes its gate when every refresh of the run has happened.
+    """
     interval, lead = result.setting["interval"], result.setting["lead"]
     kinds = {
         "copies, capture, start of the refresh": range(1),
         "the refresh runs beside the step": range(1, lead),
         "factors arrive": range(lead, lead + 1),
         "ordinary": range(lead + 1, interval),
+        "interval": range(interval),
     }
-    shown = Table("step of the interval", "what", "plain ms", "with S2D ms", "more")
-    for what, positions in kinds.items():
+    missing = float(result.expected - len(result.refresh))
+    of_the_run = {
+        "refreshes": float(len(result.refresh)),
+        "refresh_seconds": statistics.median(result.refresh) if result.refresh else 0.0,
+        "late": float(result.late),
+        "waited_seconds": result.waited_seconds,
+        "snapshot_bytes": float(result.snapshot_bytes),
+    }
+    rows = []
+    for kind, positions in kinds.items():
         if not positions:
             continue
-        plain, ours = (
-            1e3 * statistics.median(s for p in positions for s in seconds[p])
-            for seconds in (result.plain, result.with_s2d)
+        if kind == "interval":
+            plain, own = _interval(result.plain), _interval(result.own)
+            ours = [sum(one) for one in zip(*result.with_s2d, strict=True)]
+            middle = _interval(result.with_s2d)
+        else:
+            ours, of_plain, of_it = (
+                [value for position in positions for value in one[position]]
+                for one in (result.with_s2d, result.plain, result.own)
+            )
+            plain, own, middle = statistics.median(of_plain), statistics.median(of_it), statistics.median(ours)
+        numbers = {"plain_seconds": plain, "own_seconds": own, "more": middle / plain - 1}
+        numbers |= {"first": float(positions[0]), "last": float(positions[-1]), **of_the_run}
+        if kind == "interval":
+            numbers["more_min"], numbers["more_max"] = result.spread
+        rows.append(
+            timing.Row(
+                run=run,
+                op=OP,
+                case="minilm",
+                variant=kind,
+                dtype="float32",
+                impl="ours",
+                setting=", ".join(f"{name} {value}" for name, value in result.setting.items()),
+                seconds=middle,
+                seconds_min=min(ours),
+                seconds_max=max(ours),
+                repeats=len(ours),
+                error_p90=missing,
+                error_max=missing,
+                error_limit=0.0,
+                error_of="refreshes that did not happen",
+                gate=missing == 0,
+                reads=None,
+                bytes=0,
+                floor_seconds=0.0,
+                threads=result.environment["threads"],
+                device=device.type,
+                problem="MiniLM, contrastive loss of each paragraph passed twice (SimCSE), AdamW, fp32",
+                environment=result.environment,
+                traffic=numbers,
+            )
         )
-        name = f"{positions[0]}..{positions[-1]}" if len(positions) > 1 else str(positions[0])
-        shown.add_row(name, what, f"{plain:.1f}", f"{ours:.1f}", f"{ours / plain - 1:+.1%}")
-    low, high = result.spread
-    shown.add_row(
-        "all",
-        f"exposed cost {result.exposed:+.2%}, pairs of blocks {low:+.2%} to {high:+.2%}",
-        f"{1e3 * _interval(result.plain):.0f}",
-        f"{1e3 * _interval(result.with_s2d):.0f}",
-        f"waited {result.late} times, {1e3 * result.waited_seconds:.0f} ms",
-    )
-    return shown
+    return rows
 
 
 def overhead(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    blocks: Annotated[int, typer.Option(min=1, help="Blocks of one interval with S2D, and as many without.")] = 3,
-    interval: Annotated[int, typer.Option(min=2, help="Steps between refreshes, and of a block.")] = 100,
+    intervals: Annotated[int, typer.Option(min=1, help="Intervals with S2D, and as many without.")] = 3,
+    interval: Annotated[int, typer.Option(min=2, help="Steps between refreshes.")] = 100,
     lead: Annotated[int, typer.Option(min=0, help="Steps from the start of a refresh to its use.")] = 3,
     mode: Annotated[str, typer.Option(help="coupled or decoupled.")] = "decoupled",
-    batch: Annotated[int, typer.Option(min=2, help="Paragraphs a step; each passes twice.")] = 16,
-    tokens: Annotated[int, typer.Option(min=8, help="Tokens of a paragraph.")] = 64,
+    batch: Annotated[int, typer.Option(min=2, help="Paragraphs a step; each passes twice.")] = BATCH,
+    tokens: Annotated[int, typer.Option(min=8, help="Tokens of a paragraph.")] = TOKENS,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; default: torch's choice.")] = None,
-    json: Annotated[Path | None, typer.Option("--json", help="Append the result to this file, one line.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Append the rows to this file, one a line.")] = None,
 ) -> None:
-    """Step time of MiniLM's fine-tuning with S2D against without, in turn by blocks."""
+    """Step time of MiniLM's fine-tuning with S2D against without, in turn by segments of ten steps."""
     chosen = torch.device(device)
-    strength = {} if mode == "coupled" else {"strength": 1.0}
-    s2d = {"mode": mode, "interval": interval, "lead": min(lead, interval - 1), **strength}
-    with timing.equal_threads(threads or torch.get_num_threads()), Progress(transient=True) as progress:
-        task = progress.add_task("fine-tuning", total=2 * (blocks + 1) * interval)
-        advance = lambda: progress.advance(task)  # noqa: E731
-        result = measure(chosen, batch=batch, tokens=tokens, blocks=blocks, s2d=s2d, advance=advance)
-    console = Console()
-    console.print(table(result))
-    console.print(f"copies of {result.snapshot_bytes / 2**20:.1f} MB per refresh; {result.environment['device_name']}")
+    lead = min(lead, interval - 1)
+    s2d: dict[str, Any] = {"mode": mode, "interval": interval, "lead": lead}
+    if mode == "decoupled":
+        s2d["strength"] = 1.0
+    total = 2 * (intervals * interval + lead + 1)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    begin = time.perf_counter()
+    done = 0
+    run = timing.run_identifier()
+    with timing.equal_threads(threads or torch.get_num_threads()), Progress(console=console, transient=True) as bar:
+        task = bar.add_task("fine-tuning", total=total)
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            bar.advance(task)
+            if not console.is_terminal and done % 50 == 0:  # a pipe shows no bar
+                console.print(f"{done} of {total} steps, {time.perf_counter() - begin:.0f} s")
+
+        result = measure(chosen, batch=batch, tokens=tokens, intervals=intervals, s2d=s2d, advance=advance)
+    rows = rows_of(result, run, chosen)
+    console.print(tables.rich_table(rows))
     if json is not None:
-        with json.open("a", encoding="utf-8") as file:
-            file.write(json_module.dumps(asdict(result)) + "\n")
+        timing.append_rows(json, rows)
+        console.print(f"{len(rows)} rows appended to {json}")
+    if not rows[-1].gate:
+        raise typer.Exit(1)
 
 
 def trace(

@@ -28,10 +28,19 @@ SVD_HEADINGS = (
     *("residual", "reads, of copy", "ours is faster by"),
 )
 LINEAR_HEADINGS = ("case", "variant", "implementation", "setting", "time", "error p90", "saved", "ours is faster by")
+TRAINING_HEADINGS = (
+    "case",
+    "steps of the interval",
+    "what happens",
+    "without S2D",
+    "with S2D",
+    "more",
+    "in S2D's calls",
+)
 PAPER = Path(__file__).parent / "baselines" / "paper_a100.json"
 _NUMBERS = (
     *("time", "saved", "residual", "reads, of copy", "error p90", "error max", "GB/s"),
-    *("of copy", "of floor", "extra memory", "peak memory"),
+    *("of copy", "of floor", "extra memory", "peak memory", "without S2D", "with S2D", "more", "in S2D's calls"),
 )
 _INCLUDED = re.compile(r"(<!-- include:([\w./-]+) -->\n)(.*?)(<!-- /include -->)", re.DOTALL)
 _MARKED = re.compile(r"(<!-- bench:([\w.-]+) -->\n)(.*?)(<!-- /bench:\2 -->)", re.DOTALL)
@@ -58,6 +67,8 @@ def headings(row: Row) -> tuple[str, ...]:
         return LINEAR_HEADINGS
     if row.op == "adamw step":
         return STEP_HEADINGS
+    if row.op == "training step":
+        return TRAINING_HEADINGS
     return TRAFFIC_HEADINGS if row.traffic else HEADINGS
 
 
@@ -100,7 +111,25 @@ def _traffic_cells(row: Row) -> tuple[str, ...]:
     )
 
 
+def _training_cells(row: Row) -> tuple[str, ...]:
+    """A kind of step, or the interval: its time without and with S2D and the difference, and what S2D itself took."""
+    t = row.traffic
+    first, last = int(t["first"]), int(t["last"])
+    more = f"{t['more']:+.2%}" + (f" ({t['more_min']:+.2%} to {t['more_max']:+.2%})" if "more_min" in t else "")
+    return (
+        f"{row.case}, {row.setting}",
+        f"{first}..{last}" if last > first else str(first),
+        row.variant,
+        f"{milliseconds(t['plain_seconds'])} ms",
+        f"{milliseconds(row.seconds)} ms ({milliseconds(row.seconds_min)}-{milliseconds(row.seconds_max)})",
+        more if row.gate else f"{more} FAILED",
+        f"{milliseconds(t['own_seconds'])} ms",
+    )
+
+
 def cells(row: Row) -> tuple[str, ...]:
+    if row.op == "training step":
+        return _training_cells(row)
     dtype = "" if row.dtype == "float32" else f", {row.dtype}"
     return (
         row.case + dtype,
@@ -123,6 +152,15 @@ def caption(row: Row) -> str:
         f"{e['copy_bytes_per_second'] / 1e9:.1f} GB/s, fp32 product {e['fp32_flops_per_second'] / 1e9:.0f} GFLOP/s. "
         f"{e.get('instructions') or ''}{'. ' * bool(e.get('instructions'))}Time: median (min-max). "
     )
+    if row.op == "training step":
+        t = row.traffic
+        return common + (
+            f"{row.problem}. With and without S2D in turn by ten steps. Interval: the sum of its positions' medians, "
+            "and in brackets single intervals. In S2D's calls: of the training thread's time, with copies and capture "
+            f"in the forward. {t['refreshes']:.0f} refreshes, each {milliseconds(t['refresh_seconds'])} ms of the "
+            f"worker (median), waited for {t['late']:.0f} times, {milliseconds(t['waited_seconds'])} ms in all; "
+            f"{t['snapshot_bytes'] / 2**20:.1f} MiB of copies a refresh."
+        )
     if row.op == "adamw step":
         measured = "measured" if row.traffic["peak_is_measured"] else "counted, not measured"
         return (

@@ -365,7 +365,33 @@ def test_teams_of_any_size(team: int, device: torch.device, monkeypatch: pytest.
         torch.testing.assert_close(got.missed.cpu(), expected.missed, rtol=1e-2, atol=1e-4)
 
 
-def test_neighbours_and_schedule_do_not_change_bits(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refresh_takes_no_more_multiprocessors_than_it_may(device: torch.device) -> None:
+    """From S2D's argument to the grid of the kernel that holds on to its blocks; and the bits are the same."""
+    if device.type != "cpu":
+        pytest.skip("the emulation counts the blocks of a launch, a GPU does not")
+    taken, states = [], []
+    with emulated_device(99, 9):
+        for max_sms in (None, 5):
+            torch.manual_seed(1)
+            model = torch.nn.Sequential(*(torch.nn.Linear(140, 140) for _ in range(3)))
+            reg = S2D(model, interval=4, lead=1, threshold=1e-6, max_sms=max_sms)
+            reg.impl = "cuda"  # of S2D's argument only the SVD is in question here
+            _native.load().s2d_emulation_cooperative_blocks()
+            for _ in range(2):
+                model(torch.randn(5, 140, generator=torch.Generator().manual_seed(2))).sum().backward()
+                reg.add_grad()
+            taken.append(_native.load().s2d_emulation_cooperative_blocks())
+            states.append(reg.state_dict())
+            reg.close()
+    assert taken == [6, 4]  # teams of two
+    assert all(torch.equal(a, b) for a, b in zip(*(state.values() for state in states), strict=True))
+    with pytest.raises(ValueError, match="max_sms=0 must be at least 1"):
+        S2D(model, max_sms=0)
+    with pytest.raises(ValueError, match="max_sms=0 must be at least 1"):
+        topk_svd([torch.ones(3, 3)], k=1, max_sms=0)
+
+
+def test_neighbours_and_schedule_do_not_change_bits(device: torch.device) -> None:
     """Teams of one to four blocks in several waves, beside streamed matrices: each as if it were alone."""
     if device.type != "cpu":
         pytest.skip("the emulation's device can be chosen, a GPU cannot")
@@ -376,10 +402,11 @@ def test_neighbours_and_schedule_do_not_change_bits(device: torch.device, monkey
         chosen = teams(weights, 16, 3)
         assert chosen == [2, 4, 1, 4, 2, 0, 0]
         alone = [topk_svd([W], k=3, reads=3, impl="cuda")[0] for W in weights]
-        for most in (0, 3, 5):
-            monkeypatch.setattr(cuda_svd, "MAX_BLOCKS", most)
+        for most, blocks in ((None, 8), (3, 4), (5, 4), (7, 6)):  # never fewer than the largest team
             order = [3, 6, 1, 0, 5, 2, 4]
-            together = topk_svd([weights[i] for i in order], k=3, reads=3, impl="cuda")
+            _native.load().s2d_emulation_cooperative_blocks()
+            together = topk_svd([weights[i] for i in order], k=3, reads=3, max_sms=most, impl="cuda")
+            assert _native.load().s2d_emulation_cooperative_blocks() == blocks
             for index, got in zip(order, together, strict=True):
                 assert all(torch.equal(x, y) for x, y in zip(alone[index].basis, got.basis, strict=True)), index
                 assert torch.equal(alone[index].missed, got.missed)

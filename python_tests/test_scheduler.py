@@ -13,8 +13,7 @@ import weakref
 import pytest
 import torch
 
-from s2d_kernels import SideStream, ops
-from s2d_kernels.scheduler import share_out
+from s2d_kernels import SideStream
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
@@ -196,25 +195,3 @@ print("running", flush=True)
     assert run.stdout == "running\n"
     assert run.stderr.strip().splitlines()[-1] in ("ValueError: loop failed", "KeyboardInterrupt"), run.stderr
     assert "ignored" not in run.stderr
-
-
-def test_max_sms_reaches_the_work_and_nobody_else() -> None:
-    limited, other = SideStream(max_sms=8), SideStream(asynchronous=False)
-    assert [limited.submit(ops.max_sms).join(), ops.max_sms(), other.submit(ops.max_sms).join()] == [8, None, None]
-    with pytest.raises(ValueError, match="max_sms=0"):
-        SideStream(max_sms=0)
-    limited.close()
-
-
-def test_work_is_shared_out_evenly_and_alike_everywhere() -> None:
-    assert share_out([3, 1, 2], 1) == [0, 0, 0]
-    assert share_out([5, 1, 4, 3, 2], 2) == [0, 0, 1, 1, 0]
-    generator = torch.Generator().manual_seed(0)
-    costs = torch.randint(1, 100, (97,), generator=generator).tolist()
-    owner = share_out(costs, 8)
-    loads = [sum(c for c, o in zip(costs, owner, strict=True) if o == rank) for rank in range(8)]
-    assert sum(loads) == sum(costs)
-    assert max(loads) <= 4 / 3 * max(sum(costs) / 8, max(costs))
-    assert share_out([], 3) == []
-    with pytest.raises(ValueError, match="ranks=0"):
-        share_out([1.0], 0)

@@ -46,6 +46,12 @@ def hook(reg: S2D, optimizer: torch.optim.Optimizer, parts: Sequence[torch.optim
     groups = _groups_of(reg.matrices, parts)
     if reg.mode == "decoupled":
         return _hook_decoupled(reg, optimizer, groups)
+    for part in parts:
+        if isinstance(part, torch.optim.LBFGS):
+            raise ValueError(
+                "LBFGS evaluates the gradient several times a step: the coupled penalty belongs to each of them, "
+                "but its schedule counts steps. Use mode='decoupled' or another optimizer"
+            )
     if groups.adaptive:
         _warn_adaptive(parts[0])
     return _hook_coupled(reg, optimizer, groups)
@@ -118,7 +124,7 @@ def _hook_coupled(reg: S2D, optimizer: torch.optim.Optimizer, groups: ParameterG
         if _has_closure(inner, args, kwargs):
             raise ValueError(
                 "optimizer.step(closure) computes the gradients after the hook: S2D cannot be attached to it. "
-                "Call reg.add_grad() inside the closure, after backward()"
+                "Call reg.add_grad() inside the closure, after backward(); the optimizer must evaluate it once a step"
             )
         if getattr(inner, "grad_scale", None) is not None:
             raise ValueError(

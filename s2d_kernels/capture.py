@@ -153,6 +153,11 @@ class ActivationCapture:
         """Take one call of `module` into account."""
         if self._require_grad and not torch.is_grad_enabled():
             return
+        if module not in self._by_module:  # a shallow copy, which shares the hooks
+            raise NotImplementedError(
+                f"a replica of a {type(module).__name__} ran, as nn.DataParallel makes them. S2D is not supported "
+                "there: train on one GPU, without DataParallel"
+            )
         with exact_arithmetic(output[0].device if isinstance(output, tuple | list) else output.device):
             for matrix in self._by_module[module]:
                 self._keep_larger(matrix, *_inputs_and_outputs(matrix, args, kwargs, output))

@@ -71,6 +71,8 @@ def _capture_torch(
 ) -> None:
     if y.numel() == 0:
         return
+    if y.device.type == "cpu" and _capture_finite(value, place, row, y, x, bias, enabled):
+        return
     magnitude = (y.float() if bias is None else y.float() - bias.float()).abs()
     usable = ~magnitude.isnan() & (magnitude.isfinite() | x.isfinite().all(1, keepdim=True))
     best, flat = torch.where(usable, magnitude, -1.0).flatten().max(0)
@@ -82,6 +84,28 @@ def _capture_torch(
     value.copy_(torch.where(larger, best, value))
     place.copy_(torch.where(larger, found, place))
     row.copy_(torch.where(larger, x.index_select(0, token.reshape(1)).squeeze(0).float(), row))
+
+
+def _capture_finite(
+    value: Tensor, place: Tensor, row: Tensor, y: Tensor, x: Tensor, bias: Tensor | None, enabled: Tensor | None
+) -> bool:
+    """The same where the host may look at values, in a tenth of the time; False, and nothing done, at a NaN or Inf.
+
+    A maximum with its place over all of y costs many times a maximum by rows: the place is looked for in one row.
+    """
+    if enabled is not None and not enabled:
+        return True
+    magnitude = y.abs().float() if bias is None else (y.float() - bias.float()).abs_()
+    by_row = magnitude.amax(1)  # NaN where the row holds one
+    token = by_row.argmax()
+    best = by_row[token]
+    if not best.isfinite():
+        return False
+    if best > value:
+        value.copy_(best)
+        place.copy_(torch.stack([magnitude[token].argmax(), token]))
+        row.copy_(x[token])
+    return True
 
 
 def _supports(

@@ -26,7 +26,9 @@ ops.declare_problem("cpu", _problem)
 
 
 @ops.implements("topk_svd", "cpu", _supports)
-def _topk_svd_cpu(weights: list[Tensor], starts: list[Tensor], ks: list[int], reads: list[int]) -> list[Tensor]:
+def _topk_svd_cpu(
+    weights: list[Tensor], starts: list[Tensor], ks: list[int], reads: list[int], *, max_sms: int | None = None
+) -> list[Tensor]:
     flat: list[Tensor] = []
     layers = []
     kept = []  # alive until the work is done

@@ -11,8 +11,6 @@ from s2d_kernels.svd import FAILURE_PROBABILITY, TOLERANCE, block_krylov
 
 # `team` of s2d_svd_layer, of every matrix: 0 lets the library choose, -1 streams all, a number is that of blocks.
 TEAM = 0
-# Multiprocessors that the resident form may occupy, 0 for all. The results do not depend on it.
-MAX_BLOCKS = 0
 
 
 def _layer(weight: Tensor, start: Tensor, k: int, reads: int, outputs: list[Tensor]) -> _native.SvdLayer:
@@ -36,7 +34,10 @@ def _layer(weight: Tensor, start: Tensor, k: int, reads: int, outputs: list[Tens
 class _Table:
     """`Primitives` over a table of matrices of any shapes."""
 
-    def __init__(self, weights: list[Tensor], starts: list[Tensor], ks: list[int], reads: list[int]) -> None:
+    def __init__(
+        self, weights: list[Tensor], starts: list[Tensor], ks: list[int], reads: list[int], max_sms: int | None = None
+    ) -> None:
+        self.max_blocks = max_sms or 0  # to the library 0 is no limit
         self.weights = weights  # alive until everything is enqueued
         self.starts = [start.contiguous() for start in starts]
         self.reads = max(reads)
@@ -55,7 +56,7 @@ class _Table:
         self.workspace = ops.aligned_bytes(self.run.workspace_bytes(), self.weights[0].device)
         self.run.workspace = self.workspace.data_ptr(), self.workspace.numel()
         self.run.call("begin")
-        self.run.call("resident", MAX_BLOCKS)
+        self.run.call("resident", self.max_blocks)
 
     def product(self, step: int) -> None:
         self.run.call("product", step)
@@ -79,7 +80,9 @@ def _supports(weights: list[Tensor], starts: list[Tensor], ks: list[int], reads:
 
 
 @ops.implements("topk_svd", "cuda", _supports)
-def _topk_svd_cuda(weights: list[Tensor], starts: list[Tensor], ks: list[int], reads: list[int]) -> list[Tensor]:
+def _topk_svd_cuda(
+    weights: list[Tensor], starts: list[Tensor], ks: list[int], reads: list[int], *, max_sms: int | None = None
+) -> list[Tensor]:
     for index, weight in enumerate(weights):
         if weight.dtype not in DTYPES:
             raise TypeError(
@@ -93,6 +96,6 @@ def _topk_svd_cuda(weights: list[Tensor], starts: list[Tensor], ks: list[int], r
             )
         if weight.device != weights[0].device:
             raise ValueError(f"weights[{index}] is on {weight.device}, but weights[0] on {weights[0].device}")
-    table = _Table(weights, starts, ks, reads)
+    table = _Table(weights, starts, ks, reads, max_sms)
     with table.context:
         return block_krylov(table)

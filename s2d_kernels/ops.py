@@ -17,7 +17,6 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -136,42 +135,26 @@ def fp32_is_reduced(device: torch.device) -> bool:
     return backend.matmul.fp32_precision in ("tf32", "bf16")
 
 
-_max_sms: ContextVar[int | None] = ContextVar("s2d_max_sms", default=None)
-
-
-@contextmanager
-def limit_sms(count: int | None) -> Iterator[None]:
-    """Let persistent kernels launched inside, by this thread, occupy at most `count` multiprocessors; None: all."""
-    token = _max_sms.set(count)
-    try:
-        yield
-    finally:
-        _max_sms.reset(token)
-
-
-def max_sms() -> int | None:
-    """What `limit_sms` allows here. Launchers of persistent kernels ask; the others' blocks are short."""
-    return _max_sms.get()
-
-
-def define(op: str, signature: str, fake: Callable[..., Any]) -> None:
+def define(op: str, signature: str, fake: Callable[..., Any], *, option: str = "") -> None:
     """Register the op `s2d::<op>` with a trailing `str? impl=None`; `fake` takes the arguments before it.
 
-    The first argument is a tensor or a list of tensors, whose device is asked for the implementation.
+    The first argument is a tensor or a list of tensors, whose device is asked for the implementation. `option` is a
+    keyword-only argument of the op and of its implementations, which changes no result.
     """
     arguments, returns = signature.split(" -> ")
     mutated = [place for place, argument in enumerate(arguments.split(",")) if "!)" in argument]
-    library.define(f"{op}({arguments}, str? impl=None) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
+    keyword = f", *, {option}" if option else ""
+    library.define(f"{op}({arguments}, str? impl=None{keyword}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
     count = arguments.count(",") + 1  # the dispatcher leaves out a trailing argument that has its default value
 
-    def call(*given: Any) -> Any:
+    def call(*given: Any, **options: Any) -> Any:
         impl = given[count] if len(given) > count else None
         if not isinstance(given[0], Tensor) and not given[0]:
             return [] if "Tensor[]" in returns else None
         device = given[0].device if isinstance(given[0], Tensor) else given[0][0].device
         with exact_arithmetic(device):
             chosen = choose(op, impl, device, given[:count])
-            result = _TABLE[op][chosen](*given[:count])
+            result = _TABLE[op][chosen](*given[:count], **options)
         if chosen in ("cpu", "triton", "cuda"):
             # What a kernel writes behind autograd's back must still invalidate what autograd saved.
             for place in mutated:
@@ -179,7 +162,7 @@ def define(op: str, signature: str, fake: Callable[..., Any]) -> None:
         return result
 
     library.impl(op, call, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"s2d::{op}", lambda *given: fake(*given[:count]))
+    torch.library.register_fake(f"s2d::{op}", lambda *given, **_: fake(*given[:count]))
 
 
 def aligned_bytes(count: int, device: torch.device) -> Tensor:
@@ -267,7 +250,12 @@ def _topk_svd_fake(weights: list[Tensor], starts: list[Tensor], _ks: list[int], 
     return flat
 
 
-define("topk_svd", "Tensor[] weights, Tensor[] starts, SymInt[] ks, SymInt[] reads -> Tensor[]", _topk_svd_fake)
+define(
+    "topk_svd",
+    "Tensor[] weights, Tensor[] starts, SymInt[] ks, SymInt[] reads -> Tensor[]",
+    _topk_svd_fake,
+    option="int? max_sms=None",
+)
 
 # --- add_penalty_grad_: grads[i] += U[i] diag(coefficients[i]) Vh[i] over the first ranks[i] (default all) components
 

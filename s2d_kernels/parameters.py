@@ -90,8 +90,13 @@ def find_matrices(
 
     Raises:
         ValueError: a pattern matches no parameter, or a split does not add up.
-        NotImplementedError: a parameter is a DTensor, belongs to DeepSpeed ZeRO, or has an optimizer in the backward.
+        NotImplementedError: a parameter is a DTensor, belongs to DeepSpeed ZeRO, or has an optimizer in the backward;
+            nn.DataParallel on several GPUs.
     """
+    if any(isinstance(module, nn.DataParallel) and len(module.device_ids) > 1 for module in model.modules()):
+        raise NotImplementedError(
+            "S2D under nn.DataParallel is not supported: its replicas each see a part of the batch. Train on one GPU"
+        )
     splits = dict(splits or {})
     _check_patterns(select, splits)
     unmatched = {pattern for pattern, _ in select} | set(splits)

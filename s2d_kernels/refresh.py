@@ -27,6 +27,7 @@ def compute_refresh(
     threshold: float,
     k_max: int,
     seed: int,
+    max_sms: int | None,
     impl: str | None,
 ) -> dict[str, Refreshed]:
     """Factors and decisions of every captured matrix; runs on the side stream and touches no live parameter.
@@ -34,7 +35,7 @@ def compute_refresh(
     Args:
         captured: by name the weight `[m, n]`, and the input row and neuron of its largest activation.
         bases: by name the basis to start from, None for a cold start.
-        mode, strength, power, threshold, k_max, impl: as in `S2D`.
+        mode, strength, power, threshold, k_max, max_sms, impl: as in `S2D`.
         seed: of the random columns, another for each refresh.
 
     Returns:
@@ -44,7 +45,8 @@ def compute_refresh(
     names = list(captured)
     weights = [captured[name].weight for name in names]
     ks = [min(k_max, *weight.shape) for weight in weights]
-    factors = topk_svd(weights, k=ks, warm=[bases[n] for n in names], seed=seed, keys=names, impl=impl)
+    warm = [bases[name] for name in names]
+    factors = topk_svd(weights, k=ks, warm=warm, seed=seed, keys=names, max_sms=max_sms, impl=impl)
     decisions = pcdr(
         weights,
         [captured[name].x for name in names],

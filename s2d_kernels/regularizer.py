@@ -93,14 +93,17 @@ class S2D:
             decoupled form then must be attached, or belong to a `SpectralAdamW`.
         static_factors: True keeps the factors of the coupled form in the same memory for good and their ranks on the
             device, so that a captured CUDA graph can hold `add_grad`; see `advance`.
+        max_sms: most multiprocessors of a GPU that a refresh may hold on to, None for all. Only the kernel that keeps
+            matrices in shared memory through all reads does, and takes no fewer than its largest matrix needs; see
+            `topk_svd`. Fewer make the refresh longer. The bits are the same.
         impl: implementation of the operations (of those that have it), or None to choose.
 
     Raises:
         TypeError: `model` is no module.
         ValueError: a value out of range, a pattern that matches nothing.
         NotImplementedError: parameters that are DTensors, belong to DeepSpeed ZeRO or are updated in the backward; more
-            than one process in torch.distributed. The same may come from a later step, where a trainer took the
-            parameters over after this S2D was built.
+            than one process in torch.distributed; nn.DataParallel on several GPUs. The same may come from a later step,
+            where a trainer took the parameters over after this S2D was built.
 
     Attributes:
         step: completed optimizer steps.
@@ -129,6 +132,7 @@ class S2D:
         asynchronous: bool = True,
         snapshot: bool = True,
         static_factors: bool = False,
+        max_sms: int | None = None,
         impl: str | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -159,6 +163,7 @@ class S2D:
         self.interval = ops.check_integer("interval", interval, low=1)
         self.lead = ops.check_integer("lead", lead, low=0, high=self.interval - 1)
         self.seed, self.impl = ops.check_integer("seed", seed, low=0), impl
+        self.max_sms = None if max_sms is None else ops.check_integer("max_sms", max_sms, low=1)
         self.step = 0
         self.decisions: list[ParameterDecision]
         self._matrices, self.decisions = find_matrices(model, k_max=k_max, select=select, splits=splits)
@@ -411,8 +416,9 @@ class S2D:
 
         Raises:
             TypeError: not a torch optimizer, or a wrapper without hooks.
-            ValueError: already attached or closed; the optimizer holds none of the penalized parameters. Later, from
-                the step: it is called with a closure, or with gradients still scaled by a GradScaler.
+            ValueError: already attached or closed; the optimizer holds none of the penalized parameters; coupled with
+                LBFGS, which evaluates the gradient several times a step. Later, from the step: it is called with a
+                closure, or with gradients still scaled by a GradScaler.
             NotImplementedError: see the class.
         """
         self._check_callable("attach")
@@ -622,6 +628,7 @@ class S2D:
             threshold=self.threshold,
             k_max=self.k_max,
             seed=seed,
+            max_sms=self.max_sms,
             impl=self.impl,
         )
 

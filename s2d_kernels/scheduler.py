@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
@@ -76,10 +76,6 @@ class SideStream:
     Args:
         device: where the work's tensors live.
         asynchronous: False runs the work inside `submit`, which gives the same bits (for debugging and comparison).
-        max_sms: most multiprocessors that a persistent kernel of the work may occupy, `ops.max_sms()` inside it. CUDA
-            knows no lower priority than that of an ordinary stream, and priority takes no running block off its
-            multiprocessor: a kernel of short blocks lets the training stream in by itself, a persistent one must be
-            kept small.
 
     Attributes:
         late: how often `join` had to wait.
@@ -89,14 +85,13 @@ class SideStream:
         arguments until `join`, so that the allocator cannot give their memory away while the side stream reads it.
         Results are allocated on the side stream: their memory, once freed, goes to later work, which starts after
         everything that was enqueued before its own `submit`. So nothing enqueued after a `submit` may use a result
-        that is freed before the `join` of that `submit`'s work.
+        that is freed before the `join` of that `submit`'s work. CUDA knows no lower priority than that of an ordinary
+        stream, and priority takes no running block off its multiprocessor: kernels of short blocks let the training
+        stream in by themselves, a persistent one takes the multiprocessors that it may hold as an argument.
     """
 
-    def __init__(
-        self, device: torch.device | str = "cpu", *, asynchronous: bool = True, max_sms: int | None = None
-    ) -> None:
+    def __init__(self, device: torch.device | str = "cpu", *, asynchronous: bool = True) -> None:
         self.device = torch.device(device)
-        self.max_sms = None if max_sms is None else ops.check_integer("max_sms", max_sms, low=1)
         self.asynchronous = asynchronous
         self.late = 0
         self.waited_seconds = 0.0
@@ -144,24 +139,10 @@ class SideStream:
         self, fork: torch.cuda.Event | None, work: Callable[..., T], args: tuple[Any, ...]
     ) -> tuple[T, torch.cuda.Event | None]:
         # Autocast belongs to the calling thread: without this, work done in place would differ from the worker's.
-        with ops.exact_arithmetic(self.device), ops.limit_sms(self.max_sms), record_function(LABEL):
+        with ops.exact_arithmetic(self.device), record_function(LABEL):
             if fork is None or self._stream is None:
                 return work(*args), None
             with torch.cuda.stream(self._stream):
                 self._stream.wait_event(fork)
                 value = work(*args)
                 return value, self._stream.record_event()
-
-
-def share_out(costs: Sequence[float], ranks: int) -> list[int]:
-    """Which of `ranks` processes does each piece of work: the dearest piece first, to whoever has least to do so far.
-
-    Depends on the costs and their order alone, so that every process finds the same without asking the others. The
-    busiest rank gets at most 4/3 of the least possible (Graham's bound).
-    """
-    loads = [0.0] * ops.check_integer("ranks", ranks, low=1)
-    owner = [0] * len(costs)
-    for piece in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
-        owner[piece] = loads.index(min(loads))
-        loads[owner[piece]] += costs[piece]
-    return owner

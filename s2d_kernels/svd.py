@@ -127,6 +127,7 @@ def topk_svd(
     seed: int = 0,
     keys: Sequence[str] | None = None,
     reads: int | None = None,
+    max_sms: int | None = None,
     impl: str | None = None,
 ) -> list[TopkSVD]:
     """Top-k singular triplets of every matrix in one call, any mix of shapes and dtypes.
@@ -142,6 +143,9 @@ def topk_svd(
         keys: per matrix a name; with `seed` it determines the random columns. Default: the shape. Results never
             depend on a matrix's position in the list, nor on its neighbours (impl="torch" on a GPU: cuBLAS decides).
         reads: passes over each matrix; default 8 cold and 4 warm.
+        max_sms: most multiprocessors that impl="cuda" holds on to, None for all. Only its kernel that keeps matrices in
+            shared memory through all reads does, whose blocks no stream's priority displaces; it takes no fewer than
+            its largest matrix needs. The other implementations' blocks are short. The bits do not depend on it.
         impl: "reference" (full SVD), "torch", "cpu" (C++), "triton", "cuda", or None to choose by device, dtype and
             shape.
 
@@ -153,7 +157,7 @@ def topk_svd(
     Raises:
         TypeError: an element is no dense floating tensor.
         ValueError: k outside 1..min(m, n), lists of different lengths, an empty matrix, a warm start of another
-            shape, reads < 1.
+            shape, reads < 1, max_sms < 1.
 
     Accuracy: `status` is CONVERGED when max_{i<=k} (s_i/s_1) residual_i / s_1 <= 2e-4; the relative error of
         G = sum s^2 u v^T then stays below 1e-3 unless a component was missed, against which `missed` speaks.
@@ -171,6 +175,8 @@ def topk_svd(
     ops.check_same_length(weights=weights, k=ks, warm=previous, keys=names)
     if reads is not None:
         reads = ops.check_integer("reads", reads, low=1)
+    if max_sms is not None:
+        max_sms = ops.check_integer("max_sms", max_sms, low=1)
     if not weights:
         return []
     starts, schedule = [], []
@@ -189,7 +195,8 @@ def topk_svd(
     arguments = (weights, starts, ks, schedule)
     flat: list[Tensor] = [weights[0]] * (6 * len(weights))
     for chosen, members in ops.partition("topk_svd", impl, weights[0].device, arguments).items():
-        found = torch.ops.s2d.topk_svd(*([column[i] for i in members] for column in arguments), chosen)
+        parts = ([column[i] for i in members] for column in arguments)
+        found = torch.ops.s2d.topk_svd(*parts, chosen, max_sms=max_sms)
         for position, index in enumerate(members):
             flat[6 * index : 6 * index + 6] = found[6 * position : 6 * position + 6]
     results = []

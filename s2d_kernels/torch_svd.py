@@ -24,7 +24,9 @@ CACHE_BYTES = 16 << 20
 
 
 @ops.implements("topk_svd", "reference")
-def _topk_svd_reference(weights: list[Tensor], starts: list[Tensor], ks: list[int], reads: list[int]) -> list[Tensor]:
+def _topk_svd_reference(
+    weights: list[Tensor], starts: list[Tensor], ks: list[int], reads: list[int], *, max_sms: int | None = None
+) -> list[Tensor]:
     """Full SVD of each matrix; `starts` only sets how many triplets are returned."""
     flat: list[Tensor] = []
     for weight, start, k in zip(weights, starts, ks, strict=True):
@@ -43,7 +45,9 @@ def _topk_svd_reference(weights: list[Tensor], starts: list[Tensor], ks: list[in
 
 
 @ops.implements("topk_svd", "torch")
-def _topk_svd_torch(weights: list[Tensor], starts: list[Tensor], ks: list[int], reads: list[int]) -> list[Tensor]:
+def _topk_svd_torch(
+    weights: list[Tensor], starts: list[Tensor], ks: list[int], reads: list[int], *, max_sms: int | None = None
+) -> list[Tensor]:
     buckets: dict[tuple[object, ...], list[int]] = {}
     for index, weight in enumerate(weights):
         kind: tuple[object, ...] = (tuple(weight.shape), weight.dtype, starts[index].shape[0], ks[index], reads[index])

@@ -1,6 +1,7 @@
 #include "runtime.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -24,6 +25,7 @@ constexpr std::size_t kSharedAlignment = 1024;
 // Of a block, static and dynamic together: sm_90's unless a test says another; static 48 KiB on every architecture.
 std::size_t shared_limit = 227 * 1024;
 int multiprocessors = 8;
+std::atomic<int> cooperative_blocks = 0;
 constexpr std::size_t kThreadsOfMultiprocessor = 2048;
 constexpr std::size_t kStaticSharedLimit = 48 * 1024;
 constexpr std::size_t kResidentThreadLimit = 16384;
@@ -386,6 +388,7 @@ void run_grid(const LaunchSize& size, int how) {
   const std::size_t grid_blocks = std::size_t{size.grid.x} * size.grid.y * size.grid.z;
   check_size(size, block_threads, grid_blocks);
   const std::size_t together = size.cooperative ? grid_blocks : 1;
+  if (size.cooperative) cooperative_blocks = std::max(cooperative_blocks.load(), static_cast<int>(grid_blocks));
   resident_threads = together * block_threads;
   while (threads.size() < resident_threads) threads.push_back(std::make_unique<Thread>());
   blocks.clear();
@@ -550,6 +553,8 @@ int s2d_emulation_set_multiprocessors(int count) {
   if (count > 0) s2d::emulation::multiprocessors = count;
   return before;
 }
+
+int s2d_emulation_cooperative_blocks() { return s2d::emulation::cooperative_blocks.exchange(0); }
 
 int s2d_emulation_set_order(int order, std::uint64_t seed) {
   if (order < 0 || order > 2) return 1;

@@ -15,6 +15,8 @@ int s2d_emulation_set_order(int order, std::uint64_t seed);
 std::size_t s2d_emulation_set_shared_limit(std::size_t bytes);
 // Multiprocessors, which bound the blocks of a cooperative launch; 0 to leave them as they are; returns what they were.
 int s2d_emulation_set_multiprocessors(int count);
+// The most blocks of a cooperative launch since the last call of this function.
+int s2d_emulation_cooperative_blocks(void);
 // Why the last launch failed, until the next call of this function; empty when none did.
 const char* s2d_emulation_error(void);
 }

@@ -278,7 +278,9 @@ class _Batch:
 
 
 @ops.implements("topk_svd", "triton", _supports)
-def _topk_svd_triton(weights: list[Tensor], starts: list[Tensor], ks: list[int], reads: list[int]) -> list[Tensor]:
+def _topk_svd_triton(
+    weights: list[Tensor], starts: list[Tensor], ks: list[int], reads: list[int], *, max_sms: int | None = None
+) -> list[Tensor]:
     device = weights[0].device
     check_device(device)
     groups: dict[torch.dtype, list[int]] = {}
