@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from s2d_kernels import S2D
 from s2d_kernels.parameters import find_matrices
 
 
@@ -110,3 +111,82 @@ def test_views_reach_the_parameter() -> None:
         rows.fill_(1.0)
         matrix.write_back(gradient, rows)
         assert gradient.sum() == matrix.shape[0] * matrix.shape[1]
+
+
+def decisions_of(model: nn.Module) -> dict[str, str]:
+    return {d.name: f"{d.decision}: {d.reason}" for d in find_matrices(model)[1]}
+
+
+def nested(name: str, leaf: nn.Module) -> nn.Module:
+    """A model that holds `leaf` under a dotted name."""
+    for part in reversed(name.split(".")):
+        outer = nn.Module()
+        outer.add_module(part, leaf)
+        leaf = outer
+    return leaf
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lm_head",  # Llama, GPT-2
+        "lm_head.decoder",  # RoBERTa
+        "cls.predictions.decoder",  # BERT
+        "cls.seq_relationship",
+        "classifier.out_proj",  # RobertaForSequenceClassification
+        "cls_classifier",  # DeiT
+        "distillation_classifier",
+        "head.fc",  # timm
+        "head_dist",
+        "heads.head",  # torchvision
+        "qa_outputs",
+        "score",
+        "embed_out",  # GPT-NeoX
+    ],
+)
+def test_output_heads_by_their_real_names(name: str) -> None:
+    assert decisions_of(nested(name, nn.Linear(32, 32)))[f"{name}.weight"] == "skip: output head"
+
+
+@pytest.mark.parametrize("name", ["attention.heads.0.key", "headless.proj", "rescore", "model.head_norm.proj"])
+def test_names_that_only_look_like_heads(name: str) -> None:
+    assert decisions_of(nested(name, nn.Linear(32, 32)))[f"{name}.weight"].startswith("penalize")
+
+
+def test_a_projection_whose_heads_come_in_turn_is_one_matrix() -> None:
+    """GPT-NeoX: queries, keys and values of a head, then of the next; thirds of its rows are no matrices."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPTNeoXConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, vocab_size=50
+    )
+    model = transformers.GPTNeoXModel(config)
+    name = "layers.0.attention.query_key_value.weight"
+    assert [m.name for m in find_matrices(model)[0] if "query" in m.name] == [name]
+    assert "counts as one matrix" in decisions_of(model)[name]
+    cut, _ = find_matrices(model, splits={"query_key_value": [8] * 12})
+    assert len([m for m in cut if "query" in m.name]) == 12
+
+
+def test_names_under_wrappers() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(32, 32)
+            self.module = nn.Sequential()
+            self.module.add_module("fc", nn.Linear(32, 32))
+
+    model = Own()
+    expected = ["fc.weight", "module.fc.weight"]
+    assert [m.name for m in find_matrices(model)[0]] == expected  # a level of its own that is called `module`
+    for wrapped in (nn.DataParallel(model), torch.compile(model), torch.compile(nn.DataParallel(model))):
+        assert [m.name for m in find_matrices(wrapped)[0]] == expected
+    model.fc = torch.compile(model.fc)
+    assert [m.name for m in find_matrices(model)[0]] == expected
+
+
+def test_a_model_on_several_devices_or_without_data_is_refused() -> None:
+    spread = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32, device="meta"))
+    with pytest.raises(NotImplementedError, match=r"spread over 2 devices.*'0.weight' on cpu, '1.weight' on meta"):
+        S2D(spread)
+    with pytest.raises(NotImplementedError, match=r"'0.weight' is on the meta device: load the weights"):
+        S2D(nn.Sequential(nn.Linear(32, 32, device="meta")))

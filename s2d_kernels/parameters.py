@@ -17,11 +17,17 @@ from s2d_kernels import ops
 
 logger = logging.getLogger("s2d_kernels")
 
-HEAD = re.compile(r"(^|\.)(lm_head|head|classifier|score|output_projection|embed_out)$")
-FUSED_QKV = re.compile(r"(^|[._])(qkv|qkv_proj|c_attn|wqkv|in_proj|query_key_value)$", re.IGNORECASE)
+# Modules that make outputs, with all they hold.
+HEAD = re.compile(
+    r"(^|\.)(lm_head|head|head_dist|classifier|cls_classifier|distillation_classifier|score|qa_outputs|predictions"
+    r"|seq_relationship|output_projection|embed_out)(\.|$)"
+)
+# Projections whose row thirds are queries, keys and values.
+FUSED_QKV = re.compile(r"(^|[._])(qkv|qkv_proj|c_attn|wqkv|in_proj)$", re.IGNORECASE)
+# GPT-NeoX, BLOOM and Falcon have them in turn head by head, ChatGLM in unequal parts.
+INTERLEAVED_QKV = re.compile(r"(^|[._])query_key_value$", re.IGNORECASE)
 ADAPTIVE = re.compile(r"adam|rmsprop|adagrad|adadelta|adafactor|lamb|lion|muon|sophia|shampoo|soap", re.IGNORECASE)
-# torch.compile and DistributedDataParallel put their own level into every name
-_WRAPPERS = re.compile(r"\b_orig_mod\.|^module\.")
+_COMPILED = re.compile(r"\b_orig_mod\.")  # torch.compile puts its own level into names
 ADAPTER = re.compile(r"lora_(A|B|embedding)|(^|\.)adapter", re.IGNORECASE)
 
 
@@ -102,9 +108,9 @@ def find_matrices(
     unmatched = {pattern for pattern, _ in select} | set(splits)
     occurrences: dict[int, list[str]] = {}
     owners: dict[str, tuple[nn.Module, str]] = {}
-    for prefix, module in model.named_modules(remove_duplicate=True):
+    for prefix, module in _unwrapped(model).named_modules(remove_duplicate=True):
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            name = _WRAPPERS.sub("", f"{prefix}.{attribute}" if prefix else attribute)
+            name = _COMPILED.sub("", f"{prefix}.{attribute}" if prefix else attribute)
             occurrences.setdefault(id(parameter), []).append(name)
             owners[name] = (module, attribute)
 
@@ -153,6 +159,8 @@ def find_matrices(
             continue
         if len(sizes) == 1 and split is None and FUSED_QKV.search(name.rsplit(".", 1)[0]):
             reason += "; looks like a fused projection of unequal parts: splits= treats each as its own matrix"
+        if split is None and INTERLEAVED_QKV.search(name.rsplit(".", 1)[0]):
+            reason += "; looks like a fused projection: it counts as one matrix, unless splits= cuts its rows"
         if len(sizes) > 1:
             reason += f", fused: {len(sizes)} matrices of {', '.join(map(str, sizes))} rows"
         if chosen is not None:
@@ -166,6 +174,30 @@ def find_matrices(
     if unmatched:
         raise ValueError(f"pattern(s) {sorted(unmatched)} match no parameter; names look like {list(owners)[:5]}")
     return matrices, decisions
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model without torch.compile's, DistributedDataParallel's and DataParallel's own level."""
+    while True:
+        compiled = getattr(model, "_orig_mod", None)  # asking for the type would import the compiler
+        if isinstance(compiled, nn.Module):
+            model = compiled
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def check_one_device(matrices: Sequence[Matrix]) -> None:
+    """Raise a NotImplementedError where the matrices are not on one device that holds data."""
+    places = {str(matrix.parameter.device): matrix.name for matrix in matrices}
+    if len(places) > 1:
+        where = ", ".join(f"{name!r} on {device}" for device, name in list(places.items())[:3])
+        raise NotImplementedError(
+            f"S2D on a model spread over {len(places)} devices is not supported yet ({where}): put it on one"
+        )
+    if "meta" in places:
+        raise NotImplementedError(f"parameter {places['meta']!r} is on the meta device: load the weights before S2D")
 
 
 def log_selection(

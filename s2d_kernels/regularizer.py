@@ -38,6 +38,7 @@ from s2d_kernels.parameters import (
     Matrix,
     ParameterDecision,
     check_gradients_kept,
+    check_one_device,
     check_processes,
     check_whole,
     checked_rate,
@@ -102,8 +103,9 @@ class S2D:
         TypeError: `model` is no module.
         ValueError: a value out of range, a pattern that matches nothing.
         NotImplementedError: parameters that are DTensors, belong to DeepSpeed ZeRO or are updated in the backward; more
-            than one process in torch.distributed; nn.DataParallel on several GPUs. The same may come from a later step,
-            where a trainer took the parameters over after this S2D was built.
+            than one process in torch.distributed; nn.DataParallel on several GPUs; a model on several devices, or
+            without data. The same may come from a later step, where a trainer took the parameters over after this S2D
+            was built.
 
     Attributes:
         step: completed optimizer steps.
@@ -167,6 +169,7 @@ class S2D:
         self.step = 0
         self.decisions: list[ParameterDecision]
         self._matrices, self.decisions = find_matrices(model, k_max=k_max, select=select, splits=splits)
+        check_one_device(self._matrices)
         log_selection(model, self._matrices, self.decisions, decoupled=mode == "decoupled")
         if static_factors and mode != "coupled":
             raise ValueError("static_factors=True belongs to mode='coupled': the decoupled form acts outside of graphs")
@@ -731,6 +734,7 @@ class S2D:
     def _check_supported(self) -> None:
         """What the constructor checks of processes and parameters, again: trainers change them after it."""
         check_processes()
+        check_one_device(self._matrices)
         for matrix in self._matrices:
             check_whole(matrix.name, matrix.parameter)
 
