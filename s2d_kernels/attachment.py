@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("s2d_kernels")
 
 
+class RefreshError(RuntimeError):
+    """A refresh failed in the worker. It is forgotten: the next call goes on with the previous factors."""
+
+
 class Fused:
     """The bond with an optimizer that applies the penalties itself, in the place of a hook's handle."""
 
@@ -51,6 +55,11 @@ def hook(reg: S2D, optimizer: torch.optim.Optimizer, parts: Sequence[torch.optim
             raise ValueError(
                 "LBFGS evaluates the gradient several times a step: the coupled penalty belongs to each of them, "
                 "but its schedule counts steps. Use mode='decoupled' or another optimizer"
+            )
+        if any(group.get("maximize") for group in part.param_groups):
+            raise ValueError(
+                "maximize=True: the optimizer goes up the gradient, and would inflate what the coupled penalty is to "
+                "decay. Minimize the negative, or use mode='decoupled'"
             )
     if groups.adaptive:
         _warn_adaptive(parts[0])
@@ -98,11 +107,17 @@ def _warn_adaptive(optimizer: torch.optim.Optimizer) -> None:
 
 def _hook_decoupled(reg: S2D, optimizer: torch.optim.Optimizer, groups: ParameterGroups) -> list[RemovableHandle]:
     """Decay after each step; where the weights are not copied, their refresh is made before it."""
+    trained: set[str] | None = None  # of this step, before other hooks may have set the gradients to None
 
     def before(inner: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal trained
+        closure = _has_closure(inner, args, kwargs)  # which computes the gradients after this hook
+        trained = None if closure else groups.trained()
         if reg.snapshot:
+            if not closure:
+                reg._capture.before_change()
             return
-        if _has_closure(inner, args, kwargs):
+        if closure:
             raise ValueError(
                 "optimizer.step(closure) runs the model after the hook that reads the weights: snapshot=False cannot "
                 "be attached to it. Use snapshot=True"
@@ -111,8 +126,16 @@ def _hook_decoupled(reg: S2D, optimizer: torch.optim.Optimizer, groups: Paramete
             reg._begin_in_place()
 
     def after(inner: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-        if not _skips(inner) and not reg._no_gradients():
-            reg._decay(groups.rates())
+        if _skips(inner) or (not trained and reg._no_gradients()):
+            return
+        rates = groups.rates(trained)
+        try:
+            reg._decay(rates)
+        except RefreshError:
+            # The weights have been changed, so that calling step() again would be another step: this one is completed
+            # with the previous factors.
+            reg._decay(rates)
+            raise
 
     return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import sys
 import weakref
 from collections.abc import Iterable, Sequence
@@ -15,17 +17,21 @@ from s2d_kernels.capture_ops import capture_largest_
 from s2d_kernels.ops import exact_arithmetic
 from s2d_kernels.parameters import Matrix
 
+logger = logging.getLogger("s2d_kernels")
+
 
 class Captured(NamedTuple):
     """Largest |W x| seen: its `value` (0-dim fp32), the `neuron` (0-dim int64), the input row `x [n]` (fp32).
 
-    `weight [m, n]` is a copy of W at the first forward of the step, or W itself.
+    `weight [m, n]` is a copy of W at the first forward of the step, or W itself. Where it is not `certain` that the
+    matrix was called at all, a negative value says that it was not, or saw no finite row.
     """
 
     value: Tensor
     neuron: Tensor
     x: Tensor
     weight: Tensor
+    certain: bool = True
 
     def apart(self, matrix: Matrix) -> bool:
         """Whether the weight is a copy in its own memory."""
@@ -50,12 +56,12 @@ class _Kept(NamedTuple):
         self.place.zero_()
         self.row.fill_(torch.nan)
 
-    def captured(self, weight: Tensor) -> Captured:
-        return Captured(self.value.clone(), self.place[0].clone(), self.row.clone(), weight)
+    def captured(self, weight: Tensor, *, certain: bool) -> Captured:
+        return Captured(self.value.clone(), self.place[0].clone(), self.row.clone(), weight, certain)
 
 
 class _EagerWhileCapturing:
-    """Keeps compiled functions eager while any capture is active; one global switch, hence one count."""
+    """Keeps compiled functions eager while any capture is active; one switch of the process, hence one count."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -63,18 +69,33 @@ class _EagerWhileCapturing:
 
     def enter(self) -> None:
         self._count += 1
+        self.ensure()
+
+    def ensure(self) -> None:
+        """Once more, since Dynamo may have been imported after `enter`."""
         # Without Dynamo nothing is compiled; importing it for nothing takes seconds.
-        if self._stance is None and "torch._dynamo" in sys.modules:
+        if self._count and self._stance is None and "torch._dynamo" in sys.modules:
             self._stance = torch.compiler.set_stance("force_eager")
 
     def leave(self) -> None:
         self._count -= 1
-        if self._count == 0 and self._stance is not None:
-            self._stance.__exit__(None, None, None)
-            self._stance = None
+        if self._count or self._stance is None:
+            return
+        ours, self._stance = self._stance, None
+        if sys.modules["torch._dynamo"].eval_frame._stance is ours.stance:
+            ours.__exit__(None, None, None)
+        else:
+            # The user's own stance holds, and may end by restoring ours: which then must mean what was before it.
+            for field in dataclasses.fields(ours.stance):
+                setattr(ours.stance, field.name, getattr(ours.prev, field.name))
 
 
 _eager = _EagerWhileCapturing()
+
+
+def ensure_eager() -> None:
+    """Keep compiled functions eager while a capture is active, now that Dynamo is imported (optimizers do that)."""
+    _eager.ensure()
 
 
 class _Hook:
@@ -104,13 +125,12 @@ class ActivationCapture:
     """
 
     def __init__(self, matrices: Iterable[Matrix], *, require_grad: bool = True, copy_weights: bool = True) -> None:
-        self._by_module: dict[nn.Module, list[Matrix]] = {}
-        for matrix in matrices:
-            self._by_module.setdefault(matrix.module, []).append(matrix)
+        self._by_module = _by_module(matrices)
         self._require_grad = require_grad
         self._copy_weights = copy_weights
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._kept: dict[str, tuple[_Kept, Tensor]] = {}
+        self._versions: dict[str, int] = {}
 
     def __del__(self) -> None:
         if not sys.is_finalizing():  # nothing can be imported any more, and nothing will run
@@ -147,7 +167,18 @@ class ActivationCapture:
             handle.remove()
         self._handles = []
         found, self._kept = self._kept, {}
-        return {name: kept.captured(weight) for name, (kept, weight) in found.items()}
+        return {name: kept.captured(weight, certain=True) for name, (kept, weight) in found.items()}
+
+    def before_change(self) -> None:
+        """The last moment before the optimizer changes the weights: copy anew what was replaced since its forward."""
+        if not self._kept or not self._copy_weights:
+            return
+        for matrix in {matrix for some in self._by_module.values() for matrix in some}:
+            version = matrix.parameter._version
+            if matrix.name in self._kept and version != self._versions[matrix.name]:
+                self._versions[matrix.name] = version
+                self._kept[matrix.name][1].copy_(matrix.rows(matrix.parameter.detach()))
+                logger.warning("S2D: %s changed between its forward and the optimizer's step", matrix.name)
 
     def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Take one call of `module` into account."""
@@ -160,7 +191,7 @@ class ActivationCapture:
             )
         with exact_arithmetic(output[0].device if isinstance(output, tuple | list) else output.device):
             for matrix in self._by_module[module]:
-                self._keep_larger(matrix, *_inputs_and_outputs(matrix, args, kwargs, output))
+                self._keep_larger(matrix, *_inputs_and_outputs(matrix, module, args, kwargs, output))
 
     def _keep_larger(self, matrix: Matrix, x: Tensor, y: Tensor, bias: Tensor | None) -> None:
         if y.numel() == 0:
@@ -169,6 +200,7 @@ class ActivationCapture:
             weight = matrix.rows(matrix.parameter.detach())
             weight = weight.clone() if self._copy_weights else weight
             self._kept[matrix.name] = _Kept.nothing(x.shape[1], x.device), weight
+            self._versions[matrix.name] = matrix.parameter._version
         kept = self._kept[matrix.name][0]
         capture_largest_(*kept, y.detach(), x.detach(), bias=None if bias is None else bias.detach())
 
@@ -178,8 +210,8 @@ class GraphCapture:
 
     Hooks are not replayed with a CUDA graph, and installing one later recompiles. Build this before capturing or
     compiling; `start` and `stop` write one flag on the device. All else is as there, except that the weight is copied
-    by `stop`, or by `start` where `copy_at_start`, as neither knows of the first forward; and that a matrix whose
-    largest value was never found has a row of NaN.
+    by `stop`, or by `start` where `copy_at_start`, as neither knows of the first forward; and that a matrix that was
+    not called cannot be told from one that saw no finite row: both have a value of -1.
 
     Only linear layers and patch embeddings: what nn.MultiheadAttention projects inside cannot be seen without a second
     product.
@@ -201,17 +233,15 @@ class GraphCapture:
         self._weights: dict[str, Tensor] = {}
         self._kept: dict[str, _Kept] = {}
         self.active = False
-        by_module: dict[nn.Module, list[Matrix]] = {}
         for matrix in self._matrices:
             self._kept[matrix.name] = _Kept.nothing(matrix.shape[1], matrix.parameter.device)
-            by_module.setdefault(matrix.module, []).append(matrix)
         device = self._matrices[0].parameter.device if self._matrices else torch.device("cpu")
         self._enabled = torch.zeros((), dtype=torch.bool, device=device)
         self._handles = [
             module.register_forward_hook(
                 _Resident([(m, self._kept[m.name]) for m in some], self._enabled), with_kwargs=True
             )
-            for module, some in by_module.items()
+            for module, some in _by_module(self._matrices).items()
         ]
 
     def start(self) -> None:
@@ -233,7 +263,15 @@ class GraphCapture:
             self._copy_weights()
         weights, self._weights = self._weights, {}
         # copies made at the start are from before a change of dtype
-        return {m.name: self._kept[m.name].captured(weights[m.name].to(m.parameter.dtype)) for m in self._matrices}
+        return {
+            m.name: self._kept[m.name].captured(weights[m.name].to(m.parameter.dtype), certain=False)
+            for m in self._matrices
+        }
+
+    def before_change(self) -> None:
+        """The last moment before the optimizer changes the weights."""
+        if self.active and self._copy_at_start:
+            self._copy_weights()
 
     def remove(self) -> None:
         """Take the operations out of the model; what was compiled with them is compiled anew."""
@@ -257,11 +295,11 @@ class _Resident:
         self._targets = [(matrix, *kept) for matrix, kept in targets]
         self._enabled = enabled
 
-    def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not torch.is_grad_enabled():
             return
         for matrix, value, place, row in self._targets:
-            x, y, bias = _inputs_and_outputs(matrix, args, kwargs, output)
+            x, y, bias = _inputs_and_outputs(matrix, module, args, kwargs, output)
             if y.device != value.device:
                 raise ValueError(
                     f"{matrix.name!r} runs on {y.device}, but its capture was made on {value.device}: with "
@@ -274,15 +312,23 @@ class _Resident:
         return _Resident, ()
 
 
+def _by_module(matrices: Iterable[Matrix]) -> dict[nn.Module, list[Matrix]]:
+    """Every module that applies a matrix, with all those it applies."""
+    found: dict[nn.Module, list[Matrix]] = {}
+    for matrix in matrices:
+        for module in (matrix.module, *matrix.twins):
+            found.setdefault(module, []).append(matrix)
+    return found
+
+
 def _inputs_and_outputs(
-    matrix: Matrix, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    matrix: Matrix, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Input rows x `[tokens, n]`, the output y `[tokens, m]`, and the bias in it, of one call."""
-    module: Any = matrix.module
+    """Input rows x `[tokens, n]`, the output y `[tokens, m]`, and the bias in it, of one call of a module."""
     block = slice(matrix.start, matrix.stop)
     if matrix.kind == "attention":
         # The projected values stay inside the attention function: recompute this block's.
-        position = matrix.start // max(matrix.stop - matrix.start, 1)
+        position = matrix.start // module.embed_dim
         names = ("query", "key", "value")
         x = args[position] if len(args) > position else kwargs[names[position]]
         x = x.reshape(-1, x.shape[-1])

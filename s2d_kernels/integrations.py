@@ -11,7 +11,8 @@ that a GradScaler has unscaled, and not at all in a step it skips. Lightning com
     Accelerate               in the optimizer's step         no                 accelerator.save_state
     torchtitan               in the container's step         no                 the checkpointer's `states`
 
-The decoupled form acts after the step everywhere, so clipping does not concern it.
+The decoupled form acts after the step everywhere, so clipping does not concern it. Where the optimizer is a
+`SpectralAdamW(regularizer=reg)`, its step applies the penalty itself, and only the state is looked after here.
 """
 
 from __future__ import annotations
@@ -55,14 +56,15 @@ def trainer_callback(reg: S2D, *, resume_from: str | Path | None = None) -> Any:
                 if not (folder / STATE_FILE).is_file():
                     raise ValueError(f"{str(folder)!r} holds no {STATE_FILE}: give trainer_callback(reg, resume_from=)")
                 reg.load_state_dict(torch.load(folder / STATE_FILE, weights_only=True))
-            reg.attach(_inner(objects["optimizer"]))
+            self.attached = _attach(reg, _inner(objects["optimizer"]))
 
         def on_save(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
             if state.is_world_process_zero:
                 torch.save(reg.state_dict(), Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
-            reg.detach()
+            if self.attached:
+                reg.detach()
 
     return S2DCallback()
 
@@ -96,8 +98,9 @@ def lightning_callback(reg: S2D) -> Any:
             if len(holding) > 1:
                 raise ValueError(f"{len(holding)} optimizers hold penalized matrices: build one S2D each, with select=")
             self.optimizer = _inner((holding or trainer.optimizers)[0])
-            reg.attach(self.optimizer)  # refuses what it cannot do
-            if reg.mode == "coupled":
+            self.attached = _attach(reg, self.optimizer)  # refuses what it cannot do
+            self.adds = self.attached and reg.mode == "coupled"
+            if self.adds:
                 reg.detach()
                 self.groups = ParameterGroups(reg.matrices, [self.optimizer])
                 if getattr(trainer.precision_plugin, "scaler", None) is not None and getattr(
@@ -106,11 +109,17 @@ def lightning_callback(reg: S2D) -> Any:
                     raise ValueError("a fused optimizer takes gradients still scaled: give it fused=False")
 
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-            if reg.mode == "coupled" and _inner(optimizer) is self.optimizer:
+            if self.adds and _inner(optimizer) is self.optimizer:
                 reg.add_grad(lr=self.groups.effective_rates())
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            reg.detach()
+            if self.attached:
+                reg.detach()
+
+        @property
+        def state_key(self) -> str:
+            """Another one for each S2D of a Trainer."""
+            return self._generate_state_key(first=reg.matrices[0].name if reg.matrices else None)
 
         def state_dict(self) -> dict[str, torch.Tensor]:
             return reg.state_dict()
@@ -133,7 +142,7 @@ def attach_accelerate(reg: S2D, accelerator: Any, optimizer: Any) -> None:
     Raises:
         TypeError, ValueError, NotImplementedError: as `S2D.attach`.
     """
-    reg.attach(_inner(optimizer))
+    _attach(reg, _inner(optimizer))
     accelerator.register_for_checkpointing(reg)
 
 
@@ -151,6 +160,14 @@ def attach_torchtitan(reg: S2D, optimizers: Any) -> None:
         TypeError, ValueError, NotImplementedError: as `S2D.attach`.
     """
     reg.attach(optimizers, parts=list(optimizers.optimizers))
+
+
+def _attach(reg: S2D, optimizer: Any) -> bool:
+    """`reg.attach`, unless the optimizer's step applies the penalties of `reg` itself; whether it was needed."""
+    if getattr(optimizer, "regularizer", None) is reg:
+        return False
+    reg.attach(optimizer)
+    return True
 
 
 def _inner(optimizer: Any) -> Any:

@@ -45,7 +45,7 @@ class Matrix:
     """One matrix `[m, n]` that maps a token: a parameter, or a block of its rows (`name` then ends in `[a:b]`).
 
     `kind` is "linear", "patch" (a convolution whose kernel equals its stride) or "attention" (the packed input
-    projection of `nn.MultiheadAttention`).
+    projection of `nn.MultiheadAttention`). `twins` are other modules that hold the same parameter.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Matrix:
     parameter: nn.Parameter
     start: int
     stop: int
+    twins: tuple[nn.Module, ...] = ()
 
     def rows(self, tensor: Tensor) -> Tensor:
         """The `[m, n]` rows of the parameter, or of a tensor of its shape such as its gradient.
@@ -166,10 +167,11 @@ def find_matrices(
         if chosen is not None:
             reason += f", by pattern {chosen[0]!r}"
         decisions.append(ParameterDecision(name, shape, "penalize", reason))
+        twins = [owners[n][0] for n in others if _kind(*owners[n], parameter)[0] == kind]
         start = 0
         for size in sizes:
             suffix = f"[{start}:{start + size}]" if len(sizes) > 1 else ""
-            matrices.append(Matrix(name + suffix, kind, module, parameter, start, start + size))
+            matrices.append(Matrix(name + suffix, kind, module, parameter, start, start + size, tuple(twins)))
             start += size
     if unmatched:
         raise ValueError(f"pattern(s) {sorted(unmatched)} match no parameter; names look like {list(owners)[:5]}")
@@ -308,11 +310,15 @@ class ParameterGroups:
     def trained(self) -> set[str]:
         """Names of the matrices that the optimizers hold and that have a gradient in this step."""
         held = self()
-        return {m.name for m in self._matrices if m.name in held and m.parameter.grad is not None}
+        return {
+            m.name
+            for m in self._matrices
+            if m.name in held and m.parameter.requires_grad and m.parameter.grad is not None
+        }
 
-    def rates(self) -> dict[str, float]:
-        """The learning rate of every matrix, 0 for those that this step leaves alone."""
-        groups, trained = self(), self.trained()
+    def rates(self, trained: set[str] | None = None) -> dict[str, float]:
+        """The learning rate of every matrix, 0 for those that this step leaves alone: all but the `trained` ones."""
+        groups, trained = self(), self.trained() if trained is None else trained
         # A learning rate on a device is read once a group: each reading waits for the device.
         read = {id(group): float(group["lr"]) for group in groups.values()}
         return {m.name: read[id(groups[m.name])] if m.name in trained else 0.0 for m in self._matrices}
@@ -384,6 +390,14 @@ def _row_blocks(name: str, kind: str, parameter: nn.Parameter, split: Sequence[i
     if split is not None:
         if sum(split) != rows or min(split) < 1:
             raise ValueError(f"split {list(split)} of {name!r} must be positive and add up to its {rows} rows")
+        third = rows // 3
+        if kind == "attention" and any(
+            sum(split[:i]) // third != (sum(split[: i + 1]) - 1) // third for i in range(len(split))
+        ):
+            raise ValueError(
+                f"split {list(split)} of {name!r} mixes queries, keys and values, whose rows begin at 0, {third} and "
+                f"{2 * third}"
+            )
         return list(split)
     stem = name.rsplit(".", 1)[0]
     if kind == "attention" or (FUSED_QKV.search(stem) and rows == 3 * columns):

@@ -39,10 +39,14 @@ def compute_refresh(
         seed: of the random columns, another for each refresh.
 
     Returns:
-        By name bases of `min(warm_width(k), m, n)` components and ranks; rank 0 where a matrix is not finite, or where
-        the coupled form's strength * s^power overflows.
+        By name, without those that were not called, bases of `min(warm_width(k), m, n)` components and ranks; rank 0
+        where a matrix is not finite, or where the coupled form's strength * s^power overflows.
     """
-    names = list(captured)
+    values = torch.stack([entry.value for entry in captured.values()]).tolist()
+    names = [n for n, value in zip(captured, values, strict=True) if captured[n].certain or value >= 0]
+    if not names:
+        logger.warning("S2D: nothing was captured for a refresh, so that the previous factors stay in use")
+        return {}
     weights = [captured[name].weight for name in names]
     ks = [min(k_max, *weight.shape) for weight in weights]
     warm = [bases[name] for name in names]

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from s2d_kernels import ops, reference
-from s2d_kernels.attachment import Fused, fuse, hook
-from s2d_kernels.capture import ActivationCapture, Captured, GraphCapture
+from s2d_kernels.attachment import Fused, RefreshError, fuse, hook
+from s2d_kernels.capture import ActivationCapture, Captured, GraphCapture, ensure_eager
 from s2d_kernels.layers import (
     KEYS,
     LayerReport,
@@ -233,7 +233,11 @@ class S2D:
                 "before zero_grad(). Frameworks that keep .grad to themselves (DeepSpeed ZeRO, optimizer-in-backward) "
                 "are not supported. After load_state_dict(assign=True) build S2D anew: the parameters were replaced"
             )
+        strange = rates.keys() - self._layers.keys()
+        if strange:
+            raise ValueError(f"lr names {sorted(strange)[:5]}, which are no penalized matrices: see S2D.matrices")
         with ops.exact_arithmetic(self._side.device):
+            self._capture.before_change()
             if not self._launch_if_due():
                 return
             self._arrive_if_due()
@@ -246,7 +250,7 @@ class S2D:
         grads, factors, indices, touched = [], [], [], []
         for index, matrix in enumerate(self._matrices):
             layer, grad = self._layers[matrix.name], matrix.parameter.grad
-            if grad is not None and (layer.rank or self._static_ranks is not None):
+            if matrix.parameter.requires_grad and grad is not None and (layer.rank or self._static_ranks is not None):
                 grads.append(matrix.rows(grad))
                 factors.append(layer.factors(layer.S.shape[0]))
                 indices.append(index)
@@ -365,6 +369,7 @@ class S2D:
         groups = handle.groups
         trained = groups.trained()
         with ops.exact_arithmetic(self._side.device):
+            self._capture.before_change()
             if self.mode == "coupled":
                 if not self._launch_if_due():
                     return None
@@ -388,6 +393,7 @@ class S2D:
         """Leave the calls to the step of an optimizer that applies the penalties itself, until `detach` or `close`."""
         self._check_callable(type(optimizer).__name__)
         self._check_supported()
+        ensure_eager()
         self._handles = [fuse(self, optimizer)]
 
     def _change_weights(self, changes: Sequence[tuple[Matrix, LayerState, Tensor]]) -> None:
@@ -420,12 +426,13 @@ class S2D:
         Raises:
             TypeError: not a torch optimizer, or a wrapper without hooks.
             ValueError: already attached or closed; the optimizer holds none of the penalized parameters; coupled with
-                LBFGS, which evaluates the gradient several times a step. Later, from the step: it is called with a
-                closure, or with gradients still scaled by a GradScaler.
+                maximize=True, or with LBFGS, which evaluates the gradient several times a step. Later, from the step:
+                it is called with a closure, or with gradients still scaled by a GradScaler.
             NotImplementedError: see the class.
         """
         self._check_callable("attach")
         self._check_supported()
+        ensure_eager()
         self._handles = [*hook(self, optimizer, [optimizer] if parts is None else list(parts))]
 
     def detach(self) -> None:
@@ -641,7 +648,7 @@ class S2D:
             return self._pending.join() if self._pending is not None else {}
         except Exception as error:
             self._pending = None
-            raise RuntimeError(
+            raise RefreshError(
                 f"the refresh of step {self._pending_step} failed: {error}. The previous factors stay in use; "
                 "calling again continues with them"
             ) from error
