@@ -1,4 +1,4 @@
-"""`python -m bench {svd, linear, penalty, step, pcdr, accuracy, overhead, timeline, soak, table, audit, summary}`."""
+"""`python -m bench COMMAND`: what the library costs and whether it holds what it promises."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from bench import (
     pcdr_cases,
     peers,
     penalty_peers,
+    resume,
     runs,
     soak,
     tables,
@@ -253,6 +254,7 @@ def table(
 app.command()(audit.audit)
 app.command()(accuracy.accuracy)
 app.command("soak")(soak.command)
+app.command("resume")(resume.command)
 app.command()(overhead.overhead)
 app.command()(overhead.timeline)
 

@@ -117,7 +117,7 @@ def _training_cells(row: Row) -> tuple[str, ...]:
     first, last = int(t["first"]), int(t["last"])
     more = f"{t['more']:+.2%}" + (f" ({t['more_min']:+.2%} to {t['more_max']:+.2%})" if "more_min" in t else "")
     return (
-        f"{row.case}, {row.setting}",
+        row.case,
         f"{first}..{last}" if last > first else str(first),
         row.variant,
         f"{milliseconds(t['plain_seconds'])} ms",
@@ -155,9 +155,10 @@ def caption(row: Row) -> str:
     if row.op == "training step":
         t = row.traffic
         return common + (
-            f"{row.problem}. With and without S2D in turn by ten steps. Interval: the sum of its positions' medians, "
-            "and in brackets single intervals. In S2D's calls: of the training thread's time, with copies and capture "
-            f"in the forward. {t['refreshes']:.0f} refreshes, each {milliseconds(t['refresh_seconds'])} ms of the "
+            f"{row.problem}; {row.setting}. With and without S2D in turn by ten steps. Interval: the sum of its "
+            "positions' medians, and in brackets single intervals. In S2D's calls: of the training thread's time, with "
+            f"copies and capture in the forward. {t['refreshes']:.0f} refreshes, each "
+            f"{milliseconds(t['refresh_seconds'])} ms of the "
             f"worker (median), waited for {t['late']:.0f} times, {milliseconds(t['waited_seconds'])} ms in all; "
             f"{t['snapshot_bytes'] / 2**20:.1f} MiB of copies a refresh."
         )
