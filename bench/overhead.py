@@ -30,9 +30,11 @@ LR = 2e-5
 BATCH, TOKENS = 16, 32
 SEGMENT = 10
 IN_STEP = "S2D in the step: start, join, decay"
+IN_FORWARD = "S2D in the forward: copies, capture"
 LANES = {
     "forward and backward": "training thread",
     "optimizer step": "training thread",
+    IN_FORWARD: "S2D, in that thread",
     IN_STEP: "S2D, in that thread",
     LABEL: "side worker",
 }
@@ -361,7 +363,8 @@ def trace(
         device, batch=batch, tokens=tokens, s2d={"mode": "decoupled", "strength": 1.0, "interval": interval}
     )
     assert run.reg is not None
-    run.reg._decay = record_function(IN_STEP)(run.reg._decay)  # type: ignore[method-assign]
+    for owner, method, label in ((run.reg, "_decay", IN_STEP), (run.reg._capture, "observe", IN_FORWARD)):
+        setattr(owner, method, record_function(label)(getattr(owner, method)))
     for _ in range(2 * interval - 1):
         run.step()
     on_gpu = device.type == "cuda"
@@ -390,15 +393,15 @@ def timeline(
     png: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("out/timeline.png"),
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     steps: Annotated[int, typer.Option(min=5, help="Steps in the picture.")] = 7,
-    batch: Annotated[int, typer.Option(min=2, help="Paragraphs a step; each passes twice.")] = 16,
-    tokens: Annotated[int, typer.Option(min=8, help="Tokens of a paragraph.")] = 64,
+    batch: Annotated[int, typer.Option(min=2, help="Paragraphs a step; each passes twice.")] = BATCH,
+    tokens: Annotated[int, typer.Option(min=8, help="Tokens of a paragraph.")] = TOKENS,
 ) -> None:
     """Picture of training and side worker around a refresh, from torch.profiler."""
     chosen = torch.device(device)
     spans, reg = trace(chosen, steps=steps, batch=batch, tokens=tokens)
     png.parent.mkdir(parents=True, exist_ok=True)
     name = timing.environment(chosen)["device_name"]
-    setting = f"{batch} x 2 paragraphs of {tokens} tokens, {name}, {torch.get_num_threads()} threads"
+    setting = f"{batch} x 2 paragraphs of {tokens} tokens, {name}, threads: {torch.get_num_threads()}"
     draw(spans, png, f"MiniLM fine-tuning under the profiler, {setting}")
     Console().print(f"{png}: {len(spans)} spans, waited {reg.late} times")
 
@@ -412,6 +415,7 @@ def draw(spans: list[tuple[str, str, float, float]], png: Path, title: str) -> N
         "forward and backward": "#4c72b0",
         "optimizer step": "#dd8452",
         IN_STEP: "#c44e52",
+        IN_FORWARD: "#937860",
         LABEL: "#55a868",
         "kernel": "#8172b3",
     }
