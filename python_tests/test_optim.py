@@ -144,7 +144,7 @@ def run_composition(impl: str, device: torch.device) -> None:
     slow = impl == "triton" and device.type == "cpu"
     dtypes = [torch.float32, torch.bfloat16, torch.float16] + [torch.float64] * (impl in ("torch", "reference"))
     for dtype in dtypes:
-        layouts = ["contiguous", "channels_last", "rows"] + ["transposed"] * (impl != "cuda")
+        layouts = ["contiguous", "channels_last", "rows"] + ["transposed"] * (impl not in ("cuda", "cpu"))
         for place, (name, case) in enumerate(CASES.items()):
             if slow and dtype != torch.float32 and place != dtypes.index(dtype):
                 continue  # the interpreter's minutes: all cases in fp32, one in each other dtype
@@ -272,7 +272,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("S2D_NATIVE", "emulated")
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("impl", ["torch", "reference", "cpu"])
 @pytest.mark.parametrize("name", list(RUNS))
 def test_torch(name: str, impl: str, device: torch.device) -> None:
     RUNS[name](impl, device)
