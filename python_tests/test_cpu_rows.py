@@ -147,14 +147,6 @@ def check_a_gradient_that_is_nan_or_infinite_stays_alone() -> None:
                         assert same_bits(mine, other), (dtype, place)
 
 
-def check_a_penalty_of_zero_keeps_the_sign_of_zero() -> None:
-    for dtype in BITS:
-        zero = torch.zeros(2, 37, dtype=dtype)
-        for rank in (1, 5):
-            nothing = torch.ones(2, rank), torch.ones(rank, 37), torch.zeros(rank)
-            assert adamw([-zero, zero, zero, zero], nothing, decoupled=True)[0].signbit().all(), dtype
-
-
 def check_nan_of_any_payload_stays_nan() -> None:
     """All of whose bits are set: a rounding would carry into the sign."""
     clip = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
