@@ -44,7 +44,9 @@ def total_norm(
     for rows, low_rank, sign in zip(penalized, low_ranks, signs, strict=True):
         sums = [_sum(block, part, sign, scale) for block, part in _blocks(rows.grad, low_rank)]
         norms += [norm.float().to(device) for norm in sums]
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=device)
+    return (
+        torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), dtype=torch.float32, device=device)
+    )
 
 
 def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -255,6 +255,7 @@ class SpectralAdamW(AdamW):
                     end = stop
                 plain.append(grad[end:])
         if not plain and not penalized:
+            self.total_norm = None
             return torch.ones(())
         first = (plain or [rows.grad for rows in penalized])[0]
         with ops.exact_arithmetic(first.device):

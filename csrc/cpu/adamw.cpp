@@ -25,15 +25,14 @@ bool is_valid(const s2d_adamw_layer& layer, int32_t group_count) {
       layer.dtype > S2D_FLOAT16 || layer.group < 0 || layer.group >= group_count)
     return false;
   if (is_empty(layer)) return true;
-  const bool overlapping =
-      layer.rows > 1 && layer.param_stride < layer.cols && layer.param_stride > -layer.cols;
+  const bool overlapping = layer.rows > 1 && layer.param_stride < layer.cols && layer.param_stride > -layer.cols;
   const int64_t bytes = element_bytes(layer.dtype);
   for (const void* pointer : {static_cast<const void*>(layer.param), layer.grad,
                               static_cast<const void*>(layer.exp_avg), static_cast<const void*>(layer.exp_avg_sq)})
     if (!pointer || !aligned(pointer, bytes)) return false;
   if (!layer.step || !aligned(layer.step, 4) || overlapping) return false;
-  return layer.rank == 0 || (layer.U && layer.Vh && layer.coefficients && aligned(layer.U, 4) &&
-                             aligned(layer.Vh, 4) && aligned(layer.coefficients, 4) && aligned(layer.device_rank, 4));
+  return layer.rank == 0 || (layer.U && layer.Vh && layer.coefficients && aligned(layer.U, 4) && aligned(layer.Vh, 4) &&
+                             aligned(layer.coefficients, 4) && aligned(layer.device_rank, 4));
 }
 
 int64_t rank_of(const s2d_adamw_layer& layer) {
@@ -133,8 +132,7 @@ int s2d_cpu_adamw(const s2d_adamw_layer* layers, int32_t count, const s2d_adamw_
       const Cut cut(layer);
       const int64_t pieces = cut.pieces(layer);
       if (item < at.before + pieces) {
-        work_on(layer, cut, item - at.before, rule_of(layer, groups[layer.group], *options),
-                penalty_factor);
+        work_on(layer, cut, item - at.before, rule_of(layer, groups[layer.group], *options), penalty_factor);
         return;
       }
       at.before += pieces;

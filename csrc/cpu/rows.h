@@ -1,5 +1,5 @@
-// Included by kernels.cpp inside its namespace: loops over rows of gradients, parameters and moments in their own dtype,
-// with fp32 arithmetic and one rounding.
+// Included by kernels.cpp inside its namespace: loops over rows of gradients, parameters and moments in their own
+// dtype, with fp32 arithmetic and one rounding.
 
 struct Bfloat {
   uint16_t bits;
@@ -315,11 +315,20 @@ void adamw_rows_of(const AdamWRows& rows, const AdamWRule& rule) {
   const Step step(rule);
   for (int64_t r = 0; r < rows.rows; ++r) {
     switch (rows.rank) {
-      case 0: adamw_row<0, kDecoupled, T>(rows, step, r); break;
-      case 1: adamw_row<1, kDecoupled, T>(rows, step, r); break;
-      case 2: adamw_row<2, kDecoupled, T>(rows, step, r); break;
-      case 3: adamw_row<3, kDecoupled, T>(rows, step, r); break;
-      default: adamw_row<-1, kDecoupled, T>(rows, step, r);
+      case 0:
+        adamw_row<0, kDecoupled, T>(rows, step, r);
+        break;
+      case 1:
+        adamw_row<1, kDecoupled, T>(rows, step, r);
+        break;
+      case 2:
+        adamw_row<2, kDecoupled, T>(rows, step, r);
+        break;
+      case 3:
+        adamw_row<3, kDecoupled, T>(rows, step, r);
+        break;
+      default:
+        adamw_row<-1, kDecoupled, T>(rows, step, r);
     }
   }
 }
