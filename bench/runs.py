@@ -251,14 +251,13 @@ def run_penalty(
 def judge_step(
     peer: step_peers.StepPeer, tensors: step_peers.StepTensors, device: torch.device
 ) -> tuple[Callable[[], object], list[float], int | None]:
-    """The function to time, the errors of its first step, and on a GPU the most bytes held during a later one.
+    """The function to time, the errors of one step, and on a GPU the most bytes held during a later one.
 
     The timed steps go on from there; gradients to which a penalty is added in place keep it.
     """
     tensors.restore()
     optimizer, function = peer.prepare(tensors)
-    function()
-    errors = step_peers.step_errors(tensors, optimizer, peer.penalized)
+    errors = step_peers.step_errors(tensors, optimizer, function, peer.penalized)
     if device.type != "cuda":
         return function, errors, None
     torch.cuda.synchronize(device)
@@ -281,13 +280,12 @@ def run_step(
     if peers is None:
         peers = [step_peers.PLAIN, step_peers.DENSE, *step_peers.ours(context.device)]
     tensors = step_peers.make_tensors(case, context.device)
-    limit = step_peers.EPS_ALLOWED * torch.finfo(case.dtype).eps
     judged = [judge_step(peer, tensors, context.device) for peer in peers]
     samples = measure_in_turn([f for f, _, _ in judged], [context.repeats] * len(judged), context.device)
     rows = []
     for peer, (_, errors, held), measured in zip(peers, judged, samples, strict=True):
         median, least, most, count = summary(measured)
-        moved, extra = peer.moved(case), peer.extra(case)
+        moved, extra, limit = peer.moved(case), peer.extra(case), step_peers.error_limit(peer, case.dtype)
         # Kept from step to step, and taken during one: of the first only G is known to the allocator's counters.
         peak = 4 * case.grad_bytes + _factor_memory(case) + (extra if held is None else held + _kept(peer, case))
         rows.append(
@@ -305,7 +303,7 @@ def run_step(
                 error_p90=quantile(errors),
                 error_max=quantile(errors, 1.0),
                 error_limit=limit,
-                error_of=f"p, m and v after the first step, relative Frobenius, {len(case.shapes)} layers, fp64 truth",
+                error_of=f"p, m and v after the second step, relative Frobenius, {len(case.shapes)} layers, fp64 truth",
                 gate=quantile(errors, 1.0) <= limit,
                 reads=None,
                 bytes=step_peers.floor_bytes(case),

@@ -14,9 +14,8 @@ from s2d_kernels.optim import Penalty
 from s2d_kernels.penalty import add_penalty_grad_
 
 LR, BETAS, EPS, WEIGHT_DECAY = 1e-2, (0.9, 0.999), 1e-8, 1e-2
-# Of p, m and v after the first step, relative to their norms: one rounding is 0.3 eps in the root mean square, a
-# gradient rounded on the way 0.3 more, which v doubles.
-EPS_ALLOWED = 1.5
+# One rounding, relative to the norm of what is rounded: at most eps / sqrt(12) in the root mean square.
+ROUNDING = 0.3
 
 
 @dataclass
@@ -43,6 +42,7 @@ class StepPeer:
         extra: case -> bytes held beside p, g, m, v and the fp32 factors.
         penalized: whether the step has the penalty; plain AdamW is what the others are measured against.
         variant: of ours, what it is called; "" for peers.
+        roundings: of the gradient to its dtype before it reaches the moments; arithmetic is in fp32.
     """
 
     name: str
@@ -52,6 +52,7 @@ class StepPeer:
     extra: Callable[[PenaltyCase], int]
     penalized: bool = True
     variant: str = ""
+    roundings: int = 0
 
 
 def make_tensors(case: PenaltyCase, device: torch.device) -> StepTensors:
@@ -65,23 +66,53 @@ def make_tensors(case: PenaltyCase, device: torch.device) -> StepTensors:
     return StepTensors(params, start, penalty)
 
 
-def step_errors(tensors: StepTensors, optimizer: torch.optim.Optimizer, penalized: bool) -> list[float]:
-    """Of p, m and v of each layer after the first step: Frobenius distance from fp64 over the norm of the truth."""
+def give_state(tensors: StepTensors, optimizer: torch.optim.Optimizer) -> None:
+    """The state that a first step with gradients of +1 and -1 leaves.
+
+    From nothing a step moves p by lr g / (|g| + eps), the sign of g: where the penalty cancels a gradient, its rounding
+    decides. From this state on sqrt(v) is at least 0.7 of a unit, and p depends on g by less than lr everywhere.
+    """
+    generator = torch.Generator().manual_seed(2)
+    for param in tensors.params:
+        sign = torch.randint(0, 2, param.shape, generator=generator, dtype=torch.int8).to(param) * 2 - 1
+        optimizer.state[param] = {
+            "step": torch.ones((), device=param.device),
+            "exp_avg": (1 - BETAS[0]) * sign,
+            "exp_avg_sq": (1 - BETAS[1]) * sign.square(),
+        }
+
+
+def step_errors(
+    tensors: StepTensors, optimizer: torch.optim.Optimizer, function: Callable[[], object], penalized: bool
+) -> list[float]:
+    """Of p, m and v of each layer after a step from `give_state`: Frobenius distance from fp64, over the truth's."""
+    give_state(tensors, optimizer)
+    before = [
+        tuple(optimizer.state[param][key].clone() for key in ("exp_avg", "exp_avg_sq")) for param in tensors.params
+    ]
+    function()
     errors = []
     beta1, beta2 = BETAS
     t = tensors.penalty
-    for param, first, grad, factor, c in zip(
-        tensors.params, tensors.start, t.start, t.factors, t.coefficients, strict=True
+    for param, first, (m, v), grad, factor, c in zip(
+        tensors.params, tensors.start, before, t.start, t.factors, t.coefficients, strict=True
     ):
         g = grad.double()
         if penalized:
             g = g + (factor.U.double() * c.double()) @ factor.Vh.double()
-        m, v = (1 - beta1) * g, (1 - beta2) * g * g
-        p = first.double() * (1 - LR * WEIGHT_DECAY) - LR * g / (g.abs() + EPS)
+        m, v = beta1 * m.double() + (1 - beta1) * g, beta2 * v.double() + (1 - beta2) * g * g
+        move = m / (1 - beta1**2) / ((v / (1 - beta2**2)).sqrt() + EPS)
+        p = first.double() * (1 - LR * WEIGHT_DECAY) - LR * move
         state = optimizer.state[param]
         for got, truth in ((param, p), (state["exp_avg"], m), (state["exp_avg_sq"], v)):
             errors.append(float((got.detach().double() - truth).norm() / truth.norm()))
     return errors
+
+
+def error_limit(peer: StepPeer, dtype: torch.dtype) -> float:
+    """The rounding of the result, and those of the gradient, which v doubles; in fp32 its sum has two at least."""
+    roundings = max(peer.roundings, 2) if dtype == torch.float32 else peer.roundings
+    return ROUNDING * (1 + 4 * roundings) ** 0.5 * torch.finfo(dtype).eps
 
 
 def floor_bytes(case: PenaltyCase) -> int:
@@ -144,13 +175,14 @@ DENSE = StepPeer(
     _dense,
     lambda case: floor_bytes(case) + 3 * case.grad_bytes,
     lambda case: case.grad_bytes,
+    roundings=2,  # of G and of the sum
 )
 
 
 def usable(device: torch.device) -> list[str]:
     """Implementations of ours that can be measured on `device`."""
-    candidates = ("cuda", "triton", "torch") if device.type == "cuda" else ("torch",)
-    return [impl for impl in candidates if ops.problem_of(impl, device) is None]
+    candidates = ("cuda", "triton", "torch") if device.type == "cuda" else ("cpu", "torch")
+    return [impl for impl in candidates if impl in ops.available("adamw_") and ops.problem_of(impl, device) is None]
 
 
 def ours(device: torch.device) -> list[StepPeer]:
@@ -173,6 +205,7 @@ def ours(device: torch.device) -> list[StepPeer]:
                     4 * RANK * sum(m for m, _ in case.shapes) + 4 * case.largest if copies else 0
                 ),
                 variant=f"fused, {impl}",
+                roundings=1 if copies else 0,
             )
         )
         found.append(
@@ -185,6 +218,7 @@ def ours(device: torch.device) -> list[StepPeer]:
                     4 * RANK * sum(m for m, _ in case.shapes) if copies else 0
                 ),
                 variant=f"coupled, {impl}",
+                roundings=1,
             )
         )
     return found

@@ -402,21 +402,91 @@ def test_every_usable_implementation_is_measured_and_the_others_are_named(monkey
 def test_quick_step_end_to_end(case):
     """Also that a step without the penalty would not pass for one with it."""
     rows = runs.run_step(case, CONTEXT)
-    assert [row.variant for row in rows] == ["", "", "fused, torch", "coupled, torch"]
+    ours = [f"{form}, {impl}" for impl in ("cpu", "torch") for form in ("fused", "coupled")]
+    assert [row.variant for row in rows] == ["", "", *ours]
     for row in rows:
         assert row.gate
         assert row.bytes == 7 * case.grad_bytes
         assert len(tables.cells(row)) == len(tables.headings(row)) == 11
         assert timing.Row.from_json(row.to_json()) == row
-    plain, dense, fused, coupled = (row.traffic for row in rows)
+    plain, dense, kernel, _, fused, coupled = (row.traffic for row in rows)
     factors = case.bytes - 2 * case.grad_bytes
     assert plain["moved_bytes"] == 7 * case.grad_bytes
     assert dense["moved_bytes"] == 10 * case.grad_bytes
     assert coupled["moved_bytes"] == 9 * case.grad_bytes + factors
+    assert kernel["moved_bytes"] == 7 * case.grad_bytes + factors
     assert fused["moved_bytes"] == 9 * case.grad_bytes + factors  # its torch form copies the gradients
     assert dense["peak_bytes"] - plain["peak_bytes"] == case.grad_bytes
     forgotten = dataclasses.replace(step_peers.PLAIN, penalized=True)
     assert not runs.run_step(case, CONTEXT, peers=[forgotten])[0].gate
+
+
+def _of_another_coefficient(t):
+    """One per cent too much."""
+    coefficients = [1.01 * c for c in t.penalty.coefficients]
+    return step_peers._fused("cpu")(
+        dataclasses.replace(t, penalty=t.penalty._replace(coefficients=coefficients)),
+    )
+
+
+def _of_another_mode(t):
+    optimizer, step = step_peers._fused("cpu")(t)
+    optimizer.set_penalties(optimizer._penalties, mode="decoupled")
+    return optimizer, step
+
+
+def _of_a_rounded_gradient(t):
+    """To bf16, also where the parameters are fp32."""
+    optimizer, _ = step_peers._fused("cpu")(t)
+    optimizer.set_penalties([])
+
+    def step():
+        step_peers.add_penalty_grad_(t.penalty.grads, t.penalty.factors, coefficients=t.penalty.coefficients)
+        for grad in t.penalty.grads:
+            grad.copy_(grad.bfloat16())
+        optimizer.step()
+
+    return optimizer, step
+
+
+def _of_another_bias_correction(t):
+    optimizer, _ = step_peers._fused("cpu")(t)
+
+    def step():
+        for state in optimizer.state.values():
+            state["step"].add_(1)
+        optimizer.step()
+
+    return optimizer, step
+
+
+@pytest.mark.parametrize(
+    "mutant", [_of_another_coefficient, _of_another_mode, _of_a_rounded_gradient, _of_another_bias_correction]
+)
+@pytest.mark.parametrize("case", cases.PENALTY_CASES["quick"], ids=lambda c: str(c.dtype))
+def test_a_wrong_step_does_not_pass(case, mutant):
+    fused = step_peers.ours(CPU)[0]
+    assert fused.variant == "fused, cpu"
+    tensors = step_peers.make_tensors(case, CPU)
+    for peer, passes in ((fused, True), (dataclasses.replace(fused, prepare=mutant), False)):
+        _, errors, _ = runs.judge_step(peer, tensors, CPU)
+        assert (max(errors) <= step_peers.error_limit(peer, case.dtype)) == passes, max(errors)
+
+
+def test_the_step_is_judged_where_a_rounding_decides_nothing():
+    """A gradient that the penalty cancels but for its rounding: the first step would move p by lr either way."""
+    case = cases.PENALTY_CASES["quick"][0]
+    tensors = step_peers.make_tensors(case, CPU)
+    for start, grad, factor, c in zip(
+        tensors.penalty.start, tensors.penalty.grads, tensors.penalty.factors, tensors.penalty.coefficients, strict=True
+    ):
+        start.copy_(-(factor.U * c) @ factor.Vh)
+        grad.copy_(start)
+    for peer in step_peers.ours(CPU):
+        optimizer, function = peer.prepare(tensors)
+        tensors.restore()
+        errors = step_peers.step_errors(tensors, optimizer, function, True)
+        assert max(errors) <= step_peers.error_limit(peer, case.dtype), (peer.variant, errors)
 
 
 def test_the_fused_step_has_no_extra_bytes_where_it_has_a_kernel(monkeypatch):
@@ -435,7 +505,7 @@ def test_step_command(tmp_path, monkeypatch):
     arguments = ["step", "--quick", "--repeats", "1", "--threads", "1", "--json", str(file)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert [row.dtype for row in timing.read_rows(file)] == 4 * ["float32"] + 4 * ["bfloat16"]
+    assert [row.dtype for row in timing.read_rows(file)] == 6 * ["float32"] + 6 * ["bfloat16"]
     assert "adamw step" in result.output
 
 

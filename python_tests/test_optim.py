@@ -144,7 +144,7 @@ def run_composition(impl: str, device: torch.device) -> None:
     slow = impl == "triton" and device.type == "cpu"
     dtypes = [torch.float32, torch.bfloat16, torch.float16] + [torch.float64] * (impl in ("torch", "reference"))
     for dtype in dtypes:
-        layouts = ["contiguous", "channels_last", "rows"] + ["transposed"] * (impl != "cuda")
+        layouts = ["contiguous", "channels_last", "rows"] + ["transposed"] * (impl not in ("cuda", "cpu"))
         for place, (name, case) in enumerate(CASES.items()):
             if slow and dtype != torch.float32 and place != dtypes.index(dtype):
                 continue  # the interpreter's minutes: all cases in fp32, one in each other dtype
@@ -260,6 +260,52 @@ def run_ranks_on_the_device(impl: str, device: torch.device) -> None:
     assert not torch.equal(step(3, 1), step(3, 2))
 
 
+def clip_in_both_orders(
+    impl: str, device: torch.device, dtype: torch.dtype, scale: float | None, maximize: bool
+) -> None:
+    problem = Problem(dtype, device, steps=1)
+
+    def steps() -> tuple[list[nn.Parameter], SpectralAdamW]:
+        params = [nn.Parameter(laid_out(p.to(dtype), "channels_last")) for p in problem.start]
+        optimizer = SpectralAdamW(params, LR, maximize=maximize, impl=impl)
+        optimizer.set_penalties(
+            [Penalty(params[i], a, b, U.float(), Vh.float(), c.float()) for i, a, b, U, Vh, c in problem.penalties]
+        )
+        for p, g in zip(params, problem.grads[0], strict=True):
+            p.grad = laid_out((g * (scale or 1.0)).to(dtype), "channels_last")
+        if scale is not None:
+            optimizer.grad_scale = torch.tensor(scale, device=device)
+            optimizer.found_inf = torch.tensor(0.0, device=device)
+        return params, optimizer
+
+    with_penalty = [(-1 if maximize else 1) * g.clone() for g in problem.grads[0]]
+    for place, first, last, U, Vh, c in problem.penalties:
+        rows = with_penalty[place].view(len(with_penalty[place]), -1)[first:last]
+        rows += (U * c) @ Vh
+    for clip_penalty, grads in ((False, problem.grads[0]), (True, with_penalty)):
+        truth = torch.stack([g.norm() for g in grads]).norm()
+        for max_norm in (0.25 * float(truth), 4 * float(truth)):
+            params, optimizer = steps()
+            kept = [p.grad.clone() for p in params]
+            optimizer.step(max_norm=max_norm, clip_penalty=clip_penalty)
+            assert all(torch.equal(p.grad, g) for p, g in zip(params, kept, strict=True))
+            torch.testing.assert_close(optimizer.total_norm, truth.float(), rtol=3e-6, atol=0)
+            expected, by_hand = steps()
+            coefficient = min(max_norm / (float(optimizer.total_norm) + 1e-6), 1.0)
+            clip_coef = torch.tensor(coefficient, device=device)
+            by_hand.step(clip_coef=clip_coef, clip_penalty=clip_penalty)
+            for p, q in zip(params, expected, strict=True):
+                torch.testing.assert_close(optimizer.state[p]["exp_avg"], by_hand.state[q]["exp_avg"])
+    assert float(torch.stack([g.norm() for g in problem.grads[0]]).norm()) != float(truth)
+
+
+def run_clipping_in_both_orders(impl: str, device: torch.device) -> None:
+    """By a norm without the penalty and with it, of scaled gradients too, against fp64 and the same number by hand."""
+    clip_in_both_orders(impl, device, torch.float32, None, maximize=False)
+    if impl != "triton" or device.type != "cpu":  # the interpreter's minutes
+        clip_in_both_orders(impl, device, torch.bfloat16, 64.0, maximize=True)
+
+
 RUNS: dict[str, Callable[[str, torch.device], None]] = {
     name: value for name, value in dict(globals()).items() if name.startswith("run_")
 }
@@ -272,7 +318,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("S2D_NATIVE", "emulated")
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("impl", ["torch", "reference", "cpu"])
 @pytest.mark.parametrize("name", list(RUNS))
 def test_torch(name: str, impl: str, device: torch.device) -> None:
     RUNS[name](impl, device)
@@ -433,6 +479,56 @@ def test_what_is_not_supported_is_refused() -> None:
     complex_parameter.grad = torch.ones_like(complex_parameter)
     with pytest.raises((TypeError, RuntimeError), match="complex|floating point"):
         SpectralAdamW([complex_parameter]).step()
+
+
+def test_a_norm_to_clip_by() -> None:
+    p = nn.Parameter(torch.ones(4, 3))
+    optimizer = SpectralAdamW([p], 0.1)
+    optimizer.step(max_norm=1.0)  # no gradient, nothing to do
+    assert optimizer.total_norm is None
+    p.grad = torch.full_like(p, float("inf"))
+    for arguments in ({"max_norm": 0.0}, {"max_norm": float("nan")}, {"max_norm": 1.0, "clip_coef": torch.ones(())}):
+        with pytest.raises(ValueError, match=r"max_norm=.* with clip_coef=.*: pass one of them"):
+            optimizer.step(**arguments)
+    assert not optimizer.state
+    p.grad = torch.full_like(p, 2.0)
+    optimizer.step(max_norm=float("inf"))
+    assert optimizer.total_norm.item() == pytest.approx(2 * 12**0.5)
+    assert optimizer.state[p]["exp_avg"].unique().item() == pytest.approx(0.2)  # measured, not clipped
+
+
+@pytest.mark.parametrize("clip_penalty", [False, True])
+def test_with_s2d_clipping_equals_the_calls_by_hand(clip_penalty: bool) -> None:
+    def trained(fused: bool) -> tuple[list[Tensor], list[float]]:
+        model, v = spiked()
+        reg = S2D(model, mode="coupled", strength=1e-2, interval=4, lead=2, threshold=0.8)
+        params = list(model.parameters())
+        optimizer = (
+            SpectralAdamW(params, 1e-2, regularizer=reg) if fused else torch.optim.AdamW(params, 1e-2, fused=True)
+        )
+        norms = []
+        for step in range(7):
+            x = torch.randn(16, 24, generator=torch.Generator().manual_seed(step)) + 3 * v
+            optimizer.zero_grad()
+            (model(x) - 1).square().mean().backward()
+            if fused:
+                optimizer.step(max_norm=0.1, clip_penalty=clip_penalty)
+                norms.append(float(optimizer.total_norm))
+                continue
+            if clip_penalty:
+                reg.add_grad()
+            norms.append(float(nn.utils.clip_grad_norm_(params, 0.1)))
+            if not clip_penalty:
+                reg.add_grad()
+            optimizer.step()
+        assert any(report.k_target for report in reg.layers)
+        reg.close()
+        return [p.detach() for p in params], norms
+
+    (ours, norms), (theirs, expected) = trained(True), trained(False)
+    assert norms == pytest.approx(expected, rel=1e-3)
+    for p, q in zip(ours, theirs, strict=True):
+        assert (p - q).abs().max() <= 1e-4 * 7 * 1e-2  # of what seven steps move at most
 
 
 def test_closure_hooks_and_scheduler() -> None:

@@ -3,6 +3,7 @@
 # these enter their implementations
 from s2d_kernels import (
     capture_ops as _capture_ops,
+    cpu_adamw as _cpu_adamw,
     cpu_penalty as _cpu_penalty,
     cpu_svd as _cpu_svd,
     cuda_adamw as _cuda_adamw,

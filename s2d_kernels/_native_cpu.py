@@ -13,9 +13,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from s2d_kernels._native import ROOT, NativeLibraryError, PenaltyLayer, SvdLayer, open_library
+from s2d_kernels._native import (
+    ROOT,
+    AdamWGroup,
+    AdamWLayer,
+    AdamWOptions,
+    NativeLibraryError,
+    PenaltyLayer,
+    SvdLayer,
+    open_library,
+)
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 MAX_THREADS = 256
 CAPABILITIES = ("baseline", "avx2", "avx512")
 BUILD_HINT = "build it with `make cpu`, or `pip install -e .` where CMake and GCC >= 11 or Clang are found"
@@ -27,6 +36,10 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "s2d_cpu_capability": (c_char_p, []),
     "s2d_cpu_topk_svd_workspace": (c_size_t, _TABLE),
     "s2d_cpu_add_penalty_grad": (c_int, [POINTER(PenaltyLayer), c_int32, c_int32]),
+    "s2d_cpu_adamw": (
+        c_int,
+        [POINTER(AdamWLayer), c_int32, POINTER(AdamWGroup), c_int32, POINTER(AdamWOptions), c_int32],
+    ),
     "s2d_cpu_topk_svd": (c_int, [*_TABLE, c_float, c_double, c_void_p, c_size_t]),
 }
 
@@ -78,6 +91,16 @@ def add_penalty_grad(layers: Sequence[PenaltyLayer], threads: int) -> None:
     status = load().s2d_cpu_add_penalty_grad(table, len(layers), max(1, min(threads, MAX_THREADS)))
     if status:
         raise NativeLibraryError(f"s2d_cpu_add_penalty_grad refused its arguments with status {status} (csrc/s2d.h)")
+
+
+def adamw(layers: Any, groups: Sequence[AdamWGroup], options: AdamWOptions, threads: int) -> None:
+    """One step of AdamW for all layers, a sequence or an array of `AdamWLayer`."""
+    table = layers if isinstance(layers, ctypes.Array) else (AdamWLayer * len(layers))(*layers)
+    hyper = (AdamWGroup * len(groups))(*groups)
+    threads = max(1, min(threads, MAX_THREADS))
+    status = load().s2d_cpu_adamw(table, len(layers), hyper, len(groups), ctypes.byref(options), threads)
+    if status:
+        raise NativeLibraryError(f"s2d_cpu_adamw refused its arguments with status {status} (csrc/s2d.h)")
 
 
 class SvdRun:

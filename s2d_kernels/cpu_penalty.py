@@ -10,14 +10,7 @@ from s2d_kernels.penalty import check_layers
 from s2d_kernels.penalty_tables import penalty_tables, supports_penalty
 
 
-def _supports(
-    grads: list[Tensor], Us: list[Tensor], Vhs: list[Tensor], coefficients: list[Tensor], ranks: Tensor | None
-) -> bool:
-    # In bf16 torch's product of factors in two parts is the faster one, on CPUs that multiply bf16.
-    return supports_penalty(grads, Us, Vhs, coefficients, ranks) and all(g.dtype != torch.bfloat16 for g in grads)
-
-
-@ops.implements("add_penalty_grad_", "cpu", _supports)
+@ops.implements("add_penalty_grad_", "cpu", supports_penalty)
 def _add_cpu(
     grads: list[Tensor], Us: list[Tensor], Vhs: list[Tensor], coefficients: list[Tensor], ranks: Tensor | None
 ) -> None:

@@ -3,77 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from s2d_kernels import _native, ops
-from s2d_kernels.adamw import ADDRESS_TABLES, NUMBERS_PER_GROUP, check_step
-from s2d_kernels.cuda_ops import DTYPES, current_stream
+from s2d_kernels.adamw import ADDRESS_TABLES
+from s2d_kernels.adamw_tables import address, address_table, group_rows, step_tables, supports_step
+from s2d_kernels.cuda_ops import current_stream
 
 
-def _contiguous_columns(tensor: Tensor) -> bool:
-    return tensor.stride(1) == 1 or tensor.shape[1] <= 1
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _layer(
-    index: int,
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: Tensor,
-    U: Tensor,
-    Vh: Tensor,
-    coefficients: Tensor,
-    ranks: Tensor | None,
-    group: int,
-) -> _native.AdamWLayer:
-    """One row of the pointer table; the tensors must outlive the enqueueing."""
-    if not (_contiguous_columns(param) and _contiguous_columns(grad)):
-        raise ValueError(
-            f"params[{index}] and grads[{index}] have strides {param.stride()} and {grad.stride()}: impl='cuda' needs "
-            "contiguous columns"
-        )
-    rank = len(coefficients)
-    if rank > _native.MAX_RANK:
-        raise ValueError(f"params[{index}] gets {rank} components: impl='cuda' takes {_native.MAX_RANK}")
-    return _native.AdamWLayer(
-        param.data_ptr(),
-        grad.data_ptr(),
-        exp_avg.data_ptr(),
-        exp_avg_sq.data_ptr(),
-        step.data_ptr(),
-        U.data_ptr() if rank else None,
-        Vh.data_ptr() if rank else None,
-        coefficients.data_ptr() if rank else None,
-        None if ranks is None else ranks.data_ptr() + 4 * index,
-        *param.shape,
-        param.stride(0),
-        grad.stride(0),
-        *U.stride(),
-        Vh.stride(0),
-        rank,
-        DTYPES[param.dtype],
-        group,
-    )
-
-
-def _supports(
-    params: list[Tensor], grads: list[Tensor], _m: Any, _v: Any, _t: Any, _us: Any, _vhs: Any, cs: list[Tensor], *_: Any
-) -> bool:
-    return all(
-        p.dtype in DTYPES and _contiguous_columns(p) and _contiguous_columns(g) and len(c) <= _native.MAX_RANK
-        for p, g, c in zip(params, grads, cs, strict=True)
-    )
-
-
-@ops.implements("adamw_", "cuda", _supports)
+@ops.implements("adamw_", "cuda", supports_step)
 def _adamw_cuda(
     params: list[Tensor],
     grads: list[Tensor],
@@ -95,24 +34,12 @@ def _adamw_cuda(
 ) -> None:
     """One launch for up to `MAX_GROUPS` parameter groups and 208 tensors. No two tensors may share memory."""
     scalars = (clip_coef, grad_scale, found_inf)
-    check_step(
-        params, grads, exp_avgs, exp_avg_sqs, steps, Us, Vhs, coefficients, ranks, groups, numbers, lrs, scalars,
-        tuple(DTYPES),
-    )  # fmt: skip
-    # The converted copies live until the launch is enqueued; the allocator reuses their memory on the same stream only.
-    kept: list[Any] = []
-    if ranks is not None:
-        ranks = ranks.contiguous()
     if lrs is not None:
         lrs = lrs.contiguous()
-    layers = []
-    tensors = zip(params, grads, exp_avgs, exp_avg_sqs, steps, Us, Vhs, coefficients, groups, strict=True)
-    for index, (param, grad, exp_avg, exp_avg_sq, step, U, Vh, c, group) in enumerate(tensors):
-        operands = U.float(), Vh.float(), c.float().contiguous()
-        if not _contiguous_columns(operands[1]):
-            operands = operands[0], operands[1].contiguous(), operands[2]
-        kept.append(operands)
-        layers.append(_layer(index, param, grad, exp_avg, exp_avg_sq, step, *operands, ranks, group))
+    # The converted copies live until the launch is enqueued; the allocator reuses their memory on the same stream only.
+    layers, _kept = step_tables(
+        params, grads, exp_avgs, exp_avg_sqs, steps, Us, Vhs, coefficients, ranks, groups, numbers, lrs, scalars
+    )
     _launch(params[0], layers, numbers, lrs, *scalars, decoupled, clip_penalty)
 
 
@@ -128,12 +55,8 @@ def _launch(
     clip_penalty: bool,
 ) -> None:
     context, stream = current_stream(param)
-    hyper = []
-    for group in range(len(numbers) // NUMBERS_PER_GROUP):
-        *given, maximize = numbers[NUMBERS_PER_GROUP * group :][:NUMBERS_PER_GROUP]
-        lr = None if lrs is None else lrs.data_ptr() + 4 * group
-        hyper.append(_native.AdamWGroup(lr, *given, int(maximize)))
-    options = _native.AdamWOptions(*map(_address, (clip_coef, grad_scale, found_inf)), decoupled, clip_penalty)
+    hyper = group_rows(numbers, lrs)
+    options = _native.AdamWOptions(*map(address, (clip_coef, grad_scale, found_inf)), decoupled, clip_penalty)
     most = _native.MAX_GROUPS
     with context:
         if len(hyper) <= most:
@@ -148,31 +71,4 @@ def _launch(
             _native.adamw(part, hyper[first : first + most], options, stream)
 
 
-def _marshal(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    Us: list[Tensor],
-    Vhs: list[Tensor],
-    coefficients: list[Tensor],
-    groups: list[int],
-) -> Any:
-    """The table of `s2d_adamw`, addresses only; None where a factor would have to be converted."""
-    for U, Vh, c in zip(Us, Vhs, coefficients, strict=True):
-        if len(c) and not (
-            U.dtype == Vh.dtype == c.dtype == torch.float32 and c.is_contiguous() and _contiguous_columns(Vh)
-        ):
-            return None
-    numbers = [0.0] * (NUMBERS_PER_GROUP * (max(groups, default=0) + 1))
-    check_step(
-        params, grads, exp_avgs, exp_avg_sqs, steps, Us, Vhs, coefficients, None, groups, numbers, None,
-        (None, None, None), tuple(DTYPES),
-    )  # fmt: skip
-    tensors = zip(params, grads, exp_avgs, exp_avg_sqs, steps, Us, Vhs, coefficients, groups, strict=True)
-    rows = [_layer(index, *some, None, group) for index, (*some, group) in enumerate(tensors)]  # type: ignore[call-arg]
-    return (_native.AdamWLayer * len(rows))(*rows)
-
-
-ADDRESS_TABLES["cuda"] = _marshal, _launch
+ADDRESS_TABLES["cuda"] = address_table, _launch

@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
 from s2d_kernels import ops
 from s2d_kernels.adamw import ADDRESS_TABLES
+from s2d_kernels.clipping import PenalizedRows, total_norm
 
 if TYPE_CHECKING:
     from s2d_kernels.regularizer import S2D
@@ -69,7 +70,10 @@ class SpectralAdamW(AdamW):
         amsgrad: not supported.
         regularizer: `S2D` on the same model; its schedule advances with each step. None: plain AdamW, or the
             penalties of `set_penalties`.
-        impl: "torch", "triton", "cuda", "reference", or None to choose.
+        impl: "torch", "cpu", "triton", "cuda", "reference", or None to choose.
+
+    Attributes:
+        total_norm: the norm before clipping that the last step with a `max_norm` found, fp32 on the device; else None.
 
     Raises:
         ValueError: `amsgrad`; the optimizer holds none of the matrices that `regularizer` penalizes, or it is attached
@@ -79,8 +83,9 @@ class SpectralAdamW(AdamW):
         directions, from other AdamW forms too. The regularizer has a `state_dict` of its own.
     GradScaler: `scaler.step(optimizer)` without `unscale_` as with torch's fused optimizers, except that `.grad` is
         left as it is; with a regularizer the host then waits to learn whether the step is skipped.
-    Cost: p, g, m, v read and p, m, v written once. On a CPU torch's fused AdamW, and for the layers with a coupled
-        penalty a sum in a temporary the size of one layer.
+    Cost: p, g, m, v read and p, m, v written once. With impl="torch" (fp64, and where no kernel is built) torch's fused
+        AdamW, and for the layers with a coupled penalty a sum in a temporary the size of one layer. `max_norm` reads
+        the gradients once more.
     Determinism: same inputs give the same bits; a penalty of 0 leaves the bits of plain AdamW.
     CUDA graphs: with `capturable=True` and `set_penalties`, whose tensors may be overwritten in place between replays;
         not with a regularizer, whose schedule is the host's.
@@ -109,6 +114,7 @@ class SpectralAdamW(AdamW):
         self._decoupled = False
         self._tables: dict[tuple[torch.device, torch.dtype], tuple[Any, Any]] = {}
         self._rates: dict[torch.device, Tensor] = {}
+        self.total_norm: Tensor | None = None
         self.regularizer: S2D | None = None
         if regularizer is not None:
             regularizer._fuse(self)
@@ -118,7 +124,7 @@ class SpectralAdamW(AdamW):
         super().__setstate__(state)
         for name, value in (
             *(("impl", None), ("_penalties", []), ("_decoupled", False)),
-            *(("regularizer", None), ("_tables", {}), ("_rates", {})),
+            *(("regularizer", None), ("total_norm", None), ("_tables", {}), ("_rates", {})),
         ):
             self.__dict__.setdefault(name, value)
         for group in self.param_groups:
@@ -171,15 +177,25 @@ class SpectralAdamW(AdamW):
         *,
         clip_coef: Tensor | None = None,
         clip_penalty: bool = False,
+        max_norm: float | None = None,
     ) -> Any:
         """One step.
 
         Args:
             closure: reevaluates the model and returns the loss.
-            clip_coef: one number on the device that multiplies the gradients, such as
-                min(1, max_norm / total_norm) of `torch.nn.utils.get_total_norm`; no `.grad` is written.
+            clip_coef: one number on the device that multiplies the gradients; no `.grad` is written.
             clip_penalty: whether it multiplies a coupled penalty too: clip(grad + penalty), else clip(grad) + penalty.
+            max_norm: instead of `clip_coef`, min(1, max_norm / (total_norm + 1e-6)) as in
+                `torch.nn.utils.clip_grad_norm_`. The norm is that of all gradients, with `clip_penalty` of all
+                gradients with their coupled penalties, which are not stored for it; `total_norm` keeps it.
+
+        Raises:
+            ValueError: both `clip_coef` and `max_norm`; a `max_norm` that is not positive.
         """
+        if max_norm is not None and (clip_coef is not None or not max_norm > 0):
+            raise ValueError(
+                f"max_norm={max_norm} with clip_coef={clip_coef}: pass one of them, and max_norm above 0 (inf measures)"
+            )
         self._accelerator_graph_capture_health_check()
         loss = None
         if closure is not None:
@@ -188,6 +204,8 @@ class SpectralAdamW(AdamW):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         regularizer = self.regularizer
         if regularizer is None:
+            if max_norm is not None:
+                clip_coef = self._clip_coef(self._penalties, self._decoupled, max_norm, clip_penalty, grad_scale)
             self._update(self._penalties, self._decoupled, clip_coef, clip_penalty, grad_scale, found_inf)
             return loss
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -199,10 +217,50 @@ class SpectralAdamW(AdamW):
             return loss
         penalties = regularizer._begin_fused()
         decoupled = regularizer.mode == "decoupled"
+        if max_norm is not None:
+            clip_coef = self._clip_coef(penalties or [], decoupled, max_norm, clip_penalty, grad_scale)
         self._update(penalties or [], decoupled, clip_coef, clip_penalty, grad_scale, None)
         if penalties is not None:
             regularizer._end_step()
         return loss
+
+    def _clip_coef(
+        self,
+        penalties: Sequence[Penalty],
+        decoupled: bool,
+        max_norm: float,
+        clip_penalty: bool,
+        grad_scale: Tensor | None,
+    ) -> Tensor:
+        of_parameter: dict[int, list[Penalty]] = {}
+        if clip_penalty and not decoupled:
+            for penalty in penalties:
+                of_parameter.setdefault(id(penalty.parameter), []).append(penalty)
+        plain: list[Tensor] = []
+        penalized: list[PenalizedRows] = []
+        signs = []
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                if id(param) not in of_parameter:
+                    plain.append(param.grad)
+                    continue
+                grad, end = param.grad.reshape(len(param), -1), 0
+                for penalty in sorted(of_parameter[id(param)], key=lambda p: p.start):
+                    start, stop = _rows(penalty)
+                    plain.append(grad[end:start])
+                    penalized.append(PenalizedRows(grad[start:stop], penalty.U, penalty.Vh, penalty.coefficients))
+                    signs.append(-1 if group["maximize"] else 1)
+                    end = stop
+                plain.append(grad[end:])
+        if not plain and not penalized:
+            self.total_norm = None
+            return torch.ones(())
+        first = (plain or [rows.grad for rows in penalized])[0]
+        with ops.exact_arithmetic(first.device):
+            self.total_norm = total_norm(plain, penalized, signs, grad_scale)
+            return (max_norm / (self.total_norm + 1e-6)).clamp(max=1.0)
 
     def _update(
         self,

@@ -9,6 +9,8 @@
 #include <math.h>
 #include <string.h>
 
+#include <type_traits>
+
 #include "../s2d.h"
 
 namespace s2d_cpu {
@@ -256,9 +258,6 @@ inline float from_half(uint16_t half) {
   return as_float(bits | sign);
 }
 
-inline float to_float(float v) { return v; }
-inline float to_float(uint16_t v) { return as_float(static_cast<uint32_t>(v) << 16); }
-
 inline uint32_t as_bits(float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof bits);
@@ -266,11 +265,6 @@ inline uint32_t as_bits(float value) {
 }
 
 // Nearest, ties to even.
-inline void round_to(float v, float* out) { *out = v; }
-inline void round_to(float v, uint16_t* out) {  // bf16
-  const uint32_t bits = as_bits(v);
-  *out = static_cast<uint16_t>(v == v ? (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16 : 0x7fc0u);
-}
 inline uint16_t to_half(float v) {
   const uint32_t bits = as_bits(v), magnitude = bits & 0x7fffffffu, sign = (bits >> 16) & 0x8000u;
   if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
@@ -280,98 +274,7 @@ inline uint16_t to_half(float v) {
   return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13));
 }
 
-// Whether a sum changes the gradient: not 0 and not from infinity on.
-inline bool changes(float sum) { return (as_bits(sum) & 0x7fffffffu) - 1 < 0x7f7fffffu; }
-
-typedef uint32_t uvec __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
-typedef uint16_t svec __attribute__((vector_size(2 * kWidth), aligned(2), may_alias));
-
-inline vec chosen(uvec mask, vec yes, vec no) {
-  return reinterpret_cast<vec>((reinterpret_cast<uvec>(yes) & mask) | (reinterpret_cast<uvec>(no) & ~mask));
-}
-
-inline bool all(uvec mask) {
-#if defined(__AVX512F__)
-  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)) == 0xffff;
-#elif defined(__AVX__)
-  return _mm256_movemask_ps(reinterpret_cast<__m256>(mask)) == 0xff;
-#else
-  return (mask[0] & mask[1] & mask[2] & mask[3]) != 0;
-#endif
-}
-
-// A vector of one row: G + sum, or G where the sum does not change it.
-inline void add_sum(float* G, vec sum, uvec usable) { store(G, chosen(usable, load(G) + sum, load(G))); }
-inline void add_sum(uint16_t* G, vec sum, uvec usable) {
-  svec* const place = reinterpret_cast<svec*>(G);
-  const uvec before = __builtin_convertvector(*place, uvec) << 16;
-  const vec after = reinterpret_cast<vec>(before) + sum;
-  const uvec bits = reinterpret_cast<uvec>(after);
-  const uvec is_number = reinterpret_cast<uvec>(after == after);
-  if (all(usable & is_number)) {  // the rule
-    *place = __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, svec);
-    return;
-  }
-  const uvec rounded = (((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16) & is_number) | (0x7fc0u & ~is_number);
-  *place = __builtin_convertvector((rounded & usable) | ((before >> 16) & ~usable), svec);
-}
-
-// One row of fp32 or bf16 in place: N components at most, in registers.
-template <int N, typename T>
-inline void add_row(T* G, int64_t cols, const float* left, const float* right, int64_t ldr) {
-  int64_t j = 0;
-  for (; j + kWidth <= cols; j += kWidth) {
-    vec sum = left[0] * load(right + j);
-#pragma GCC unroll 4
-    for (int i = 1; i < N; ++i) sum += left[i] * load(right + i * ldr + j);
-    const uvec magnitude = reinterpret_cast<uvec>(sum) & 0x7fffffffu;
-    add_sum(G + j, sum, reinterpret_cast<uvec>(magnitude - 1u < 0x7f7fffffu));
-  }
-  for (; j < cols; ++j) {
-    float sum = left[0] * right[j];
-    for (int i = 1; i < N; ++i) sum += left[i] * right[i * ldr + j];
-    T rounded;
-    round_to(to_float(G[j]) + sum, &rounded);
-    if (changes(sum)) G[j] = rounded;
-  }
-}
-
-template <typename T>
-void add_rows(T* G, int64_t stride, int64_t rows, int64_t cols, const float* left, const float* right, int64_t ldr,
-              int64_t rank) {
-  for (int64_t r = 0; r < rows; ++r) {
-    T* const row = G + r * stride;
-    const float* const l = left + r * rank;
-    switch (rank) {
-      case 1: add_row<1>(row, cols, l, right, ldr); break;
-      case 2: add_row<2>(row, cols, l, right, ldr); break;
-      case 3: add_row<3>(row, cols, l, right, ldr); break;
-      case 4: add_row<4>(row, cols, l, right, ldr); break;
-      default:
-        for (int64_t j = 0; j < cols; ++j) {
-          float sum = l[0] * right[j];
-          for (int64_t i = 1; i < rank; ++i) sum += l[i] * right[i * ldr + j];
-          T rounded;
-          round_to(to_float(row[j]) + sum, &rounded);
-          if (changes(sum)) row[j] = rounded;
-        }
-    }
-  }
-}
-
-void add_low_rank(void* G, int32_t dtype, int64_t stride, int64_t rows, int64_t cols, const float* left,
-                  const float* right, int64_t ldr, int64_t rank) {
-  if (dtype == S2D_FLOAT32) return add_rows(static_cast<float*>(G), stride, rows, cols, left, right, ldr, rank);
-  uint16_t* const halves = static_cast<uint16_t*>(G);
-  if (dtype == S2D_BFLOAT16) return add_rows(halves, stride, rows, cols, left, right, ldr, rank);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t j = 0; j < cols; ++j) {
-      float sum = left[r * rank] * right[j];
-      for (int64_t i = 1; i < rank; ++i) sum += left[r * rank + i] * right[i * ldr + j];
-      uint16_t* const place = halves + r * stride + j;
-      if (changes(sum)) *place = to_half(from_half(*place) + sum);
-    }
-}
+#include "rows.h"
 
 template <typename T, typename Convert>
 inline void widen_as(const T* x, int64_t count, int64_t stride, float* out, Convert convert) {
@@ -429,6 +332,6 @@ uint32_t largest(const void* x, int32_t dtype, int64_t count, int64_t stride) {
 #define S2D_CPU_TEXT_(name) #name
 #define S2D_CPU_TEXT(name) S2D_CPU_TEXT_(name)
 extern const Kernels S2D_CPU_TABLE(S2D_CPU_NAME) = {
-    S2D_CPU_TEXT(S2D_CPU_NAME), largest, widen, dot, accumulate, gram, eigen, combine, add_low_rank, inner, add};
+    S2D_CPU_TEXT(S2D_CPU_NAME), largest, widen, dot, accumulate, gram, eigen, combine, add_low_rank, adamw_rows, inner, add};
 
 }  // namespace s2d_cpu

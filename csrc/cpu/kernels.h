@@ -11,6 +11,23 @@ constexpr int64_t kLanes = 16;
 // So are rows of a block (the columns of `packed`) of this.
 constexpr int64_t kGroup = 4;
 
+// What a step of AdamW does to each element, as in adamw.cu: g' = grad_factor g + penalty, and so on.
+struct AdamWRule {
+  float grad_factor, one_minus_beta1, beta2, one_minus_beta2, eps;
+  float decay;         // lr weight_decay
+  float step_size;     // lr / (1 - beta1^t)
+  float inverse_root;  // 1 / sqrt(1 - beta2^t)
+  bool decoupled;
+};
+
+// Rows of a parameter, its gradient and its moments, with the penalty left [rows, rank] right [rank, cols].
+struct AdamWRows {
+  void *param, *exp_avg, *exp_avg_sq;  // row stride param_stride
+  const void* grad;
+  const float *left, *right;
+  int64_t param_stride, grad_stride, rows, cols, ldr, rank;
+};
+
 struct Kernels {
   const char* name;
 
@@ -43,6 +60,10 @@ struct Kernels {
   // the dtype. A sum that is 0 or not finite changes no bit.
   void (*add_low_rank)(void* G, int32_t dtype, int64_t stride, int64_t rows, int64_t cols, const float* left,
                        const float* right, int64_t ldr, int64_t rank);
+
+  // One step in fp32 arithmetic, each result rounded once to the s2d_dtype of all four tensors. An element of the penalty
+  // that is 0 or not finite changes no bit. The bits of an element depend on nothing else in the call.
+  void (*adamw_rows)(const AdamWRows& rows, int32_t dtype, const AdamWRule& rule);
 
   // sum_t x[t] y[t], and y += factor x.
   float (*inner)(const float* x, const float* y, int64_t count);

@@ -13,7 +13,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-#define S2D_CPU_ABI_VERSION 1
+#define S2D_CPU_ABI_VERSION 2
 
 int s2d_cpu_abi_version(void);
 
@@ -30,6 +30,11 @@ int s2d_cpu_topk_svd(const s2d_svd_layer* layers, int32_t count, int32_t threads
 
 /* As s2d_add_penalty_grad, with `device_rank` in host memory. Layers may not share elements of their gradients. */
 int s2d_cpu_add_penalty_grad(const s2d_penalty_layer* layers, int32_t count, int32_t threads);
+
+/* As s2d_adamw, with all numbers in host memory, any number of groups, and bias corrections in fp64. No two layers may
+ * share memory. */
+int s2d_cpu_adamw(const s2d_adamw_layer* layers, int32_t count, const s2d_adamw_group* groups, int32_t group_count,
+                  const s2d_adamw_options* options, int32_t threads);
 
 #pragma GCC visibility pop
 #ifdef __cplusplus
