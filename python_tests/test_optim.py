@@ -462,11 +462,14 @@ def test_what_is_not_supported_is_refused() -> None:
     other.step()
     with pytest.raises(ValueError, match="amsgrad=True is not supported"):
         SpectralAdamW([p]).load_state_dict(other.state_dict())
-    optimizer = SpectralAdamW([p])
+    vector, number = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(()))
+    optimizer = SpectralAdamW([p, vector, number])
     U, Vh, c = torch.ones(6, 2), torch.ones(2, 5), torch.ones(2)
     good = Penalty(p, 0, None, U, Vh, c)
     for wrong, message in (
         ([good._replace(parameter=nn.Parameter(torch.ones(6, 5)))], r"penalties\[0\].parameter .* is not this"),
+        ([good._replace(parameter=vector)], r"penalties\[0\].parameter of shape \(5,\) is no matrix"),
+        ([good._replace(parameter=number)], r"penalties\[0\].parameter of shape \(\) is no matrix"),
         ([good._replace(stop=7)], r"penalties\[0\] has rows 0:7, the parameter 6"),
         ([good._replace(U=U[:5])], r"penalties\[0\] has U \(5, 2\)"),
         ([good, good._replace(start=5, U=U[:1])], r"penalties\[1\] has rows 5:6, of which some have"),
@@ -475,6 +478,8 @@ def test_what_is_not_supported_is_refused() -> None:
             optimizer.set_penalties(wrong)
     with pytest.raises(ValueError, match="mode='both'"):
         optimizer.set_penalties([good], mode="both")
+    with pytest.raises(TypeError, match="clip_coef=0.5 must be a tensor"):
+        optimizer.step(clip_coef=0.5)
     complex_parameter = nn.Parameter(torch.ones(2, dtype=torch.complex64))
     complex_parameter.grad = torch.ones_like(complex_parameter)
     with pytest.raises((TypeError, RuntimeError), match="complex|floating point"):

@@ -45,7 +45,7 @@ def capture_largest_(
     Of equal values the first in the order of rows, then of neurons, stays; an earlier call's too. NaN never counts, an
     infinity only where its row of `x` is finite.
 
-    Cost: y read once, and one row of x.
+    Cost: y read once, and one row of x; with impl="torch" y in a few passes, and all of x on a GPU.
     Determinism: same inputs give the same bits on every implementation.
     Streams: no synchronization; can be captured in a CUDA graph.
     """

@@ -62,7 +62,8 @@ class SpectralAdamW(AdamW):
 
     Coupled, the penalty is added to the gradient before the moments; decoupled, to the weights after the update.
     The result is that of `reg.add_grad()` and `AdamW.step()`, or of `AdamW.step()` and `reg.decay_(lr)`, within
-    rounding: fp32 arithmetic (fp64 for fp64) and one rounding to the parameter's dtype.
+    rounding: fp32 arithmetic (fp64 for fp64) and one rounding to the parameter's dtype; with impl="torch" a second one
+    of the penalized gradient, or of the weight.
 
     Args:
         params, lr, betas, eps, weight_decay, maximize, capturable: as in `torch.optim.AdamW`; `lr` may be a tensor.
@@ -144,7 +145,7 @@ class SpectralAdamW(AdamW):
 
         Raises:
             ValueError: the optimizer has a regularizer; shapes that do not fit; rows that overlap; a parameter that is
-                not this optimizer's.
+                not this optimizer's, or has fewer than two dimensions.
         """
         if self.regularizer is not None:
             raise ValueError("this optimizer has a regularizer, which sets the penalties: detach it first")
@@ -156,6 +157,8 @@ class SpectralAdamW(AdamW):
             param = penalty.parameter
             if id(param) not in mine:
                 raise ValueError(f"penalties[{index}].parameter of shape {tuple(param.shape)} is not this optimizer's")
+            if param.ndim < 2 or not param.numel():
+                raise ValueError(f"penalties[{index}].parameter of shape {tuple(param.shape)} is no matrix")
             start, stop = _rows(penalty)
             k, n = len(penalty.coefficients), param[0].numel()
             if not 0 <= start <= stop <= len(param):
@@ -190,8 +193,11 @@ class SpectralAdamW(AdamW):
                 gradients with their coupled penalties, which are not stored for it; `total_norm` keeps it.
 
         Raises:
+            TypeError: `clip_coef` is no tensor.
             ValueError: both `clip_coef` and `max_norm`; a `max_norm` that is not positive.
         """
+        if clip_coef is not None and not isinstance(clip_coef, Tensor):
+            raise TypeError(f"clip_coef={clip_coef!r} must be a tensor of one number on the parameters' device")
         if max_norm is not None and (clip_coef is not None or not max_norm > 0):
             raise ValueError(
                 f"max_norm={max_norm} with clip_coef={clip_coef}: pass one of them, and max_norm above 0 (inf measures)"

@@ -74,9 +74,11 @@ def add_penalty_grad_(
         ValueError: lists of different lengths, shapes that do not fit, a rank outside 0..k. Nothing is written then.
 
     A component whose strength * s^power is not finite counts as 0, and an element of the sum that is 0 or not finite
-    changes no bit of the gradient; `penalty_status` tells which layers that concerns.
+    changes no bit of the gradient (with impl="torch" a -0 may become 0); `penalty_status` tells which layers that
+    concerns.
 
-    Accuracy: the sum is formed in fp32 (fp64 for fp64) and rounded once to the gradient's dtype.
+    Accuracy: the sum is formed in fp32 (fp64 for fp64) and rounded once to the gradient's dtype. With impl="torch" it
+        is a matrix product, which `torch.set_float32_matmul_precision` may reduce.
     Determinism: same inputs give the same bits.
     """
     strength, power = ops.check_number("strength", strength), ops.check_number("power", power)
