@@ -1,0 +1,334 @@
+// CMakeLists.txt compiles this file once per instruction set, as it does kernels.cpp, but without fused multiply-adds: each
+// operation is rounded once, as the definitions have it.
+#include "integer_kernels.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+#include <math.h>
+#include <string.h>
+
+#include "../s2d.h"
+
+namespace s2d_cpu {
+namespace {
+
+#include "numbers.h"
+
+// A word is one 32-bit lane: four bytes where the machine multiplies bytes by fours, x signed and w + 128 unsigned, else
+// two 16-bit numbers. Neither saturates.
+#if defined(__AVX512VNNI__)
+constexpr int kStep = 4;
+constexpr uint32_t kOffset = 128;
+#else
+constexpr int kStep = 2;
+constexpr uint32_t kOffset = 0;
+#endif
+
+#if defined(__AVX512F__)
+constexpr int kRows = 8, kVectors = 3;
+typedef __m512i ivec;
+inline ivec load(const uint32_t* p) { return _mm512_loadu_si512(p); }
+inline ivec broadcast(uint32_t word) { return _mm512_set1_epi32(static_cast<int32_t>(word)); }
+inline void store(int32_t* p, ivec v) { _mm512_storeu_si512(p, v); }
+#if defined(__AVX512VNNI__)
+inline ivec add_product(ivec sum, ivec w, ivec x) { return _mm512_dpbusd_epi32(sum, w, x); }
+#else
+inline ivec add_product(ivec sum, ivec w, ivec x) { return _mm512_add_epi32(sum, _mm512_madd_epi16(w, x)); }
+#endif
+#elif defined(__AVX2__)
+constexpr int kRows = 6, kVectors = 2;
+typedef __m256i ivec;
+inline ivec load(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline ivec broadcast(uint32_t word) { return _mm256_set1_epi32(static_cast<int32_t>(word)); }
+inline void store(int32_t* p, ivec v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+inline ivec add_product(ivec sum, ivec w, ivec x) { return _mm256_add_epi32(sum, _mm256_madd_epi16(w, x)); }
+#else
+constexpr int kRows = 4, kVectors = 2;
+typedef uint32_t ivec __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t signed_ivec __attribute__((vector_size(16)));
+inline ivec load(const uint32_t* p) { return *reinterpret_cast<const ivec*>(p); }
+inline ivec broadcast(uint32_t word) { return ivec{word, word, word, word}; }
+inline void store(int32_t* p, ivec v) { *reinterpret_cast<ivec*>(p) = v; }
+inline ivec first(ivec v) { return reinterpret_cast<ivec>(reinterpret_cast<signed_ivec>(v << 16) >> 16); }
+inline ivec second(ivec v) { return reinterpret_cast<ivec>(reinterpret_cast<signed_ivec>(v) >> 16); }
+inline ivec add_product(ivec sum, ivec w, ivec x) { return sum + first(w) * first(x) + second(w) * second(x); }
+#endif
+constexpr int kLanes = sizeof(ivec) / 4;
+constexpr int kColumns = kVectors * kLanes;
+
+void range(const float* x, int64_t count, int32_t* low, int32_t* high) {
+  int32_t least = *low, greatest = *high;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t bits = static_cast<int32_t>(as_bits(x[i])), ordered = bits ^ ((bits >> 31) & 0x7fffffff);
+    least = ordered < least ? ordered : least;
+    greatest = ordered > greatest ? ordered : greatest;
+  }
+  *low = least;
+  *high = greatest;
+}
+
+// The nearest integer, ties to even, of |x| <= 2^22.
+inline int32_t nearest(float x) { return static_cast<int32_t>(as_bits(x + 0x1.8p23f) - 0x4b400000u); }
+
+int32_t codes_of(const float* __restrict x, int64_t count, const Rounding& rounding, int8_t* __restrict codes,
+                 uint8_t* __restrict inside) {
+  const int32_t zero = rounding.zero_point, lowest = rounding.lowest, highest = rounding.highest, shift = rounding.shift;
+  const float scale = rounding.scale;
+  if (!(scale > 0)) {
+    memset(codes, -shift, static_cast<size_t>(count));
+    memset(inside, 0, static_cast<size_t>(count));
+    return static_cast<int32_t>(count) * -shift;
+  }
+  int32_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    float ratio = x[i] / scale;
+    ratio = ratio > -512.f ? ratio : -512.f;  // clamped codes stay clamped
+    ratio = ratio < 512.f ? ratio : 512.f;
+    const int32_t raw = nearest(ratio) + zero;
+    const int32_t above = raw > lowest ? raw : lowest;
+    const int32_t code = above < highest ? above : highest;
+    codes[i] = static_cast<int8_t>(code - shift);
+    inside[i] = code == raw;
+    sum += code - shift;
+  }
+  return sum;
+}
+
+void pack_bits(const uint8_t* inside, int64_t count, uint8_t* bits) {
+  int64_t i = 0;
+#if defined(__AVX512BW__)
+  for (; i + 64 <= count; i += 64) {
+    const __m512i bytes = _mm512_loadu_si512(inside + i);
+    const uint64_t word = _mm512_test_epi8_mask(bytes, bytes);
+    memcpy(bits + i / 8, &word, sizeof word);
+  }
+#elif defined(__AVX2__)
+  for (; i + 32 <= count; i += 32) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(inside + i));
+    const uint32_t word = static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_slli_epi16(bytes, 7)));
+    memcpy(bits + i / 8, &word, sizeof word);
+  }
+#endif
+  for (; i < count; i += 8) {
+    unsigned byte = 0;
+    for (int64_t j = 0; j < 8 && i + j < count; ++j) byte |= static_cast<unsigned>(inside[i + j]) << j;
+    bits[i / 8] = static_cast<uint8_t>(byte);
+  }
+}
+
+inline uint32_t word_of(const int8_t* codes) {
+#if defined(__AVX512VNNI__)
+  uint32_t word;
+  memcpy(&word, codes, sizeof word);
+  return word;
+#else
+  return static_cast<uint16_t>(codes[0]) | static_cast<uint32_t>(static_cast<uint16_t>(codes[1])) << 16;
+#endif
+}
+
+void pack(const int8_t* codes, int64_t stride, int64_t count, int64_t size, int64_t width, bool with_offset,
+          uint32_t* words) {
+  constexpr int64_t kLine = 64 / kStep;  // words of a cache line of codes
+  const uint32_t flip = with_offset && kOffset ? 0x80808080u : 0;
+  const int64_t whole = size / kStep;
+  for (int64_t from = 0; from < whole; from += kLine) {
+    const int64_t to = from + kLine < whole ? from + kLine : whole;
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t s = from; s < to; ++s) words[s * width + r] = word_of(codes + r * stride + s * kStep) ^ flip;
+  }
+  if (size % kStep)
+    for (int64_t r = 0; r < count; ++r) {
+      int8_t rest[kStep] = {};
+      for (int64_t i = whole * kStep; i < size; ++i) rest[i - whole * kStep] = codes[r * stride + i];
+      words[whole * width + r] = word_of(rest) ^ flip;
+    }
+  const int64_t steps = (size + kStep - 1) / kStep;
+  for (int64_t s = 0; s < steps; ++s)
+    for (int64_t r = count; r < width; ++r) words[s * width + r] = 0;
+}
+
+void pack_columns(const uint8_t* codes, int64_t stride, int64_t first_column, int64_t count, int64_t size,
+                  const int32_t* zero_point, int64_t zero_point_stride, bool nibbles, bool is_signed,
+                  uint32_t* words) {
+  constexpr int kBits = 32 / kStep;
+  constexpr uint32_t kMask = (1u << (kBits - 1) << 1) - 1;
+  const int32_t sign = nibbles && is_signed ? 8 : 0;
+  const int64_t steps = (size + kStep - 1) / kStep;
+  for (int64_t s = 0; s < steps; ++s) {
+    uint32_t* const out = words + s * kColumns;
+    memset(out, 0, kColumns * sizeof *out);
+    for (int64_t i = 0; i < kStep && s * kStep + i < size; ++i) {
+      const int64_t row = s * kStep + i;
+      const int32_t less = static_cast<int32_t>(kOffset) - (is_signed ? 0 : zero_point[row * zero_point_stride]);
+      const int shift = static_cast<int>(i) * kBits;
+      if (nibbles) {
+        const uint8_t* const pairs = codes + row * stride + first_column / 2;  // kColumns is even
+        uint8_t halves[kColumns];
+        for (int64_t c = 0; c < count / 2; ++c) {
+          halves[2 * c] = pairs[c] & 15;
+          halves[2 * c + 1] = pairs[c] >> 4;
+        }
+        if (count % 2) halves[count - 1] = pairs[count / 2] & 15;
+        for (int64_t c = 0; c < count; ++c)
+          out[c] |= (static_cast<uint32_t>((halves[c] ^ sign) - sign + less) & kMask) << shift;
+      } else {
+        const int8_t* const line = reinterpret_cast<const int8_t*>(codes) + row * stride + first_column;
+        for (int64_t c = 0; c < count; ++c) out[c] |= (static_cast<uint32_t>(line[c] + less) & kMask) << shift;
+      }
+    }
+  }
+}
+
+template <int R, int V>
+void tile_of(const uint32_t* x, const uint32_t* w, int64_t steps, int32_t* sums) {
+  ivec total[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) total[r][v] = broadcast(0);
+  for (int64_t s = 0; s < steps; ++s, x += kRows, w += kColumns) {
+    ivec of_w[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) of_w[v] = load(w + v * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const ivec of_x = broadcast(x[r]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) total[r][v] = add_product(total[r][v], of_w[v], of_x);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) store(sums + r * kColumns + v * kLanes, total[r][v]);
+}
+
+template <int R>
+void tile_rows(const uint32_t* x, const uint32_t* w, int64_t steps, int64_t width, int32_t* sums) {
+  if (width <= kLanes) return tile_of<R, 1>(x, w, steps, sums);
+  if (width <= 2 * kLanes) return tile_of<R, 2>(x, w, steps, sums);
+  tile_of<R, kVectors>(x, w, steps, sums);
+}
+
+void tile(const uint32_t* x, const uint32_t* w, int64_t steps, int64_t count, int64_t width, int32_t* sums) {
+  if (count == 1) return tile_rows<1>(x, w, steps, width, sums);
+  if (count == 2) return tile_rows<2>(x, w, steps, width, sums);
+  if (count <= 4) return tile_rows<4>(x, w, steps, width, sums);
+  tile_rows<kRows>(x, w, steps, width, sums);
+}
+
+// Columns that `tile` has computed.
+inline int64_t whole_vectors(int64_t width) { return (width + kLanes - 1) / kLanes * kLanes; }
+
+void scale_sums(int32_t* sums, int64_t count, int64_t width, const Scaling& scaling, bool add, float* total) {
+  const int64_t columns = whole_vectors(width);
+  for (int64_t r = 0; r < count; ++r) {
+    const uint32_t x_sum = scaling.x_sum[r], x_zero = scaling.x_zero_point[r];
+    const float x_scale = scaling.x_scale[r];
+    int32_t* __restrict const row = sums + r * kColumns;
+    for (int64_t c = 0; c < columns; ++c)
+      row[c] = static_cast<int32_t>(static_cast<uint32_t>(row[c]) - x_sum * scaling.w_offset[c] -
+                                    x_zero * scaling.w_rest[c]);
+    if (!total) continue;
+    float* __restrict const out = total + r * kColumns;
+    if (add) {
+      for (int64_t c = 0; c < columns; ++c) out[c] += static_cast<float>(row[c]) * x_scale * scaling.w_scale[c];
+    } else {
+      for (int64_t c = 0; c < columns; ++c) out[c] = static_cast<float>(row[c]) * x_scale * scaling.w_scale[c];
+    }
+  }
+}
+
+void narrow_row(const float* x, int64_t width, void* out, int32_t dtype, int64_t at) {
+  if (dtype == S2D_FLOAT32) {
+    memcpy(static_cast<float*>(out) + at, x, static_cast<size_t>(width) * sizeof *x);
+  } else if (dtype == S2D_BFLOAT16) {
+    uint16_t* const y = static_cast<uint16_t*>(out) + at;
+    for (int64_t c = 0; c < width; ++c) round_to(x[c], y + c);
+  } else {
+    uint16_t* const y = static_cast<uint16_t*>(out) + at;
+    for (int64_t c = 0; c < width; ++c) y[c] = to_half(x[c]);
+  }
+}
+
+void store_rows(const float* total, int64_t count, int64_t width, const float* bias, void* y, int32_t dtype,
+                int64_t stride) {
+  float sum[kColumns];
+  for (int64_t r = 0; r < count; ++r) {
+    const float* row = total + r * kColumns;
+    if (bias) {
+      for (int64_t c = 0; c < width; ++c) sum[c] = row[c] + bias[c];
+      row = sum;
+    }
+    narrow_row(row, width, y, dtype, r * stride);
+  }
+}
+
+uint32_t weigh(float* x, int64_t count, const float* scale, int64_t scale_stride) {
+  uint32_t most = 0;
+  if (scale_stride) {
+    for (int64_t i = 0; i < count; ++i) x[i] *= scale[i];
+  } else {
+    for (int64_t i = 0; i < count; ++i) x[i] *= *scale;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = as_bits(x[i]) & 0x7fffffffu;
+    most = bits > most ? bits : most;
+  }
+  return most;
+}
+
+void digits_of(float* __restrict x, int64_t count, float unit, int64_t places, int8_t* __restrict digits, int64_t stride, int32_t* sums) {
+  for (int64_t i = 0; i < count; ++i) x[i] /= unit;
+  for (int64_t place = 0; place < places; ++place) {
+    int8_t* __restrict const out = digits + place * stride;
+    int32_t sum = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t digit = nearest(x[i]);
+      out[i] = static_cast<int8_t>(digit);
+      sum += digit;
+      x[i] = (x[i] - static_cast<float>(digit)) * 254.f;
+    }
+    sums[place] = sum;
+  }
+}
+
+void join(const int32_t* sums, int64_t places, int64_t count, int64_t width, const uint32_t* digit_sums,
+          int64_t digit_sums_stride, const float* units, const uint8_t* mask, int64_t mask_stride, void* out,
+          int32_t dtype, int64_t stride) {
+  constexpr float kPlace = static_cast<float>(1.0 / 254);
+  const int64_t columns = whole_vectors(width);
+  for (int64_t r = 0; r < count; ++r) {
+    float total[kColumns], inside[kColumns];
+    for (int64_t place = places - 1; place >= 0; --place) {
+      const int32_t* const row = sums + (place * kMostRows + r) * kColumns;
+      const uint32_t less = digit_sums[place * digit_sums_stride + r] * kOffset;
+      if (place == places - 1) {
+        for (int64_t c = 0; c < columns; ++c)
+          total[c] = static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(row[c]) - less));
+      } else {
+        for (int64_t c = 0; c < columns; ++c)
+          total[c] = total[c] * kPlace + static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(row[c]) - less));
+      }
+    }
+    const uint8_t* const bits = mask + r * mask_stride;
+    for (int64_t c = 0; c < width; ++c) inside[c] = static_cast<float>((bits[c / 8] >> (c % 8)) & 1);
+    const float unit = units[r];
+    for (int64_t c = 0; c < width; ++c) total[c] = total[c] * unit * inside[c];
+    narrow_row(total, width, out, dtype, r * stride);
+  }
+}
+
+}  // namespace
+
+#define S2D_CPU_TABLE_(name) integer_##name
+#define S2D_CPU_TABLE(name) S2D_CPU_TABLE_(name)
+#define S2D_CPU_TEXT_(name) #name
+#define S2D_CPU_TEXT(name) S2D_CPU_TEXT_(name)
+static_assert(kRows <= kMostRows && kColumns <= kMostColumns && kColumns % 8 == 0, "buffers and mask bits");
+extern const IntegerKernels S2D_CPU_TABLE(S2D_CPU_NAME) = {
+    S2D_CPU_TEXT(S2D_CPU_NAME), kRows,      kColumns,   kStep, kOffset,   range, codes_of, pack_bits, widen, pack,
+    pack_columns,               tile,       scale_sums, store_rows, weigh, digits_of, join};
+
+}  // namespace s2d_cpu
