@@ -57,6 +57,14 @@ inline ivec add_product(ivec sum, ivec w, ivec x) { return sum + first(w) * firs
 constexpr int kLanes = sizeof(ivec) / 4;
 constexpr int kColumns = kVectors * kLanes;
 
+typedef float vec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef int32_t svec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef uint32_t uvec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+inline vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
+inline uvec load_unsigned(const void* p) { return *static_cast<const uvec*>(p); }
+inline void store(float* p, vec v) { *reinterpret_cast<vec*>(p) = v; }
+inline vec to_numbers(uvec v) { return __builtin_convertvector(reinterpret_cast<svec>(v), vec); }
+
 void range(const float* x, int64_t count, int32_t* low, int32_t* high) {
   int32_t least = *low, greatest = *high;
   for (int64_t i = 0; i < count; ++i) {
@@ -218,24 +226,20 @@ void tile(const uint32_t* x, const uint32_t* w, int64_t steps, int64_t count, in
   tile_rows<kRows>(x, w, steps, width, sums);
 }
 
-// Columns that `tile` has computed.
-inline int64_t whole_vectors(int64_t width) { return (width + kLanes - 1) / kLanes * kLanes; }
-
 void scale_sums(int32_t* sums, int64_t count, int64_t width, const Scaling& scaling, bool add, float* total) {
-  const int64_t columns = whole_vectors(width);
-  for (int64_t r = 0; r < count; ++r) {
-    const uint32_t x_sum = scaling.x_sum[r], x_zero = scaling.x_zero_point[r];
-    const float x_scale = scaling.x_scale[r];
-    int32_t* __restrict const row = sums + r * kColumns;
-    for (int64_t c = 0; c < columns; ++c)
-      row[c] = static_cast<int32_t>(static_cast<uint32_t>(row[c]) - x_sum * scaling.w_offset[c] -
-                                    x_zero * scaling.w_rest[c]);
-    if (!total) continue;
-    float* __restrict const out = total + r * kColumns;
-    if (add) {
-      for (int64_t c = 0; c < columns; ++c) out[c] += static_cast<float>(row[c]) * x_scale * scaling.w_scale[c];
-    } else {
-      for (int64_t c = 0; c < columns; ++c) out[c] = static_cast<float>(row[c]) * x_scale * scaling.w_scale[c];
+  for (int64_t c = 0; c < width; c += kLanes) {  // the vectors that `tile` has computed
+    const uvec offset = load_unsigned(scaling.w_offset + c), rest = load_unsigned(scaling.w_rest + c);
+    const vec scale = load(scaling.w_scale + c);
+    for (int64_t r = 0; r < count; ++r) {
+      int32_t* const place = sums + r * kColumns + c;
+      const uvec sum = load_unsigned(place) - scaling.x_sum[r] * offset - scaling.x_zero_point[r] * rest;
+      if (!total) {
+        *reinterpret_cast<uvec*>(place) = sum;
+        continue;
+      }
+      const vec term = to_numbers(sum) * scaling.x_scale[r] * scale;
+      float* const out = total + r * kColumns + c;
+      store(out, add ? load(out) + term : term);
     }
   }
 }
@@ -298,24 +302,25 @@ void join(const int32_t* sums, int64_t places, int64_t count, int64_t width, con
           int64_t digit_sums_stride, const float* units, const uint8_t* mask, int64_t mask_stride, void* out,
           int32_t dtype, int64_t stride) {
   constexpr float kPlace = static_cast<float>(1.0 / 254);
-  const int64_t columns = whole_vectors(width);
+  svec lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = 1 << i;
   for (int64_t r = 0; r < count; ++r) {
-    float total[kColumns], inside[kColumns];
-    for (int64_t place = places - 1; place >= 0; --place) {
-      const int32_t* const row = sums + (place * kMostRows + r) * kColumns;
-      const uint32_t less = digit_sums[place * digit_sums_stride + r] * kOffset;
-      if (place == places - 1) {
-        for (int64_t c = 0; c < columns; ++c)
-          total[c] = static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(row[c]) - less));
-      } else {
-        for (int64_t c = 0; c < columns; ++c)
-          total[c] = total[c] * kPlace + static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(row[c]) - less));
-      }
+    uint8_t bits[kColumns / 8 + 4] = {};
+    memcpy(bits, mask + r * mask_stride, static_cast<size_t>((width + 7) / 8));
+    float total[kColumns];
+    for (int64_t c = 0; c < width; c += kLanes) {
+      const auto of_place = [&](int64_t place) {
+        const uint32_t less = digit_sums[place * digit_sums_stride + r] * kOffset;
+        return to_numbers(load_unsigned(sums + (place * kMostRows + r) * kColumns + c) - less);
+      };
+      vec sum = of_place(places - 1);
+      for (int64_t place = places - 2; place >= 0; --place) sum = sum * kPlace + of_place(place);
+      uint32_t word;
+      memcpy(&word, bits + c / 8, sizeof word);
+      word >>= c % 8;
+      const uvec inside = reinterpret_cast<uvec>((static_cast<int32_t>(word) & lane) != 0) & as_bits(1.f);
+      store(total + c, sum * units[r] * reinterpret_cast<vec>(inside));
     }
-    const uint8_t* const bits = mask + r * mask_stride;
-    for (int64_t c = 0; c < width; ++c) inside[c] = static_cast<float>((bits[c / 8] >> (c % 8)) & 1);
-    const float unit = units[r];
-    for (int64_t c = 0; c < width; ++c) total[c] = total[c] * unit * inside[c];
     narrow_row(total, width, out, dtype, r * stride);
   }
 }

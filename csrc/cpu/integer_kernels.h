@@ -71,7 +71,8 @@ struct IntegerKernels {
   // sums[r, c] over the steps of words `x` [steps, rows] and `w` [steps, columns]; `count` rows, `width` columns of it.
   void (*tile)(const uint32_t* x, const uint32_t* w, int64_t steps, int64_t count, int64_t width, int32_t* sums);
 
-  // The int32 accumulator, in place, and unless `total` is null its number, written there or (`add`) added there.
+  // The number of each sum, written to `total` or (`add`) added there; or, where that is null, the int32 accumulator in
+  // place.
   void (*scale)(int32_t* sums, int64_t count, int64_t width, const Scaling& scaling, bool add, float* total);
 
   // total + bias (null: none), cast to an s2d_dtype.

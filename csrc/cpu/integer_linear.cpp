@@ -12,11 +12,11 @@
 namespace s2d_cpu {
 namespace {
 
-constexpr int64_t kBlockWords = 96 * 1024;  // of packed columns that a thread goes over again and again: 384 KiB
-constexpr int64_t kItemRows = 96;
-constexpr int64_t kPackedWords = 64 * 1024;   // that a thread packs at a time, at least a panel
-constexpr int64_t kAlone = 1 << 21;           // products that are not worth a second thread
-constexpr int64_t kGatheredRows = 32;         // rows of a transposed gradient that are read together
+constexpr int64_t kChunkWords = 96 * 1024;  // of rows that a thread packs and goes over again and again: 384 KiB
+constexpr int64_t kChunkRows = 96;
+constexpr int64_t kPackedWords = 64 * 1024;  // of columns that a thread packs at a time, at least a panel
+constexpr int64_t kItemsPerThread = 4;
+constexpr int64_t kAlone = 1 << 21;  // products that are not worth a second thread
 
 int64_t rounded_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
@@ -28,26 +28,32 @@ T* carve(char** memory, int64_t count) {
   return start;
 }
 
-// Tiles of a product of packed rows and columns, shared out in blocks: item -> panels of rows, panels of columns.
-struct Blocks {
-  int64_t row_panels, column_panels, rows_each, columns_each, down, across;
+// A product [rows, columns] over words of depth, as items: some rows, which the thread packs into its own memory, times some
+// panels of columns, which are packed before. Few rows are packed several times, for several threads.
+struct Items {
+  int64_t rows, column_panels, chunk, chunks, panels_each, splits;
 
-  Blocks(const IntegerKernels& kernels, int64_t rows, int64_t columns, int64_t words) {
-    row_panels = parts(rows, kernels.rows);
-    column_panels = parts(columns, kernels.columns);
-    rows_each = std::max<int64_t>(1, kItemRows / kernels.rows);
-    columns_each = std::clamp<int64_t>(kBlockWords / std::max<int64_t>(words * kernels.columns, 1), 1, 64);
-    down = parts(row_panels, rows_each);
-    across = parts(column_panels, columns_each);
+  Items(const IntegerKernels& kernels, int64_t rows_in, int64_t columns, int64_t words_of_row, int32_t threads)
+      : rows(rows_in), column_panels(parts(columns, kernels.columns)) {
+    const int64_t fitting = kChunkWords / std::max<int64_t>(words_of_row, 1);
+    const int64_t panels = std::min(std::min(fitting, kChunkRows), rows + kernels.rows - 1) / kernels.rows;
+    chunk = std::max<int64_t>(panels, 1) * kernels.rows;
+    chunks = std::max<int64_t>(parts(rows, chunk), 1);
+    const int64_t wanted = threads == 1 ? 1 : parts(kItemsPerThread * threads, chunks);
+    panels_each = std::max<int64_t>(parts(column_panels, wanted), 1);
+    splits = parts(column_panels, panels_each);
   }
 
-  int64_t items() const { return down * across; }
+  int32_t count() const { return static_cast<int32_t>(chunks * splits); }
 
-  template <typename Tile>
-  void each(int64_t item, const Tile& tile) const {
-    const int64_t top = item % down * rows_each, left = item / down * columns_each;
-    for (int64_t i = top; i < std::min(row_panels, top + rows_each); ++i)
-      for (int64_t j = left; j < std::min(column_panels, left + columns_each); ++j) tile(i, j);
+  // pack(top, count) makes panels of the rows from `top` on, tile(top, panel, j) works on the `panel`-th of them.
+  template <typename Pack, typename Tile>
+  void work(int64_t item, int64_t rows_of_panel, const Pack& pack, const Tile& tile) const {
+    const int64_t top = item % chunks * chunk, first = item / chunks * panels_each;
+    const int64_t here = std::min(chunk, rows - top);
+    if (!pack(top, here)) return;
+    for (int64_t j = first; j < std::min(column_panels, first + panels_each); ++j)
+      for (int64_t panel = 0; panel * rows_of_panel < here; ++panel) tile(top + panel * rows_of_panel, panel, j);
   }
 };
 
@@ -65,45 +71,41 @@ bool valid(const s2d_integer_product& p) {
 
 class Product {
  public:
-  explicit Product(const s2d_integer_product& given) : p_(given) {
-    size_ = p_.groups ? p_.K / p_.groups : 0;
-    group_words_ = parts(size_, kernels_.step);
-    words_ = group_words_ * p_.groups;
-    row_panels_ = parts(p_.M, kernels_.rows);
-    column_panels_ = parts(p_.N, kernels_.columns);
-    columns_ = column_panels_ * kernels_.columns;
-  }
+  Product(const s2d_integer_product& given, int32_t threads)
+      : p_(given),
+        threads_(useful_threads(threads, p_.M * p_.N * std::max<int64_t>(p_.K, 1))),
+        size_(p_.groups ? p_.K / p_.groups : 0),
+        group_words_(parts(size_, kernels_.step)),
+        words_(group_words_ * p_.groups),
+        items_(kernels_, p_.M, p_.N, words_, threads_),
+        columns_(items_.column_panels * kernels_.columns) {}
 
-  int64_t workspace() {
+  size_t workspace() {
     char* end = nullptr;
     carve_all(&end);
-    return end - static_cast<char*>(nullptr);
+    return static_cast<size_t>(end - static_cast<char*>(nullptr));
   }
 
-  void run(int32_t threads, void* workspace) {
+  void run(void* workspace) {
     char* memory = static_cast<char*>(workspace);
     carve_all(&memory);
-    threads = useful_threads(threads, p_.M * p_.N * std::max<int64_t>(p_.K, 1));
     const int64_t together = std::max<int64_t>(1, kPackedWords / std::max<int64_t>(1, words_ * kernels_.columns));
-    const int64_t column_items = parts(column_panels_, together), row_items = parts(row_panels_, 4 * together);
-    share_out(static_cast<int32_t>(column_items + row_items), threads, [&](int32_t item, int32_t) {
-      if (item < column_items) {
-        for (int64_t j = item * together; j < std::min(column_panels_, (item + 1) * together); ++j) pack_columns(j);
-      } else {
-        const int64_t start = (item - column_items) * 4 * together;
-        for (int64_t i = start; i < std::min(row_panels_, start + 4 * together); ++i) pack_rows(i);
-      }
+    const int64_t panels = items_.column_panels;
+    share_out(static_cast<int32_t>(parts(panels, together)), threads_, [&](int32_t item, int32_t) {
+      for (int64_t j = item * together; j < std::min(panels, (item + 1) * together); ++j) pack_columns(j);
     });
-    const Blocks blocks(kernels_, p_.M, p_.N, words_);
-    share_out(static_cast<int32_t>(blocks.items()), threads, [&](int32_t item, int32_t) {
+    share_out(items_.count(), threads_, [&](int32_t item, int32_t thread) {
       const DefaultArithmetic guard;
-      blocks.each(item, [&](int64_t i, int64_t j) { tile(i, j); });
+      uint32_t* const x = x_ + thread * items_.chunk * words_;
+      items_.work(
+          item, kernels_.rows, [&](int64_t top, int64_t count) { return pack_rows(top, count, x); },
+          [&](int64_t top, int64_t panel, int64_t j) { tile(x + panel * kernels_.rows * words_, top, j); });
     });
   }
 
  private:
   void carve_all(char** memory) {
-    x_ = carve<uint32_t>(memory, row_panels_ * kernels_.rows * words_);
+    x_ = carve<uint32_t>(memory, threads_ * items_.chunk * words_);
     w_ = carve<uint32_t>(memory, columns_ * words_);
     w_offset_ = carve<uint32_t>(memory, columns_ * p_.groups);
     w_rest_ = carve<uint32_t>(memory, columns_ * p_.groups);
@@ -129,20 +131,22 @@ class Product {
     }
   }
 
-  void pack_rows(int64_t panel) const {
-    const int64_t width = kernels_.rows, start = panel * width, count = std::min(p_.M - start, width);
-    const int8_t* const codes = static_cast<const int8_t*>(p_.x_codes) + start * p_.K;
-    for (int64_t group = 0; group < p_.groups; ++group)
-      kernels_.pack(codes + group * size_, p_.K, count, size_, width, false,
-                    x_ + (panel * words_ + group * group_words_) * width);
+  bool pack_rows(int64_t top, int64_t count, uint32_t* x) const {
+    for (int64_t start = 0; start < count; start += kernels_.rows, x += kernels_.rows * words_) {
+      const int8_t* const codes = static_cast<const int8_t*>(p_.x_codes) + (top + start) * p_.K;
+      for (int64_t group = 0; group < p_.groups; ++group)
+        kernels_.pack(codes + group * size_, p_.K, std::min(kernels_.rows, count - start), size_, kernels_.rows, false,
+                      x + group * group_words_ * kernels_.rows);
+    }
+    return true;
   }
 
-  void tile(int64_t i, int64_t j) const {
-    alignas(64) int32_t sums[kMostRows * kMostColumns];
-    alignas(64) float total[kMostRows * kMostColumns];
+  void tile(const uint32_t* x, int64_t top, int64_t j) const {
+    int32_t sums[kMostRows * kMostColumns];
+    float total[kMostRows * kMostColumns];
     uint32_t x_sum[kMostRows], x_zero[kMostRows];
     float x_scale[kMostRows];
-    const int64_t top = i * kernels_.rows, left = j * kernels_.columns;
+    const int64_t left = j * kernels_.columns;
     const int64_t count = std::min(kernels_.rows, p_.M - top), width = std::min(kernels_.columns, p_.N - left);
     for (int64_t r = 0; r < count; ++r) {
       const int64_t at = p_.x_per_tensor ? 0 : top + r;
@@ -151,7 +155,7 @@ class Product {
     }
     if (!p_.groups) std::fill(total, total + kMostRows * kMostColumns, 0.f);
     for (int64_t group = 0; group < p_.groups; ++group) {
-      kernels_.tile(x_ + (i * words_ + group * group_words_) * kernels_.rows,
+      kernels_.tile(x + group * group_words_ * kernels_.rows,
                     w_ + (j * words_ + group * group_words_) * kernels_.columns, group_words_, count, width, sums);
       for (int64_t r = 0; r < count; ++r) x_sum[r] = static_cast<uint32_t>(p_.x_row_sum[(top + r) * p_.groups + group]);
       const int64_t of_w = group * columns_ + left;
@@ -169,7 +173,10 @@ class Product {
 
   const s2d_integer_product& p_;
   const IntegerKernels& kernels_ = integer_kernels();
-  int64_t size_, group_words_, words_, row_panels_, column_panels_, columns_;
+  int32_t threads_;
+  int64_t size_, group_words_, words_;
+  Items items_;
+  int64_t columns_;
   uint32_t *x_, *w_, *w_offset_, *w_rest_;
   float* w_scale_;
 };
@@ -185,52 +192,56 @@ bool valid(const s2d_cpu_straight_through& g) {
 // ((grad * scale) @ (codes - zero_point)) * mask, by digits: s2d_kernels/fixed_point.py has the arithmetic.
 class Gradient {
  public:
-  explicit Gradient(const s2d_cpu_straight_through& given) : g_(given) {
-    words_ = parts(g_.depth, kernels_.step);
-    row_panels_ = parts(g_.rows, kernels_.rows);
-    column_panels_ = parts(g_.cols, kernels_.columns);
-    length_ = rounded_up(g_.depth, 64) + 64;  // rows of a buffer in different sets of the caches
-    gathered_ = g_.row_stride == 1 && g_.depth_stride != 1 ? kGatheredRows / kernels_.rows * kernels_.rows : kernels_.rows;
-  }
+  Gradient(const s2d_cpu_straight_through& given, int32_t threads)
+      : g_(given),
+        threads_(useful_threads(threads, g_.rows * g_.cols * std::max<int64_t>(g_.depth, 1))),
+        words_(parts(g_.depth, kernels_.step)),
+        items_(kernels_, g_.rows, g_.cols, words_ * g_.places, threads_),
+        transposed_(g_.row_stride == 1 && g_.depth_stride != 1),
+        length_(rounded_up(g_.depth, 64) + 64) {}  // rows of a buffer begin in different sets of the caches
 
-  int64_t workspace(int32_t threads) {
+  size_t workspace() {
     char* end = nullptr;
-    carve_all(&end, threads);
-    return end - static_cast<char*>(nullptr);
+    carve_all(&end);
+    return static_cast<size_t>(end - static_cast<char*>(nullptr));
   }
 
-  void run(int32_t threads, void* workspace) {
+  void run(void* workspace) {
     char* memory = static_cast<char*>(workspace);
-    carve_all(&memory, threads);
-    threads = useful_threads(threads, g_.rows * g_.cols * std::max<int64_t>(g_.depth, 1));
+    carve_all(&memory);
+    share_out(static_cast<int32_t>(items_.column_panels), threads_, [&](int32_t item, int32_t) { pack_columns(item); });
     std::atomic<bool> finite{true};
-    const int64_t row_items = parts(g_.rows, gathered_);
-    share_out(static_cast<int32_t>(row_items + column_panels_), threads, [&](int32_t item, int32_t thread) {
+    share_out(items_.count(), threads_, [&](int32_t item, int32_t thread) {
       const DefaultArithmetic guard;
-      if (item >= row_items) {
-        pack_columns(item - row_items);
-      } else if (finite.load(std::memory_order_relaxed) && !pack_rows(item * gathered_, thread)) {
-        finite.store(false, std::memory_order_relaxed);
-      }
+      Packed packed{rows_ + thread * items_.chunk * g_.places * words_, digit_sums_ + thread * items_.chunk * kMostPlaces,
+                    units_ + thread * items_.chunk};
+      items_.work(
+          item, kernels_.rows,
+          [&](int64_t top, int64_t count) {
+            if (finite.load(std::memory_order_relaxed) && !pack_rows(top, count, thread, packed))
+              finite.store(false, std::memory_order_relaxed);
+            return finite.load(std::memory_order_relaxed);
+          },
+          [&](int64_t top, int64_t panel, int64_t j) { tile(packed, top, panel, j); });
     });
     *g_.finite = finite;
-    if (!finite) return;
-    const Blocks blocks(kernels_, g_.rows, g_.cols, words_);
-    share_out(static_cast<int32_t>(blocks.items()), threads, [&](int32_t item, int32_t) {
-      const DefaultArithmetic guard;
-      blocks.each(item, [&](int64_t i, int64_t j) { tile(i, j); });
-    });
   }
 
  private:
-  void carve_all(char** memory, int32_t threads) {
-    padded_ = row_panels_ * kernels_.rows;
-    rows_ = carve<uint32_t>(memory, padded_ * g_.places * words_);
-    columns_ = carve<uint32_t>(memory, column_panels_ * kernels_.columns * words_);
-    digit_sums_ = carve<uint32_t>(memory, padded_ * g_.places);
-    units_ = carve<float>(memory, padded_);
-    buffers_ = carve<float>(memory, threads * gathered_ * length_);
-    digits_ = carve<int8_t>(memory, threads * g_.places * kernels_.rows * length_);
+  // A thread's rows: words of each digit [panels, places, words, rows of a panel], sums of digits [places, rows], units.
+  struct Packed {
+    uint32_t *words, *digit_sums;
+    float* units;
+  };
+
+  void carve_all(char** memory) {
+    const int64_t rows = threads_ * items_.chunk;
+    rows_ = carve<uint32_t>(memory, rows * g_.places * words_);
+    digit_sums_ = carve<uint32_t>(memory, rows * kMostPlaces);
+    units_ = carve<float>(memory, rows);
+    columns_ = carve<uint32_t>(memory, items_.column_panels * kernels_.columns * words_);
+    buffers_ = carve<float>(memory, (transposed_ ? rows : threads_) * length_);
+    digits_ = carve<int8_t>(memory, threads_ * g_.places * kernels_.rows * length_);
   }
 
   void pack_columns(int64_t panel) const {
@@ -241,115 +252,109 @@ class Gradient {
                           columns_ + panel * words_ * kernels_.columns);
   }
 
-  // Rows of the gradient in fp32 into the thread's buffer.
+  // Rows of a gradient whose columns are contiguous, in fp32.
   void gather(int64_t top, int64_t count, float* buffer) const {
+    constexpr int64_t kDeep = 16;
     const int64_t bytes = g_.dtype == S2D_FLOAT32 ? 4 : 2;
-    const char* const grad = static_cast<const char*>(g_.grad);
-    if (g_.row_stride != 1 || g_.depth_stride == 1) {
-      for (int64_t r = 0; r < count; ++r)
-        kernels_.widen(grad + (top + r) * g_.row_stride * bytes, g_.dtype, g_.depth, g_.depth_stride,
-                       buffer + r * length_);
-      return;
-    }
-    constexpr int64_t kPiece = 16;
-    float piece[kPiece * kGatheredRows];
-    for (int64_t d = 0; d < g_.depth; d += kPiece) {
-      const int64_t deep = std::min(kPiece, g_.depth - d);
+    float piece[kDeep * kChunkRows];
+    for (int64_t d = 0; d < g_.depth; d += kDeep) {
+      const int64_t deep = std::min(kDeep, g_.depth - d);
       for (int64_t t = 0; t < deep; ++t)
-        kernels_.widen(grad + ((d + t) * g_.depth_stride + top) * bytes, g_.dtype, count, 1, piece + t * kGatheredRows);
+        kernels_.widen(static_cast<const char*>(g_.grad) + ((d + t) * g_.depth_stride + top) * bytes, g_.dtype, count, 1,
+                       piece + t * kChunkRows);
       for (int64_t r = 0; r < count; ++r)
-        for (int64_t t = 0; t < deep; ++t) buffer[r * length_ + d + t] = piece[t * kGatheredRows + r];
+        for (int64_t t = 0; t < deep; ++t) buffer[r * length_ + d + t] = piece[t * kChunkRows + r];
     }
   }
 
-  bool pack_rows(int64_t top, int32_t thread) const {
-    float* const buffer = buffers_ + thread * gathered_ * length_;
+  bool pack_rows(int64_t top, int64_t count, int32_t thread, const Packed& packed) const {
+    float* const buffer = buffers_ + (transposed_ ? thread * items_.chunk : thread) * length_;
     int8_t* const digits = digits_ + thread * g_.places * kernels_.rows * length_;
-    const int64_t count = std::min(gathered_, g_.rows - top);
-    gather(top, count, buffer);
+    if (transposed_) gather(top, count, buffer);
     for (int64_t start = 0; start < count; start += kernels_.rows) {
-      const int64_t here = std::min(kernels_.rows, count - start), panel = (top + start) / kernels_.rows;
+      const int64_t here = std::min(kernels_.rows, count - start);
       for (int64_t r = 0; r < here; ++r) {
-        float* const row = buffer + (start + r) * length_;
+        float* const row = transposed_ ? buffer + (start + r) * length_ : buffer;
+        if (!transposed_)
+          kernels_.widen(static_cast<const char*>(g_.grad) +
+                             (top + start + r) * g_.row_stride * (g_.dtype == S2D_FLOAT32 ? 4 : 2),
+                         g_.dtype, g_.depth, g_.depth_stride, row);
         const uint32_t largest = kernels_.weigh(row, g_.depth, g_.scale, g_.per_tensor ? 0 : 1);
         if (largest >= 0x7f800000u) return false;
         float most;
         memcpy(&most, &largest, sizeof most);
-        const float unit = std::max(most / 127.f, 0x1p-126f);
-        units_[top + start + r] = unit;
+        const float unit = packed.units[start + r] = std::max(most / 127.f, 0x1p-126f);
         int32_t sums[kMostPlaces];
         kernels_.digits(row, g_.depth, unit, g_.places, digits + r * length_, kernels_.rows * length_, sums);
         for (int64_t place = 0; place < g_.places; ++place)
-          digit_sums_[place * padded_ + top + start + r] = static_cast<uint32_t>(sums[place]);
+          packed.digit_sums[place * items_.chunk + start + r] = static_cast<uint32_t>(sums[place]);
       }
       for (int64_t place = 0; place < g_.places; ++place)
         kernels_.pack(digits + place * kernels_.rows * length_, length_, here, g_.depth, kernels_.rows, false,
-                      rows_ + (panel * g_.places + place) * words_ * kernels_.rows);
+                      packed.words + (start * g_.places + place * kernels_.rows) * words_);
     }
     return true;
   }
 
-  void tile(int64_t i, int64_t j) const {
-    alignas(64) int32_t sums[kMostPlaces * kMostRows * kMostColumns];
-    const int64_t top = i * kernels_.rows, left = j * kernels_.columns;
+  void tile(const Packed& packed, int64_t top, int64_t panel, int64_t j) const {
+    int32_t sums[kMostPlaces * kMostRows * kMostColumns];
+    const int64_t start = panel * kernels_.rows, left = j * kernels_.columns;
     const int64_t count = std::min(kernels_.rows, g_.rows - top), width = std::min(kernels_.columns, g_.cols - left);
     for (int64_t place = 0; place < g_.places; ++place)
-      kernels_.tile(rows_ + (i * g_.places + place) * words_ * kernels_.rows, columns_ + j * words_ * kernels_.columns,
-                    words_, count, width, sums + place * kMostRows * kernels_.columns);
+      kernels_.tile(packed.words + (start * g_.places + place * kernels_.rows) * words_,
+                    columns_ + j * words_ * kernels_.columns, words_, count, width,
+                    sums + place * kMostRows * kernels_.columns);
     const int64_t mask_stride = (g_.cols + 7) / 8;
     char* const out = static_cast<char*>(g_.out) + (top * g_.cols + left) * (g_.out_dtype == S2D_FLOAT32 ? 4 : 2);
-    kernels_.join(sums, g_.places, count, width, digit_sums_ + top, padded_, units_ + top,
+    kernels_.join(sums, g_.places, count, width, packed.digit_sums + start, items_.chunk, packed.units + start,
                   g_.mask + top * mask_stride + left / 8, mask_stride, out, g_.out_dtype, g_.cols);
   }
 
   const s2d_cpu_straight_through& g_;
   const IntegerKernels& kernels_ = integer_kernels();
-  int64_t words_, row_panels_, column_panels_, length_, gathered_, padded_;
+  int32_t threads_;
+  int64_t words_;
+  Items items_;
+  bool transposed_;
+  int64_t length_;
   uint32_t *rows_, *columns_, *digit_sums_;
   float *units_, *buffers_;
   int8_t* digits_;
 };
 
-int check(int32_t threads, const void* workspace, size_t given, int64_t needed) {
-  if (threads < 1 || threads > kMaxThreads) return S2D_BAD_ARGUMENT;
-  const bool aligned = workspace && reinterpret_cast<uintptr_t>(workspace) % 256 == 0;
-  return aligned && given >= static_cast<size_t>(needed) ? S2D_OK : S2D_BAD_WORKSPACE;
+template <typename Work, typename Arguments>
+size_t workspace_of(const Arguments* arguments, int32_t threads) {
+  if (!arguments || threads < 1 || threads > kMaxThreads || !valid(*arguments)) return 0;
+  return Work(*arguments, threads).workspace() + 256;  // more than none, so that 0 means refused
+}
+
+template <typename Work, typename Arguments>
+int run(const Arguments* arguments, int32_t threads, void* workspace, size_t workspace_bytes) {
+  if (!arguments || threads < 1 || threads > kMaxThreads || !valid(*arguments)) return S2D_BAD_ARGUMENT;
+  Work work(*arguments, threads);
+  if (!workspace || reinterpret_cast<uintptr_t>(workspace) % 256 || workspace_bytes < work.workspace())
+    return S2D_BAD_WORKSPACE;
+  work.run(workspace);
+  return S2D_OK;
 }
 
 }  // namespace
 }  // namespace s2d_cpu
 
 size_t s2d_cpu_integer_linear_workspace(const s2d_integer_product* product, int32_t threads) {
-  using namespace s2d_cpu;
-  if (!product || threads < 1 || threads > kMaxThreads || !valid(*product)) return 0;
-  return static_cast<size_t>(Product(*product).workspace()) + 256;
+  return s2d_cpu::workspace_of<s2d_cpu::Product>(product, threads);
 }
 
 int s2d_cpu_integer_linear(const s2d_integer_product* product, int32_t threads, void* workspace,
                            size_t workspace_bytes) {
-  using namespace s2d_cpu;
-  if (!product || !valid(*product)) return S2D_BAD_ARGUMENT;
-  if (!product->M || !product->N) return S2D_OK;
-  Product work(*product);
-  const int status = check(threads, workspace, workspace_bytes, work.workspace());
-  if (status == S2D_OK) work.run(threads, workspace);
-  return status;
+  return s2d_cpu::run<s2d_cpu::Product>(product, threads, workspace, workspace_bytes);
 }
 
 size_t s2d_cpu_straight_through_grad_workspace(const s2d_cpu_straight_through* gradient, int32_t threads) {
-  using namespace s2d_cpu;
-  if (!gradient || threads < 1 || threads > kMaxThreads || !valid(*gradient)) return 0;
-  return static_cast<size_t>(Gradient(*gradient).workspace(threads)) + 256;
+  return s2d_cpu::workspace_of<s2d_cpu::Gradient>(gradient, threads);
 }
 
 int s2d_cpu_straight_through_grad(const s2d_cpu_straight_through* gradient, int32_t threads, void* workspace,
                                   size_t workspace_bytes) {
-  using namespace s2d_cpu;
-  if (!gradient || !valid(*gradient)) return S2D_BAD_ARGUMENT;
-  *gradient->finite = 1;
-  if (!gradient->rows || !gradient->cols) return S2D_OK;
-  Gradient work(*gradient);
-  const int status = check(threads, workspace, workspace_bytes, work.workspace(threads));
-  if (status == S2D_OK) work.run(threads, workspace);
-  return status;
+  return s2d_cpu::run<s2d_cpu::Gradient>(gradient, threads, workspace, workspace_bytes);
 }
