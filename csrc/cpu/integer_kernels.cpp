@@ -142,8 +142,11 @@ void pack(const int8_t* codes, int64_t stride, int64_t count, int64_t size, int6
   const int64_t whole = size / kStep;
   for (int64_t from = 0; from < whole; from += kLine) {
     const int64_t to = from + kLine < whole ? from + kLine : whole;
-    for (int64_t r = 0; r < count; ++r)
-      for (int64_t s = from; s < to; ++s) words[s * width + r] = word_of(codes + r * stride + s * kStep) ^ flip;
+    for (int64_t r = 0; r < count; ++r) {
+      const int8_t* const row = codes + r * stride;
+      if (to + kLine < whole) __builtin_prefetch(row + (to + kLine) * kStep);  // too many rows for the processor to foresee
+      for (int64_t s = from; s < to; ++s) words[s * width + r] = word_of(row + s * kStep) ^ flip;
+    }
   }
   if (size % kStep)
     for (int64_t r = 0; r < count; ++r) {

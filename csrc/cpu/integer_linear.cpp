@@ -259,9 +259,13 @@ class Gradient {
     float piece[kDeep * kChunkRows];
     for (int64_t d = 0; d < g_.depth; d += kDeep) {
       const int64_t deep = std::min(kDeep, g_.depth - d);
-      for (int64_t t = 0; t < deep; ++t)
-        kernels_.widen(static_cast<const char*>(g_.grad) + ((d + t) * g_.depth_stride + top) * bytes, g_.dtype, count, 1,
-                       piece + t * kChunkRows);
+      for (int64_t t = 0; t < deep; ++t) {
+        const char* const start = static_cast<const char*>(g_.grad) + ((d + t) * g_.depth_stride + top) * bytes;
+        if (d + t + kDeep < g_.depth)  // far apart, so that the processor does not foresee them
+          for (int64_t line = 0; line < count * bytes; line += 64)
+            __builtin_prefetch(start + kDeep * g_.depth_stride * bytes + line);
+        kernels_.widen(start, g_.dtype, count, 1, piece + t * kChunkRows);
+      }
       for (int64_t r = 0; r < count; ++r)
         for (int64_t t = 0; t < deep; ++t) buffer[r * length_ + d + t] = piece[t * kChunkRows + r];
     }
