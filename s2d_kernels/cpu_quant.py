@@ -176,14 +176,14 @@ def _grad_cpu(
 ) -> Tensor:
     """`fixed_point.product` in two passes; impl="torch" where that does not take the arguments or they are not finite."""
     if _takes_digits(grad, codes, scale, bits, symmetric):
-        out = _digit_product(grad, codes, scale, zero_point, mask, K, bits, symmetric, out_dtype)
+        out = digit_product(grad, codes, scale, zero_point, mask, K, bits, symmetric, out_dtype)
         if out is not None:
             return out
     fallback = ops.implementation("straight_through_grad", "torch")
     return fallback(grad, codes, scale, zero_point, mask, K, bits, symmetric, out_dtype)
 
 
-def _digit_product(
+def digit_product(
     grad: Tensor,
     codes: Tensor,
     scale: Tensor,
@@ -194,6 +194,7 @@ def _digit_product(
     symmetric: bool,
     out_dtype: torch.dtype,
 ) -> Tensor | None:
+    """The arguments of the op `straight_through_grad`; None where grad * scale is not finite."""
     rows, depth = grad.shape
     codes, scale, zero_point, mask = (t.contiguous() for t in (codes, scale, zero_point, mask))
     computed = out_dtype if out_dtype in DTYPES else torch.float32
