@@ -1,4 +1,4 @@
-"""csrc/cpu's quantizer, integer GEMM and gradients: every instruction set, threads, layouts, bad calls, AddressSanitizer."""
+"""csrc/cpu's quantizer, integer GEMM and gradients: instruction sets, threads, layouts, bad calls, AddressSanitizer."""
 
 from __future__ import annotations
 
@@ -293,8 +293,8 @@ def test_the_library_refuses_what_it_cannot_work_with() -> None:
     }  # fmt: skip
     calls = (
         ("s2d_cpu_quantize", _native.Quantization, quantization,
-         {"rows": -1, "cols": -1, "bits": 9, "dtype": 3, "group_size": 3, "granularity": 2, "codes": None, "scale": None,
-          "minimum": x.data_ptr()}),
+         {"rows": -1, "cols": -1, "bits": 9, "dtype": 3, "group_size": 3, "granularity": 2, "codes": None,
+          "scale": None, "minimum": x.data_ptr()}),
         ("s2d_cpu_integer_linear", _native.IntegerProduct, product,
          {"M": -1, "groups": 3, "packed": 1, "out_dtype": 3, "bias_dtype": 1, "w_codes": None, "x_row_sum": None,
           "w_scale": None}),

@@ -1,4 +1,4 @@
-"""Quantizers, integer GEMM and straight-through gradients with impl="cpu": csrc/cpu/quantize.cpp, integer_linear.cpp."""
+"""Quantizers, integer GEMM and gradients with impl="cpu": csrc/cpu/quantize.cpp and integer_linear.cpp."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _quantize_cpu(
 
 
 def _multiplies_bytes() -> bool:
-    """Whether the kernels that run here multiply bytes by fours, and no unit is faster (AMX, through `torch._int_mm`)."""
+    """Whether the kernels here multiply bytes by fours, and AMX, which `torch._int_mm` uses, is not there."""
     return _native_cpu.capability() == "avx512_vnni" and not torch.cpu.get_capabilities().get("amx_int8")
 
 
@@ -174,7 +174,7 @@ def _grad_cpu(
     symmetric: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """`fixed_point.product` in two passes; impl="torch" where that does not take the arguments or they are not finite."""
+    """`fixed_point.product`; what that does not take or is not finite goes to impl="torch"."""
     if _takes_digits(grad, codes, scale, bits, symmetric):
         out = digit_product(grad, codes, scale, zero_point, mask, K, bits, symmetric, out_dtype)
         if out is not None:
