@@ -137,14 +137,14 @@ inline uint32_t word_of(const int8_t* codes) {
 
 void pack(const int8_t* codes, int64_t stride, int64_t count, int64_t size, int64_t width, bool with_offset,
           uint32_t* words) {
-  constexpr int64_t kLine = 64 / kStep;  // words of a cache line of codes
+  constexpr int64_t kRun = 64 / kStep;  // words of a cache line of codes
   const uint32_t flip = with_offset && kOffset ? 0x80808080u : 0;
   const int64_t whole = size / kStep;
-  for (int64_t from = 0; from < whole; from += kLine) {
-    const int64_t to = from + kLine < whole ? from + kLine : whole;
+  for (int64_t from = 0; from < whole; from += kRun) {
+    const int64_t to = from + kRun < whole ? from + kRun : whole;
     for (int64_t r = 0; r < count; ++r) {
       const int8_t* const row = codes + r * stride;
-      if (to + kLine < whole) __builtin_prefetch(row + (to + kLine) * kStep);  // too many rows for the processor to foresee
+      if (to + kRun < whole) __builtin_prefetch(row + (to + kRun) * kStep);  // too many rows for the processor to foresee
       for (int64_t s = from; s < to; ++s) words[s * width + r] = word_of(row + s * kStep) ^ flip;
     }
   }
@@ -272,18 +272,30 @@ void store_rows(const float* total, int64_t count, int64_t width, const float* b
   }
 }
 
-uint32_t weigh(float* x, int64_t count, const float* scale, int64_t scale_stride) {
+inline uint32_t magnitude_bits(float x) { return as_bits(x) & 0x7fffffffu; }
+inline uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
+// In which a row is written as digits whose first is at most 127; from the bits of its largest magnitude.
+inline float unit_of(uint32_t largest) {
+  const float unit = as_float(largest) / 127.f;
+  return unit > 0x1p-126f ? unit : 0x1p-126f;
+}
+
+bool weigh(const float* x, int64_t count, const float* scale, int64_t scale_stride, float* out, float* unit) {
   uint32_t most = 0;
   if (scale_stride) {
-    for (int64_t i = 0; i < count; ++i) x[i] *= scale[i];
+    for (int64_t i = 0; i < count; ++i) {
+      out[i] = x[i] * scale[i];
+      most = larger(most, magnitude_bits(out[i]));
+    }
   } else {
-    for (int64_t i = 0; i < count; ++i) x[i] *= *scale;
+    for (int64_t i = 0; i < count; ++i) {
+      out[i] = x[i] * *scale;
+      most = larger(most, magnitude_bits(out[i]));
+    }
   }
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t bits = as_bits(x[i]) & 0x7fffffffu;
-    most = bits > most ? bits : most;
-  }
-  return most;
+  *unit = unit_of(most);
+  return most < 0x7f800000u;
 }
 
 void digits_of(float* __restrict x, int64_t count, float unit, int64_t places, int8_t* __restrict digits, int64_t stride, int32_t* sums) {
@@ -299,6 +311,87 @@ void digits_of(float* __restrict x, int64_t count, float unit, int64_t places, i
     }
     sums[place] = sum;
   }
+}
+
+// Rows of a panel as one vector, with some to spare where they are fewer.
+constexpr int kWide = 8;
+static_assert(kRows <= kWide, "rows in a vector");
+typedef float wide __attribute__((vector_size(4 * kWide), aligned(4), may_alias));
+typedef uint32_t uwide __attribute__((vector_size(4 * kWide), aligned(4), may_alias));
+constexpr int64_t kLine = kMostLines + kWide;
+
+// Numbers d of all rows in fp32, in whole vectors: where they are, or a copy in `line`, which is zero from `count` on.
+inline const float* line_of(const void* x, int32_t dtype, int64_t stride, int64_t count, int64_t d, float* line) {
+  if (dtype == S2D_FLOAT32 && kRows == kWide && count % kWide == 0) return static_cast<const float*>(x) + d * stride;
+  widen(static_cast<const char*>(x) + d * stride * (dtype == S2D_FLOAT32 ? 4 : 2), dtype, count, 1, line);
+  return line;
+}
+
+inline void fetch_ahead(const void* x, int32_t dtype, int64_t stride, int64_t count, int64_t d, int64_t depth) {
+  constexpr int64_t kAhead = 16;  // lines are too far apart for the processor to foresee them
+  const int64_t bytes = dtype == S2D_FLOAT32 ? 4 : 2;
+  if (d + kAhead >= depth) return;
+  const char* const start = static_cast<const char*>(x) + (d + kAhead) * stride * bytes;
+  for (int64_t at = 0; at < count * bytes; at += 64) __builtin_prefetch(start + at);
+}
+
+template <int P>
+void pack_digits_of(const void* x, int32_t dtype, int64_t stride, int64_t count, int64_t depth, const float* scale,
+                    int64_t scale_stride, uint32_t* words, const float* units, uint32_t* sums, int64_t sums_stride) {
+  constexpr int kBits = 32 / kStep;
+  constexpr uint32_t kMask = (1u << (kBits - 1) << 1) - 1;
+  const int64_t panels = (count + kRows - 1) / kRows, steps = (depth + kStep - 1) / kStep;
+  float lines[kStep][kLine] = {};
+  uwide total[kMostLines / kRows + 1][P] = {};
+  for (int64_t s = 0; s < steps; ++s) {
+    const int64_t deep = depth - s * kStep < kStep ? depth - s * kStep : kStep;
+    const float* of[kStep];
+    for (int64_t i = 0; i < deep; ++i) {
+      fetch_ahead(x, dtype, stride, count, s * kStep + i, depth);
+      of[i] = line_of(x, dtype, stride, count, s * kStep + i, lines[i]);
+    }
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      uwide word[P] = {};
+      const wide unit = *reinterpret_cast<const wide*>(units + panel * kRows);
+      for (int64_t i = 0; i < deep; ++i) {
+        wide rest = *reinterpret_cast<const wide*>(of[i] + panel * kRows) * scale[(s * kStep + i) * scale_stride] / unit;
+#pragma GCC unroll 3
+        for (int place = 0; place < P; ++place) {
+          const wide shifted = rest + 0x1.8p23f;  // as in `nearest`
+          const uwide digit = reinterpret_cast<uwide>(shifted) - 0x4b400000u;
+          word[place] |= (digit & kMask) << static_cast<uint32_t>(i * kBits);
+          total[panel][place] += digit;
+          rest = (rest - (shifted - 0x1.8p23f)) * 254.f;
+        }
+      }
+      for (int place = 0; place < P; ++place)
+        memcpy(words + ((panel * P + place) * steps + s) * kRows, &word[place], kRows * sizeof *words);
+    }
+  }
+  for (int place = 0; place < P; ++place)
+    for (int64_t r = 0; r < count; ++r) sums[place * sums_stride + r] = total[r / kRows][place][r % kRows];
+}
+
+bool pack_digits(const void* x, int32_t dtype, int64_t stride, int64_t count, int64_t depth, const float* scale,
+                 int64_t scale_stride, int64_t places, uint32_t* words, float* units, uint32_t* sums,
+                 int64_t sums_stride) {
+  float line[kLine] = {}, unit[kLine];
+  uint32_t most[kLine] = {}, all = 0;
+  for (int64_t d = 0; d < depth; ++d) {
+    fetch_ahead(x, dtype, stride, count, d, depth);
+    const float* const row = line_of(x, dtype, stride, count, d, line);
+    const float factor = scale[d * scale_stride];
+    for (int64_t r = 0; r < count; ++r) most[r] = larger(most[r], magnitude_bits(row[r] * factor));
+  }
+  for (int64_t r = 0; r < kLine; ++r) {
+    all = larger(all, most[r]);
+    unit[r] = unit_of(most[r]);
+  }
+  if (all >= 0x7f800000u) return false;
+  memcpy(units, unit, static_cast<size_t>(count) * sizeof *unit);
+  const auto pack_places = places == 3 ? pack_digits_of<3> : places == 2 ? pack_digits_of<2> : pack_digits_of<1>;
+  pack_places(x, dtype, stride, count, depth, scale, scale_stride, words, unit, sums, sums_stride);
+  return true;
 }
 
 void join(const int32_t* sums, int64_t places, int64_t count, int64_t width, const uint32_t* digit_sums,
@@ -337,6 +430,6 @@ void join(const int32_t* sums, int64_t places, int64_t count, int64_t width, con
 static_assert(kRows <= kMostRows && kColumns <= kMostColumns && kColumns % 8 == 0, "buffers and mask bits");
 extern const IntegerKernels S2D_CPU_TABLE(S2D_CPU_NAME) = {
     S2D_CPU_TEXT(S2D_CPU_NAME), kRows,      kColumns,   kStep, kOffset,   range, codes_of, pack_bits, widen, pack,
-    pack_columns,               tile,       scale_sums, store_rows, weigh, digits_of, join};
+    pack_columns,               tile,       scale_sums, store_rows, weigh, digits_of, pack_digits, join};
 
 }  // namespace s2d_cpu

@@ -79,11 +79,17 @@ struct IntegerKernels {
   void (*store)(const float* total, int64_t count, int64_t width, const float* bias, void* y, int32_t dtype,
                 int64_t stride);
 
-  // x * scale into x; bits of the largest |x|, above infinity's if there is a NaN.
-  uint32_t (*weigh)(float* x, int64_t count, const float* scale, int64_t scale_stride);
+  // x * scale, also in place, and the unit of its digits. False if it is not finite.
+  bool (*weigh)(const float* x, int64_t count, const float* scale, int64_t scale_stride, float* out, float* unit);
 
   // x / unit as digits of base 254, the first one the integer nearest to it, [places, stride]; their sums.
   void (*digits)(float* x, int64_t count, float unit, int64_t places, int8_t* digits, int64_t stride, int32_t* sums);
+
+  // The same of `count` <= kMostLines rows whose columns are contiguous, `stride` apart, packed at once: words
+  // [panels, places, steps, rows of a panel], sums of digits [places, sums_stride]. False if they are not finite.
+  bool (*pack_digits)(const void* x, int32_t dtype, int64_t stride, int64_t count, int64_t depth, const float* scale,
+                      int64_t scale_stride, int64_t places, uint32_t* words, float* units, uint32_t* sums,
+                      int64_t sums_stride);
 
   // Rows of sums of each digit, `sums` [places, rows, columns], put together: times the row's unit, zero where a bit of
   // `mask` is not set, cast to an s2d_dtype.
@@ -93,7 +99,7 @@ struct IntegerKernels {
 };
 
 // Of every instruction set.
-constexpr int64_t kMostRows = 8, kMostColumns = 48, kMostPlaces = 3;
+constexpr int64_t kMostRows = 8, kMostColumns = 48, kMostPlaces = 3, kMostLines = 96;
 
 #ifdef S2D_CPU_X86
 extern const IntegerKernels integer_avx512_vnni, integer_avx512, integer_avx2;

@@ -13,7 +13,6 @@ namespace s2d_cpu {
 namespace {
 
 constexpr int64_t kChunkWords = 96 * 1024;  // of rows that a thread packs and goes over again and again: 384 KiB
-constexpr int64_t kChunkRows = 96;
 constexpr int64_t kPackedWords = 64 * 1024;  // of columns that a thread packs at a time, at least a panel
 constexpr int64_t kItemsPerThread = 4;
 constexpr int64_t kAlone = 1 << 21;  // products that are not worth a second thread
@@ -36,7 +35,7 @@ struct Items {
   Items(const IntegerKernels& kernels, int64_t rows_in, int64_t columns, int64_t words_of_row, int32_t threads)
       : rows(rows_in), column_panels(parts(columns, kernels.columns)) {
     const int64_t fitting = kChunkWords / std::max<int64_t>(words_of_row, 1);
-    const int64_t panels = std::min(std::min(fitting, kChunkRows), rows + kernels.rows - 1) / kernels.rows;
+    const int64_t panels = std::min(std::min(fitting, kMostLines), rows + kernels.rows - 1) / kernels.rows;
     chunk = std::max<int64_t>(panels, 1) * kernels.rows;
     chunks = std::max<int64_t>(parts(rows, chunk), 1);
     const int64_t wanted = threads == 1 ? 1 : parts(kItemsPerThread * threads, chunks);
@@ -240,7 +239,7 @@ class Gradient {
     digit_sums_ = carve<uint32_t>(memory, rows * kMostPlaces);
     units_ = carve<float>(memory, rows);
     columns_ = carve<uint32_t>(memory, items_.column_panels * kernels_.columns * words_);
-    buffers_ = carve<float>(memory, (transposed_ ? rows : threads_) * length_);
+    buffers_ = carve<float>(memory, threads_ * length_);
     digits_ = carve<int8_t>(memory, threads_ * g_.places * kernels_.rows * length_);
   }
 
@@ -252,44 +251,26 @@ class Gradient {
                           columns_ + panel * words_ * kernels_.columns);
   }
 
-  // Rows of a gradient whose columns are contiguous, in fp32.
-  void gather(int64_t top, int64_t count, float* buffer) const {
-    constexpr int64_t kDeep = 16;
-    const int64_t bytes = g_.dtype == S2D_FLOAT32 ? 4 : 2;
-    float piece[kDeep * kChunkRows];
-    for (int64_t d = 0; d < g_.depth; d += kDeep) {
-      const int64_t deep = std::min(kDeep, g_.depth - d);
-      for (int64_t t = 0; t < deep; ++t) {
-        const char* const start = static_cast<const char*>(g_.grad) + ((d + t) * g_.depth_stride + top) * bytes;
-        if (d + t + kDeep < g_.depth)  // far apart, so that the processor does not foresee them
-          for (int64_t line = 0; line < count * bytes; line += 64)
-            __builtin_prefetch(start + kDeep * g_.depth_stride * bytes + line);
-        kernels_.widen(start, g_.dtype, count, 1, piece + t * kChunkRows);
-      }
-      for (int64_t r = 0; r < count; ++r)
-        for (int64_t t = 0; t < deep; ++t) buffer[r * length_ + d + t] = piece[t * kChunkRows + r];
-    }
-  }
-
   bool pack_rows(int64_t top, int64_t count, int32_t thread, const Packed& packed) const {
-    float* const buffer = buffers_ + (transposed_ ? thread * items_.chunk : thread) * length_;
+    const int64_t bytes = g_.dtype == S2D_FLOAT32 ? 4 : 2, scale_stride = g_.per_tensor ? 0 : 1;
+    const char* const grad = static_cast<const char*>(g_.grad) + top * g_.row_stride * bytes;
+    if (transposed_)
+      return kernels_.pack_digits(grad, g_.dtype, g_.depth_stride, count, g_.depth, g_.scale, scale_stride, g_.places,
+                                  packed.words, packed.units, packed.digit_sums, items_.chunk);
+    float* const buffer = buffers_ + thread * length_;
     int8_t* const digits = digits_ + thread * g_.places * kernels_.rows * length_;
-    if (transposed_) gather(top, count, buffer);
     for (int64_t start = 0; start < count; start += kernels_.rows) {
       const int64_t here = std::min(kernels_.rows, count - start);
       for (int64_t r = 0; r < here; ++r) {
-        float* const row = transposed_ ? buffer + (start + r) * length_ : buffer;
-        if (!transposed_)
-          kernels_.widen(static_cast<const char*>(g_.grad) +
-                             (top + start + r) * g_.row_stride * (g_.dtype == S2D_FLOAT32 ? 4 : 2),
-                         g_.dtype, g_.depth, g_.depth_stride, row);
-        const uint32_t largest = kernels_.weigh(row, g_.depth, g_.scale, g_.per_tensor ? 0 : 1);
-        if (largest >= 0x7f800000u) return false;
-        float most;
-        memcpy(&most, &largest, sizeof most);
-        const float unit = packed.units[start + r] = std::max(most / 127.f, 0x1p-126f);
+        const char* const row = grad + (start + r) * g_.row_stride * bytes;
+        const bool usable = g_.dtype == S2D_FLOAT32 && g_.depth_stride == 1;
+        if (!usable) kernels_.widen(row, g_.dtype, g_.depth, g_.depth_stride, buffer);
+        float& unit = packed.units[start + r];
+        if (!kernels_.weigh(usable ? reinterpret_cast<const float*>(row) : buffer, g_.depth, g_.scale, scale_stride,
+                            buffer, &unit))
+          return false;
         int32_t sums[kMostPlaces];
-        kernels_.digits(row, g_.depth, unit, g_.places, digits + r * length_, kernels_.rows * length_, sums);
+        kernels_.digits(buffer, g_.depth, unit, g_.places, digits + r * length_, kernels_.rows * length_, sums);
         for (int64_t place = 0; place < g_.places; ++place)
           packed.digit_sums[place * items_.chunk + start + r] = static_cast<uint32_t>(sums[place]);
       }
