@@ -227,6 +227,20 @@ def test_packing_round_trips(K: int) -> None:
             assert int(packed[0, 0]) == (int(codes[0, 0]) & 15) + 16 * (int(codes[0, 1]) & 15)
 
 
+def test_packing_takes_what_starts_anywhere_in_its_storage() -> None:
+    mask, codes = torch.rand(5, 64) < 0.5, torch.randint(-7, 8, (5, 64), dtype=torch.int8)
+    packed_mask, packed = pack_mask(mask), pack_codes(codes)
+    for offset in range(1, 9):
+
+        def moved(t: Tensor, offset: int = offset) -> Tensor:
+            return torch.cat((t.new_zeros(offset), t.flatten()))[offset:].view(t.shape)
+
+        assert_same(pack_mask(moved(mask)), packed_mask)
+        assert_same(pack_codes(moved(codes)), packed)
+        assert_same(unpack_mask(moved(packed_mask), 64), mask)
+        assert_same(unpack_codes(moved(packed), 64, True), codes)
+
+
 # --- Integer linear -----------------------------------------------------------------------------------------------
 
 

@@ -87,12 +87,17 @@ def block_rows(width: int, device: torch.device, rows: int) -> int:
     return max(64, 2**18 // max(width, 1)) * torch.get_num_threads()
 
 
+def _in_words(flat: Tensor, dtype: torch.dtype) -> Tensor:
+    """`flat [count]` of bytes as numbers of `dtype`; a copy where it starts between two of them."""
+    return (flat.clone() if flat.storage_offset() % dtype.itemsize else flat).view(dtype)
+
+
 def pack_mask(mask: Tensor) -> Tensor:
     """Bool `[rows, K]` to bits, uint8 `[rows, ceil(K / 8)]`."""
     rows, K = mask.shape
     flat = (F.pad(mask, (0, -K % 8)) if K % 8 else mask.contiguous()).view(-1)
     # Eight 0/1 bytes as one little-endian int64: this product moves byte i to bit 56 + i, without carries.
-    words = flat.view(torch.int64) * 0x0102040810204080
+    words = _in_words(flat, torch.int64) * 0x0102040810204080
     return words.view(torch.uint8)[7::8].contiguous().view(rows, (K + 7) // 8)
 
 
@@ -116,7 +121,7 @@ def pack_codes(codes: Tensor) -> Tensor:
     """Codes of at most 4 bits, int8 `[rows, K]`, to two a byte, uint8 `[rows, ceil(K / 2)]`."""
     rows, K = codes.shape
     codes = F.pad(codes, (0, 1)) if K % 2 else codes.contiguous()
-    pairs = codes.view(-1).view(torch.int16) & 0x0F0F  # little-endian: the even element is the low byte
+    pairs = _in_words(codes.view(-1), torch.int16) & 0x0F0F  # little-endian: the even element is the low byte
     return (pairs >> 4 | pairs).to(torch.uint8).view(rows, (K + 1) // 2)
 
 
