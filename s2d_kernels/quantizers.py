@@ -89,7 +89,8 @@ def block_rows(width: int, device: torch.device, rows: int) -> int:
 
 def _in_words(flat: Tensor, dtype: torch.dtype) -> Tensor:
     """`flat [count]` of bytes as numbers of `dtype`; a copy where it starts between two of them."""
-    return (flat.clone() if flat.storage_offset() % dtype.itemsize else flat).view(dtype)
+    unknown = torch.compiler.is_compiling()  # where it starts
+    return (flat.clone() if unknown or flat.storage_offset() % dtype.itemsize else flat).view(dtype)
 
 
 def pack_mask(mask: Tensor) -> Tensor:
