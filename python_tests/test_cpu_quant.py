@@ -234,13 +234,13 @@ def test_gradients_have_the_bits_of_the_torch_route() -> None:
 
 
 def test_who_takes_what_when_nothing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fp64 goes to torch; products do where bytes are not multiplied by fours, and where AMX multiplies faster."""
+    """fp64 goes to torch; products of few rows do, and where torch's int8 product or AMX's is the faster one."""
 
-    def chosen(dtype: torch.dtype = torch.float32) -> list[str]:
-        x = torch.randn(20, 32, dtype=dtype)
-        q = quantize_weight(x)
-        kinds = (4, True, 4, True)
-        grad = (x.mT, pack_codes(q.codes), q.scale, q.zero_point, q.mask, 32, 4, True, dtype)
+    def chosen(dtype: torch.dtype = torch.float32, rows: int = cpu_quant.LEAST_ROWS) -> list[str]:
+        x = torch.randn(rows, 32, dtype=dtype)
+        q = quantize_weight(x, bits=8)
+        kinds = (8, True, 8, True)
+        grad = (x.mT, q.codes, q.scale, q.zero_point, q.mask, 32, 8, True, dtype)
         return [
             ops.choose("quantize", None, CPU, (x, None, None, 4, True, "per_row", 0)),
             ops.choose("integer_accumulator", None, CPU, (*q[:4], *q[:4], *kinds)),
@@ -250,12 +250,16 @@ def test_who_takes_what_when_nothing_is_asked_for(monkeypatch: pytest.MonkeyPatc
 
     assert chosen(torch.float64) == ["torch"] * 4
     monkeypatch.setattr(fixed_point, "serves", lambda *_: True)
-    for capability, has_amx, expected in (
-        ("avx512_vnni", False, "cpu"), ("avx512_vnni", True, "torch"), ("avx512", False, "torch")
+    for capability, has_amx, int8_serves, products, gradient in (
+        ("avx512_vnni", False, True, "cpu", "cpu"), ("avx512_vnni", True, True, "torch", "torch"),
+        ("avx512", False, True, "torch", "torch"), ("avx2", False, False, "cpu", "torch"),
+        ("baseline", False, False, "torch", "torch"),
     ):  # fmt: skip
         monkeypatch.setattr(_native_cpu, "capability", lambda name=capability: name)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has_amx: {"amx_int8": has})
-        assert chosen() == ["cpu", expected, expected, expected]
+        monkeypatch.setattr(cpu_quant, "use_int8_product", lambda *_, serves=int8_serves: serves)
+        assert chosen() == ["cpu", products, products, gradient], capability
+        assert chosen(rows=cpu_quant.LEAST_ROWS - 1) == ["cpu", "torch", "torch", gradient]
     monkeypatch.setenv("S2D_CPU_LIBRARY", "/nowhere/libs2d_cpu.so")
     assert chosen() == ["torch"] * 4
     with pytest.raises(ValueError, match=r"no native library at /nowhere/libs2d_cpu.so: .*make cpu"):

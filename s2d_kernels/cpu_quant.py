@@ -9,9 +9,12 @@ from torch import Tensor
 
 from s2d_kernels import _native, _native_cpu, fixed_point, ops
 from s2d_kernels._native import DTYPES as DTYPE_CODES
+from s2d_kernels.int8_product import use_int8_product
 from s2d_kernels.integer_gemm import check_groups
 from s2d_kernels.quantizers import code_span, row_sums
 
+# Fewer gain less than the packing of the weight costs.
+LEAST_ROWS = 512
 DTYPES = {getattr(torch, name): code for name, code in DTYPE_CODES.items()}
 
 
@@ -127,7 +130,23 @@ def _product(
 
 
 def _supports_product(*arguments: Any) -> bool:
-    return arguments[1].dtype == torch.float32 and _multiplies_bytes()
+    """Where it is no slower than impl="torch", which has the same bits; rows from which on, on a Zen 4."""
+    x_codes, x_scale, _, _, _, _, _, w_row_sum, x_bits, x_symmetric, w_bits, w_symmetric = arguments
+    if x_scale.dtype != torch.float32 or len(x_codes) < LEAST_ROWS:
+        return False
+    if _multiplies_bytes():
+        return True
+    groups = w_row_sum.shape[1]
+    spans = code_span(x_bits, x_symmetric), code_span(w_bits, w_symmetric)
+    depth = x_codes.shape[1] // max(groups, 1)
+    return _native_cpu.capability() in ("avx2", "avx512") and not use_int8_product(
+        x_codes.device, depth, min(spans[0], 128), min(spans[1], 128)
+    )
+
+
+def _supports_linear(*arguments: Any) -> bool:
+    *operands, _bias, x_bits, x_symmetric, w_bits, w_symmetric, _out_dtype = arguments
+    return _supports_product(*operands, x_bits, x_symmetric, w_bits, w_symmetric)
 
 
 @ops.implements("integer_accumulator", "cpu", _supports_product)
@@ -135,7 +154,7 @@ def _accumulator_cpu(*arguments: Any) -> Tensor | None:
     return _product(arguments, None, out_dtype=None)[1]
 
 
-@ops.implements("integer_linear", "cpu", _supports_product)
+@ops.implements("integer_linear", "cpu", _supports_linear)
 def _linear_cpu(*arguments: Any) -> Tensor | None:
     *operands, bias, x_bits, x_symmetric, w_bits, w_symmetric, out_dtype = arguments
     kinds = (x_bits, x_symmetric, w_bits, w_symmetric)
