@@ -1,5 +1,5 @@
-// CMakeLists.txt compiles this file once per instruction set, as it does kernels.cpp, but without fused multiply-adds: each
-// operation is rounded once, as the definitions have it.
+// CMakeLists.txt compiles this file once per instruction set, as it does kernels.cpp, but without fused multiply-adds:
+// each operation is rounded once, as the definitions have it.
 #include "integer_kernels.h"
 
 #if defined(__AVX2__)
@@ -15,8 +15,8 @@ namespace {
 
 #include "numbers.h"
 
-// A word is one 32-bit lane: four bytes where the machine multiplies bytes by fours, x signed and w + 128 unsigned, else
-// two 16-bit numbers. Neither saturates.
+// A word is one 32-bit lane: four bytes where the machine multiplies bytes by fours, x signed and w + 128 unsigned,
+// else two 16-bit numbers. Neither saturates.
 #if defined(__AVX512VNNI__)
 constexpr int kStep = 4;
 constexpr uint32_t kOffset = 128;
@@ -81,7 +81,8 @@ inline int32_t nearest(float x) { return static_cast<int32_t>(as_bits(x + 0x1.8p
 
 int32_t codes_of(const float* __restrict x, int64_t count, const Rounding& rounding, int8_t* __restrict codes,
                  uint8_t* __restrict inside) {
-  const int32_t zero = rounding.zero_point, lowest = rounding.lowest, highest = rounding.highest, shift = rounding.shift;
+  const int32_t lowest = rounding.lowest, highest = rounding.highest;
+  const int32_t zero = rounding.zero_point, shift = rounding.shift;
   const float scale = rounding.scale;
   if (!(scale > 0)) {
     memset(codes, -shift, static_cast<size_t>(count));
@@ -144,7 +145,7 @@ void pack(const int8_t* codes, int64_t stride, int64_t count, int64_t size, int6
     const int64_t to = from + kRun < whole ? from + kRun : whole;
     for (int64_t r = 0; r < count; ++r) {
       const int8_t* const row = codes + r * stride;
-      if (to + kRun < whole) __builtin_prefetch(row + (to + kRun) * kStep);  // too many rows for the processor to foresee
+      if (to + kRun < whole) __builtin_prefetch(row + (to + kRun) * kStep);  // too many rows for it to be foreseen
       for (int64_t s = from; s < to; ++s) words[s * width + r] = word_of(row + s * kStep) ^ flip;
     }
   }
@@ -298,7 +299,8 @@ bool weigh(const float* x, int64_t count, const float* scale, int64_t scale_stri
   return most < 0x7f800000u;
 }
 
-void digits_of(float* __restrict x, int64_t count, float unit, int64_t places, int8_t* __restrict digits, int64_t stride, int32_t* sums) {
+void digits_of(float* __restrict x, int64_t count, float unit, int64_t places, int8_t* __restrict digits,
+               int64_t stride, int32_t* sums) {
   for (int64_t i = 0; i < count; ++i) x[i] /= unit;
   for (int64_t place = 0; place < places; ++place) {
     int8_t* __restrict const out = digits + place * stride;
@@ -354,7 +356,8 @@ void pack_digits_of(const void* x, int32_t dtype, int64_t stride, int64_t count,
       uwide word[P] = {};
       const wide unit = *reinterpret_cast<const wide*>(units + panel * kRows);
       for (int64_t i = 0; i < deep; ++i) {
-        wide rest = *reinterpret_cast<const wide*>(of[i] + panel * kRows) * scale[(s * kStep + i) * scale_stride] / unit;
+        const float factor = scale[(s * kStep + i) * scale_stride];
+        wide rest = *reinterpret_cast<const wide*>(of[i] + panel * kRows) * factor / unit;
 #pragma GCC unroll 3
         for (int place = 0; place < P; ++place) {
           const wide shifted = rest + 0x1.8p23f;  // as in `nearest`
@@ -429,7 +432,7 @@ void join(const int32_t* sums, int64_t places, int64_t count, int64_t width, con
 #define S2D_CPU_TEXT(name) S2D_CPU_TEXT_(name)
 static_assert(kRows <= kMostRows && kColumns <= kMostColumns && kColumns % 8 == 0, "buffers and mask bits");
 extern const IntegerKernels S2D_CPU_TABLE(S2D_CPU_NAME) = {
-    S2D_CPU_TEXT(S2D_CPU_NAME), kRows,      kColumns,   kStep, kOffset,   range, codes_of, pack_bits, widen, pack,
-    pack_columns,               tile,       scale_sums, store_rows, weigh, digits_of, pack_digits, join};
+    S2D_CPU_TEXT(S2D_CPU_NAME), kRows, kColumns, kStep,      kOffset,    range, codes_of,  pack_bits,   widen,
+    pack,                       pack_columns, tile, scale_sums, store_rows, weigh, digits_of, pack_digits, join};
 
 }  // namespace s2d_cpu

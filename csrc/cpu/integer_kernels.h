@@ -34,7 +34,8 @@ struct Rounding {
 };
 
 // What turns the sums of a tile into numbers. Sums of products of x and w + kOffset, modulo 2^32, become
-// sum - x_sum (kOffset + z_w) - z_x (w_sum - size z_w) and then (sum s_x) s_w. x's have one number a row, w's one a column.
+// sum - x_sum (kOffset + z_w) - z_x (w_sum - size z_w) and then (sum s_x) s_w. x's have one number a row, w's one a
+// column.
 struct Scaling {
   const uint32_t *x_sum, *x_zero_point;
   const uint32_t *w_offset, *w_rest;  // kOffset + z_w, w_sum - size z_w
@@ -62,8 +63,8 @@ struct IntegerKernels {
   void (*pack)(const int8_t* codes, int64_t stride, int64_t count, int64_t size, int64_t width, bool with_offset,
                uint32_t* words);
 
-  // The same of columns of codes [size, .] less the zero point of their row, with the offset: `count` of them from column
-  // `first` on. With `nibbles` two codes of 4 bits are in a byte, sign-extended where `is_signed`.
+  // The same of columns of codes [size, .] less the zero point of their row, with the offset: `count` of them from
+  // column `first` on. With `nibbles` two codes of 4 bits are in a byte, sign-extended where `is_signed`.
   void (*pack_columns)(const uint8_t* codes, int64_t stride, int64_t first, int64_t count, int64_t size,
                        const int32_t* zero_point, int64_t zero_point_stride, bool nibbles, bool is_signed,
                        uint32_t* words);

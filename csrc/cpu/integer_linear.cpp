@@ -27,8 +27,8 @@ T* carve(char** memory, int64_t count) {
   return start;
 }
 
-// A product [rows, columns] over words of depth, as items: some rows, which the thread packs into its own memory, times some
-// panels of columns, which are packed before. Few rows are packed several times, for several threads.
+// A product [rows, columns] over words of depth, as items: some rows, which the thread packs into its own memory, times
+// some panels of columns, which are packed before. Few rows are packed several times, for several threads.
 struct Items {
   int64_t rows, column_panels, chunk, chunks, panels_each, splits;
 
@@ -212,8 +212,8 @@ class Gradient {
     std::atomic<bool> finite{true};
     share_out(items_.count(), threads_, [&](int32_t item, int32_t thread) {
       const DefaultArithmetic guard;
-      Packed packed{rows_ + thread * items_.chunk * g_.places * words_, digit_sums_ + thread * items_.chunk * kMostPlaces,
-                    units_ + thread * items_.chunk};
+      const int64_t first = thread * items_.chunk;
+      const Packed packed{rows_ + first * g_.places * words_, digit_sums_ + first * kMostPlaces, units_ + first};
       items_.work(
           item, kernels_.rows,
           [&](int64_t top, int64_t count) {
@@ -227,7 +227,7 @@ class Gradient {
   }
 
  private:
-  // A thread's rows: words of each digit [panels, places, words, rows of a panel], sums of digits [places, rows], units.
+  // A thread's rows: words of each digit [panels, places, words, rows of a panel], digits' sums [places, rows], units.
   struct Packed {
     uint32_t *words, *digit_sums;
     float* units;

@@ -1,5 +1,5 @@
-// Floating numbers of 16 bits and fp32, by integer arithmetic that no flushing of subnormal numbers reaches. Part of each
-// file that includes it, inside its namespace: these are compiled for different instruction sets.
+// Floating numbers of 16 bits and fp32, by integer arithmetic that no flushing of subnormal numbers reaches. Part of
+// each file that includes it, inside its namespace: these are compiled for different instruction sets.
 
 inline float as_float(uint32_t bits) {
   float value;

@@ -42,7 +42,8 @@ bool valid(const s2d_quantization& q) {
   const bool sizes = q.rows >= 0 && q.cols >= 0 && q.group_size >= 0 && q.bits >= 2 && q.bits <= 8 &&
                      q.dtype >= S2D_FLOAT32 && q.dtype <= S2D_FLOAT16 && q.granularity >= S2D_PER_ROW &&
                      q.granularity <= S2D_PER_GROUP;
-  if (!sizes || (q.group_size && q.cols % q.group_size) || (q.granularity == S2D_PER_GROUP && !q.group_size)) return false;
+  const bool grouped = q.granularity == S2D_PER_GROUP;
+  if (!sizes || (q.group_size ? q.cols % q.group_size != 0 : grouped)) return false;
   if ((q.minimum == nullptr) != (q.maximum == nullptr)) return false;
   // Outputs without elements may be null.
   const bool sums = q.rows && (q.cols || !q.group_size);

@@ -31,13 +31,13 @@ int s2d_cpu_topk_svd(const s2d_svd_layer* layers, int32_t count, int32_t threads
 /* As s2d_add_penalty_grad, with `device_rank` in host memory. Layers may not share elements of their gradients. */
 int s2d_cpu_add_penalty_grad(const s2d_penalty_layer* layers, int32_t count, int32_t threads);
 
-/* As s2d_quantize, of any group_size; `codes` and `mask` are not null, `packed` is not written. Workspaces of this and of
- * what follows are aligned to 256 bytes, and results do not depend on `threads`. */
+/* As s2d_quantize, of any group_size; `codes` and `mask` are not null, `packed` is not written. Workspaces of this and
+ * of what follows are aligned to 256 bytes, and results do not depend on `threads`. */
 size_t s2d_cpu_quantize_workspace(const s2d_quantization* quantization, int32_t threads);
 int s2d_cpu_quantize(const s2d_quantization* quantization, int32_t threads, void* workspace, size_t workspace_bytes);
 
-/* As s2d_integer_linear, of groups of any size; not of packed codes, `bias` is fp32, and all zero points and row sums are
- * read. */
+/* As s2d_integer_linear, of groups of any size; not of packed codes, `bias` is fp32, and all zero points and row sums
+ * are read. */
 size_t s2d_cpu_integer_linear_workspace(const s2d_integer_product* product, int32_t threads);
 int s2d_cpu_integer_linear(const s2d_integer_product* product, int32_t threads, void* workspace,
                            size_t workspace_bytes);
