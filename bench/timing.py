@@ -207,7 +207,8 @@ def _cpu_name() -> str:
 
 
 def cpu_instructions() -> str:
-    """What an integer GEMM can use of this CPU, and whether ours uses its int8 product."""
+    """What an integer GEMM can use of this CPU, and what ours uses: torch's int8 product, kernels of the library."""
+    from s2d_kernels import _native_cpu
     from s2d_kernels.int8_product import int8_product_serves
 
     has = torch.cpu.get_capabilities()
@@ -224,8 +225,9 @@ def cpu_instructions() -> str:
         "sve",
     )
     found = ", ".join(name for name in names if has.get(name)) or "none of those that matter here"
-    product = "exact and faster than fp32, used" if int8_product_serves(127) else "not used"
-    return f"CPU {torch.backends.cpu.get_cpu_capability()}: {found}; torch._int_mm: {product}"
+    product = "exact and faster than fp32" if int8_product_serves(127) else "not used"
+    library = "not there" if _native_cpu.problem() else _native_cpu.capability()
+    return f"CPU {torch.backends.cpu.get_cpu_capability()}: {found}; torch._int_mm: {product}; libs2d_cpu: {library}"
 
 
 def _output(*command: str) -> str | None:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from ctypes import POINTER, c_void_p
 from pathlib import Path
 
 import pytest
@@ -29,11 +30,18 @@ def test_every_function_of_the_header_has_its_argument_types() -> None:
     code = re.sub(r"/\*.*?\*/", "", header, flags=re.DOTALL)
     prototypes = re.findall(r"^([\w ]+?\*?)\s*\b(s2d_\w+)\(([^)]*)\);", code, re.MULTILINE)
     assert {name for _, name, _ in prototypes} == set(_native_cpu.SIGNATURES)
+    types = C_TYPES | {"const s2d_cpu_straight_through*": POINTER(_native_cpu.StraightThrough)}
     for result, name, arguments in prototypes:
         names = [argument.strip() for argument in arguments.split(",") if argument.strip() not in ("", "void")]
-        expected = [C_TYPES[re.sub(r"\s*\w+$", "", argument).strip()] for argument in names]
+        expected = [types[re.sub(r"\s*\w+$", "", argument).strip()] for argument in names]
         assert _native_cpu.SIGNATURES[name] == (C_TYPES[result.strip()], expected), name
     assert int(re.search(r"#define S2D_CPU_ABI_VERSION (\d+)", code).group(1)) == _native_cpu.ABI_VERSION
+    body = re.search(r"typedef struct s2d_cpu_straight_through \{(.*?)\}", code, re.DOTALL).group(1)
+    fields = []
+    for declaration in filter(None, (line.strip() for line in body.split(";"))):
+        kind, names = re.fullmatch(r"((?:const )?\w+\*?)\s+(.+)", declaration, re.DOTALL).groups()
+        fields += [(name.strip(), c_void_p if kind.endswith("*") else C_TYPES[kind]) for name in names.split(",")]
+    assert fields == list(_native_cpu.StraightThrough._fields_)
 
 
 def problems() -> list[torch.Tensor]:
@@ -107,10 +115,10 @@ def assert_as_accurate_as_torch(cold: list[TopkSVD], warm: list[TopkSVD]) -> Non
             assert (true - got.residual.double()).abs().max() <= 3e-6 * float(S[0])
 
 
-@pytest.mark.parametrize("capability", ["avx512", "avx2", "baseline"])
+@pytest.mark.parametrize("capability", ["avx512_vnni", "avx512", "avx2", "baseline"])
 def test_every_instruction_set(capability: str, tmp_path: Path) -> None:
     cold, warm, used = run(tmp_path, S2D_CPU_CAPABILITY=capability)
-    order = ["baseline", "avx2", "avx512"]
+    order = _native_cpu.CAPABILITIES
     assert order.index(used) <= order.index(capability)  # a machine may have less
     assert_as_accurate_as_torch(cold, warm)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from s2d_kernels import fixed_point, int8_product
+from s2d_kernels import cpu_quant, fixed_point, int8_product
 from s2d_kernels.quant_ops import fake_quant_linear, integer_accumulator, quantize_activation, quantize_weight
 from s2d_kernels.quantizers import pack_mask
 
@@ -120,19 +120,29 @@ def test_the_clock_does_not_decide_about_gradients(monkeypatch: pytest.MonkeyPat
     """Forward bits are the same by either route, gradients are not: they depend on the CPU alone."""
     x, w = torch.randn(40, 64, requires_grad=True), torch.randn(48, 64, requires_grad=True)
     results = []
-    for faster in (True, False):
+    for faster, impl in ((True, "torch"), (False, "torch"), (True, "cpu"), (False, "cpu")):
         monkeypatch.setattr(int8_product, "_int8_product_is_faster", lambda faster=faster: faster)
         int8_product.int8_digits_serve.cache_clear()
-        y = fake_quant_linear(x, w)
+        y = fake_quant_linear(x, w, impl=impl)
         results.append((y.detach(), *torch.autograd.grad(y.square().sum(), (x, w))))
-    for one, other in zip(*results, strict=True):
-        assert torch.equal(one, other)
+    for tensors_of_one_kind in zip(*results, strict=True):
+        for other in tensors_of_one_kind[1:]:
+            assert torch.equal(tensors_of_one_kind[0], other)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     int8_product.int8_digits_serve.cache_clear()
     assert not fixed_point.serves(x, 64, 7)
 
 
 # --- fp32 times integers ------------------------------------------------------------------------------------------
+
+
+def kernel_product(factor: Tensor, scale: Tensor, values: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """`fixed_point.product` by the CPU's kernels, on symmetric 8-bit codes."""
+    zero_point = torch.zeros(len(values), 1, dtype=torch.int32)
+    return cpu_quant.digit_product(factor, values, scale.mT, zero_point, mask, values.shape[1], 8, True, dtype)
+
+
+PRODUCTS = {"torch": fixed_point.product, "cpu": kernel_product}
 
 
 def tensors(rows: int, depth: int, K: int, span: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -142,9 +152,10 @@ def tensors(rows: int, depth: int, K: int, span: int) -> tuple[Tensor, Tensor, T
     return factor, scale, values, torch.ones(rows, K, dtype=torch.bool)
 
 
+@pytest.mark.parametrize("impl", PRODUCTS)
 @pytest.mark.parametrize("layout", ["rows", "columns", "strided"])
 @pytest.mark.parametrize(("rows", "depth", "K", "span"), [(1, 37, 1, 7), (63, 199, 37, 15), (300, 1000, 9, 127)])
-def test_product_is_as_exact_as_its_digits(rows: int, depth: int, K: int, span: int, layout: str) -> None:
+def test_product_is_as_exact_as_its_digits(rows: int, depth: int, K: int, span: int, layout: str, impl: str) -> None:
     factor, scale, values, mask = tensors(rows, depth, K, span)
     factor[rows // 2, depth // 2] = 1e5  # an outlier takes bits from its row, not more than the bound says
     mask[:, ::3] = False
@@ -153,7 +164,7 @@ def test_product_is_as_exact_as_its_digits(rows: int, depth: int, K: int, span: 
     weight = values.double().abs().sum(0)
     largest = (factor * scale).abs().amax(1, keepdim=True)
     for dtype, last_digit in ((torch.float32, 2.0**-24), (torch.bfloat16, 2.0**-16)):
-        got = fixed_point.product(given, scale, values, pack_mask(mask), dtype)
+        got = PRODUCTS[impl](given, scale, values, pack_mask(mask), dtype)
         assert got is not None
         assert got.dtype == dtype
         assert not got[~mask].any()
@@ -161,21 +172,22 @@ def test_product_is_as_exact_as_its_digits(rows: int, depth: int, K: int, span: 
         rounding = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8}[dtype]
         bound = last_digit * largest * weight + rounding * ((factor * scale).double().abs() @ values.double().abs())
         assert bool(((got.double() - exact_product).abs() <= bound)[mask].all())
-    again = fixed_point.product(given, scale, values, pack_mask(mask), torch.float32)
-    alone = fixed_point.product(given[-1:], scale, values, pack_mask(mask[-1:]), torch.float32)
+    again = PRODUCTS[impl](given, scale, values, pack_mask(mask), torch.float32)
+    alone = PRODUCTS[impl](given[-1:], scale, values, pack_mask(mask[-1:]), torch.float32)
     assert again is not None
     assert alone is not None
     assert torch.equal(again[-1:], alone)
 
 
-def test_precision_follows_torchs_setting() -> None:
+@pytest.mark.parametrize("impl", PRODUCTS)
+def test_precision_follows_torchs_setting(impl: str) -> None:
     factor, scale, values, mask = tensors(8, 512, 64, 7)
     truth = (factor.double() * scale) @ values.double()
     errors = []
     for precision in ("highest", "high"):
         torch.set_float32_matmul_precision(precision)
         try:
-            got = fixed_point.product(factor, scale, values, pack_mask(mask), torch.float32)
+            got = PRODUCTS[impl](factor, scale, values, pack_mask(mask), torch.float32)
         finally:
             torch.set_float32_matmul_precision("highest")
         assert got is not None
@@ -184,14 +196,15 @@ def test_precision_follows_torchs_setting() -> None:
     assert 2e-6 < errors[1] < 1e-4
 
 
+@pytest.mark.parametrize("impl", PRODUCTS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38])
-def test_gradients_that_are_not_finite_stay_so(value: float) -> None:
+def test_gradients_that_are_not_finite_stay_so(value: float, impl: str) -> None:
     """A loss scaler finds overflow by them."""
     factor, scale, values, mask = tensors(40, 64, 48, 7)
     factor[3, 5] = value
-    assert fixed_point.product(factor, scale + 1, values, pack_mask(mask), torch.float32) is None
+    assert PRODUCTS[impl](factor, scale + 1, values, pack_mask(mask), torch.float32) is None
     x, w = torch.randn(40, 48, requires_grad=True), torch.randn(64, 48, requires_grad=True)
-    y = fake_quant_linear(x, w)
+    y = fake_quant_linear(x, w, impl=impl)
     g = torch.randn(40, 64)
     g[3, 5] = value
     grad_x, grad_w = torch.autograd.grad(y, (x, w), g)
@@ -202,10 +215,11 @@ def test_gradients_that_are_not_finite_stay_so(value: float) -> None:
     assert grad_w[:5].isfinite().all()
 
 
-def test_zero_and_subnormal_rows() -> None:
+@pytest.mark.parametrize("impl", PRODUCTS)
+def test_zero_and_subnormal_rows(impl: str) -> None:
     _, scale, values, mask = tensors(3, 64, 16, 7)
     factor = torch.stack((torch.zeros(64), torch.full((64,), 1e-42), torch.full((64,), 1e-37)))
-    got = fixed_point.product(factor, scale, values, pack_mask(mask), torch.float32)
+    got = PRODUCTS[impl](factor, scale, values, pack_mask(mask), torch.float32)
     assert got is not None
     assert not got[0].any()
     truth = (factor.double() * scale) @ values.double()

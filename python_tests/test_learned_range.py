@@ -13,7 +13,7 @@ from s2d_kernels.fake_quant import FakeQuantLinear, quantize_
 from s2d_kernels.packed import export, load_
 from s2d_kernels.quant_ops import fake_quant_linear
 
-IMPLS = ("reference", "torch")
+IMPLS = ("reference", "torch", "cpu")
 
 
 class _RoundThrough(torch.autograd.Function):

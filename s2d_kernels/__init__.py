@@ -5,6 +5,7 @@ from s2d_kernels import (
     capture_ops as _capture_ops,
     cpu_adamw as _cpu_adamw,
     cpu_penalty as _cpu_penalty,
+    cpu_quant as _cpu_quant,
     cpu_svd as _cpu_svd,
     cuda_adamw as _cuda_adamw,
     cuda_ops as _cuda_ops,

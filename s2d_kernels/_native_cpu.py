@@ -1,6 +1,7 @@
 """ctypes loader of libs2d_cpu.so (csrc/cpu/s2d_cpu.h), the CPU's kernels. Nothing is loaded at import.
 
-`S2D_CPU_LIBRARY=/path/to/libs2d_cpu.so` selects any file, `S2D_CPU_CAPABILITY=avx2|baseline` a lesser instruction set.
+`S2D_CPU_LIBRARY=/path/to/libs2d_cpu.so` selects any file, `S2D_CPU_CAPABILITY=avx512|avx2|baseline` a lesser
+instruction set.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
-from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_size_t, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,44 @@ from s2d_kernels._native import (
     AdamWGroup,
     AdamWLayer,
     AdamWOptions,
+    IntegerProduct,
     NativeLibraryError,
     PenaltyLayer,
+    Quantization,
     SvdLayer,
     open_library,
 )
 
 ABI_VERSION = 2
 MAX_THREADS = 256
-CAPABILITIES = ("baseline", "avx2", "avx512")
+CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_vnni")
 BUILD_HINT = "build it with `make cpu`, or `pip install -e .` where CMake and GCC >= 11 or Clang are found"
+
+
+class StraightThrough(ctypes.Structure):
+    """`s2d_cpu_straight_through` of csrc/cpu/s2d_cpu.h, field for field."""
+
+    _fields_ = (
+        ("grad", c_void_p),
+        ("codes", c_void_p),
+        ("scale", c_void_p),
+        ("zero_point", c_void_p),
+        ("mask", c_void_p),
+        ("out", c_void_p),
+        ("finite", c_void_p),
+        ("rows", c_int64),
+        ("depth", c_int64),
+        ("cols", c_int64),
+        ("row_stride", c_int64),
+        ("depth_stride", c_int64),
+        ("dtype", c_int32),
+        ("out_dtype", c_int32),
+        ("bits", c_int32),
+        ("symmetric", c_int32),
+        ("per_tensor", c_int32),
+        ("places", c_int32),
+    )
+
 
 _TABLE = [POINTER(SvdLayer), c_int32, c_int32]
 # name -> (result type, argument types); a test compares it with the header
@@ -41,6 +70,12 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         [POINTER(AdamWLayer), c_int32, POINTER(AdamWGroup), c_int32, POINTER(AdamWOptions), c_int32],
     ),
     "s2d_cpu_topk_svd": (c_int, [*_TABLE, c_float, c_double, c_void_p, c_size_t]),
+    "s2d_cpu_quantize_workspace": (c_size_t, [POINTER(Quantization), c_int32]),
+    "s2d_cpu_quantize": (c_int, [POINTER(Quantization), c_int32, c_void_p, c_size_t]),
+    "s2d_cpu_integer_linear_workspace": (c_size_t, [POINTER(IntegerProduct), c_int32]),
+    "s2d_cpu_integer_linear": (c_int, [POINTER(IntegerProduct), c_int32, c_void_p, c_size_t]),
+    "s2d_cpu_straight_through_grad_workspace": (c_size_t, [POINTER(StraightThrough), c_int32]),
+    "s2d_cpu_straight_through_grad": (c_int, [POINTER(StraightThrough), c_int32, c_void_p, c_size_t]),
 }
 
 
@@ -81,7 +116,7 @@ def problem() -> str | None:
 
 
 def capability() -> str:
-    """The instruction set whose kernels run here: "avx512", "avx2" or "baseline"."""
+    """The instruction set whose kernels run here, one of `CAPABILITIES`."""
     return str(load().s2d_cpu_capability().decode())
 
 
@@ -101,6 +136,24 @@ def adamw(layers: Any, groups: Sequence[AdamWGroup], options: AdamWOptions, thre
     status = load().s2d_cpu_adamw(table, len(layers), hyper, len(groups), ctypes.byref(options), threads)
     if status:
         raise NativeLibraryError(f"s2d_cpu_adamw refused its arguments with status {status} (csrc/s2d.h)")
+
+
+class Call:
+    """The entry `name` over one structure, which it works on with at most `threads` threads."""
+
+    def __init__(self, name: str, arguments: ctypes.Structure, threads: int) -> None:
+        self.library, self.name = load(), name
+        self.arguments = byref(arguments), max(1, min(threads, MAX_THREADS))
+
+    def workspace_bytes(self) -> int:
+        """Bytes of the workspace, which must be aligned to 256."""
+        return int(getattr(self.library, f"{self.name}_workspace")(*self.arguments))
+
+    def __call__(self, address: int, size: int) -> None:
+        """Do the work, with a workspace of `size` bytes at `address`."""
+        status = getattr(self.library, self.name)(*self.arguments, address, size)
+        if status:
+            raise NativeLibraryError(f"{self.name} refused its arguments with status {status} (csrc/s2d.h)")
 
 
 class SvdRun:

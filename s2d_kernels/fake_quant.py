@@ -240,7 +240,7 @@ class FakeQuantLinear(_FakeQuantized, nn.Linear):
         learn_range: make `act_min`, `act_max` parameters, and `weight_min`, `weight_max` `[out_features]` (`[1]` per
             tensor), which start at the weight's own range: learned step size quantization. Symmetric ranges have the
             maximum only. Needs `act_range`.
-        impl: "reference", "torch", or None to choose.
+        impl: "reference", "torch", "cpu", "triton", "cuda", or None to choose.
 
     Raises:
         TypeError, ValueError: an argument that `fake_quant_linear` would refuse.

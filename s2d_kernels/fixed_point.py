@@ -19,7 +19,7 @@ def serves(factor: Tensor, depth: int, span: int) -> bool:
     return factor.device.type == "cpu" and bool(torch.backends.mkldnn.enabled) and int8_digits_serve()
 
 
-def _digits(out_dtype: torch.dtype) -> int:
+def digit_count(out_dtype: torch.dtype) -> int:
     """Three, 24 bits as in fp32; two, 16 bits, for an output of at most 11 or where torch may use TF32 or bf16."""
     return 3 if out_dtype == torch.float32 and not ops.fp32_is_reduced(torch.device("cpu")) else 2
 
@@ -42,13 +42,13 @@ def product(factor: Tensor, scale: Tensor, values: Tensor, mask: Tensor, out_dty
     Returns:
         `[rows, K]`.
 
-    Cost: three int8 products (two: see `_digits`) in place of an fp32 GEMM that costs as much as four on a CPU with
+    Cost: three int8 products (two: see `digit_count`) in place of an fp32 GEMM that costs as much as four on a CPU with
         VNNI and up to eight with AMX.
     """
     (rows, depth), K = factor.shape, values.shape[1]
     if rows == 0 or K == 0:
         return torch.zeros((rows, K), dtype=out_dtype)
-    digits = _digits(out_dtype)
+    digits = digit_count(out_dtype)
     step = min(max(64, min(256, 2**20 // depth)) * torch.get_num_threads(), rows)  # about 1 MB a thread and buffer
     column_major = factor.stride(0) == 1 and factor.stride(1) != 1
 

@@ -366,7 +366,7 @@ def fake_quant_linear(
         group_size: columns a group, for "per_group".
         range_grad_factor: what the gradients of learned ranges are multiplied by; None is LSQ's
             1 / sqrt(elements of one scale * quant_max), 1 gives those of torch's `_fake_quantize_learnable_*`.
-        impl: "reference", "torch", or None to choose.
+        impl: "reference", "torch", "cpu", "triton", "cuda", or None to choose.
 
     Returns:
         `[..., N]` in x's dtype, or in autocast's dtype where autocast is on (and x is not fp64). Autocast changes

@@ -87,12 +87,18 @@ def block_rows(width: int, device: torch.device, rows: int) -> int:
     return max(64, 2**18 // max(width, 1)) * torch.get_num_threads()
 
 
+def _in_words(flat: Tensor, dtype: torch.dtype) -> Tensor:
+    """`flat [count]` of bytes as numbers of `dtype`; a copy where it starts between two of them."""
+    unknown = torch.compiler.is_compiling()  # where it starts
+    return (flat.clone() if unknown or flat.storage_offset() % dtype.itemsize else flat).view(dtype)
+
+
 def pack_mask(mask: Tensor) -> Tensor:
     """Bool `[rows, K]` to bits, uint8 `[rows, ceil(K / 8)]`."""
     rows, K = mask.shape
     flat = (F.pad(mask, (0, -K % 8)) if K % 8 else mask.contiguous()).view(-1)
     # Eight 0/1 bytes as one little-endian int64: this product moves byte i to bit 56 + i, without carries.
-    words = flat.view(torch.int64) * 0x0102040810204080
+    words = _in_words(flat, torch.int64) * 0x0102040810204080
     return words.view(torch.uint8)[7::8].contiguous().view(rows, (K + 7) // 8)
 
 
@@ -116,7 +122,7 @@ def pack_codes(codes: Tensor) -> Tensor:
     """Codes of at most 4 bits, int8 `[rows, K]`, to two a byte, uint8 `[rows, ceil(K / 2)]`."""
     rows, K = codes.shape
     codes = F.pad(codes, (0, 1)) if K % 2 else codes.contiguous()
-    pairs = codes.view(-1).view(torch.int16) & 0x0F0F  # little-endian: the even element is the low byte
+    pairs = _in_words(codes.view(-1), torch.int16) & 0x0F0F  # little-endian: the even element is the low byte
     return (pairs >> 4 | pairs).to(torch.uint8).view(rows, (K + 1) // 2)
 
 
@@ -402,7 +408,7 @@ def quantize_activation(
         value_range: (min, max) to use instead of those of `x`, numbers or tensors of one value (per token also
             `[rows]`). No gradient flows to them.
         group_size: makes `row_sum` `[rows, K / group_size]`, for weights quantized per group; scales are unaffected.
-        impl: "reference", "torch", or None to choose.
+        impl: "reference", "torch", "cpu", "triton", "cuda", or None to choose.
 
     Returns:
         `QuantizedOperand`; a row (per tensor: all of them) that holds NaN or Inf has scale NaN and code 0.
@@ -441,7 +447,7 @@ def quantize_weight(
         granularity: "per_channel" (one scale a row), "per_tensor", or "per_group" (`group_size` columns of a row).
         group_size: for "per_group" only; divides K.
         value_range: (min, max) instead of those of the weight; per channel also `[N]` tensors.
-        impl: "reference", "torch", or None to choose.
+        impl: "reference", "torch", "cpu", "triton", "cuda", or None to choose.
 
     Returns:
         `QuantizedOperand`.

@@ -1,6 +1,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "integer_kernels.h"
 #include "kernels.h"
 #include "s2d_cpu.h"
 
@@ -8,19 +9,42 @@ namespace s2d_cpu {
 
 namespace {
 
+// 0: baseline, 1: avx2, 2: avx512, 3: avx512_vnni.
+int level() {
+#ifdef S2D_CPU_X86
+  const char* const names[] = {"baseline", "avx2", "avx512", "avx512_vnni"};
+  const char* wanted = getenv("S2D_CPU_CAPABILITY");
+  int most = 3;
+  for (int i = 0; i < 4; ++i)
+    if (wanted && !strcmp(wanted, names[i])) most = i;
+  __builtin_cpu_init();
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512cd");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                    __builtin_cpu_supports("bmi2");
+  const int best = avx512 ? (__builtin_cpu_supports("avx512vnni") ? 3 : 2) : avx2 ? 1 : 0;
+  return best < most ? best : most;
+#else
+  return 0;
+#endif
+}
+
 const Kernels& choose() {
 #ifdef S2D_CPU_X86
-  const char* wanted = getenv("S2D_CPU_CAPABILITY");
-  const auto allowed = [wanted](const char* name) { return wanted == nullptr || *wanted == 0 || strcmp(wanted, name) == 0; };
-  __builtin_cpu_init();
-  if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
-    return kernels_avx512;
-  if ((allowed("avx2") || allowed("avx512")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2"))
-    return kernels_avx2;
+  if (level() >= 2) return kernels_avx512;
+  if (level() == 1) return kernels_avx2;
 #endif
   return kernels_baseline;
+}
+
+const IntegerKernels& choose_integer() {
+#ifdef S2D_CPU_X86
+  if (level() == 3) return integer_avx512_vnni;
+  if (level() == 2) return integer_avx512;
+  if (level() == 1) return integer_avx2;
+#endif
+  return integer_baseline;
 }
 
 }  // namespace
@@ -30,8 +54,13 @@ const Kernels& kernels() {
   return chosen;
 }
 
+const IntegerKernels& integer_kernels() {
+  static const IntegerKernels& chosen = choose_integer();
+  return chosen;
+}
+
 }  // namespace s2d_cpu
 
 int s2d_cpu_abi_version(void) { return S2D_CPU_ABI_VERSION; }
 
-const char* s2d_cpu_capability(void) { return s2d_cpu::kernels().name; }
+const char* s2d_cpu_capability(void) { return s2d_cpu::integer_kernels().name; }

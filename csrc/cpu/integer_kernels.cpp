@@ -1,0 +1,438 @@
+// CMakeLists.txt compiles this file once per instruction set, as it does kernels.cpp, but without fused multiply-adds:
+// each operation is rounded once, as the definitions have it.
+#include "integer_kernels.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+#include <math.h>
+#include <string.h>
+
+#include "../s2d.h"
+
+namespace s2d_cpu {
+namespace {
+
+#include "numbers.h"
+
+// A word is one 32-bit lane: four bytes where the machine multiplies bytes by fours, x signed and w + 128 unsigned,
+// else two 16-bit numbers. Neither saturates.
+#if defined(__AVX512VNNI__)
+constexpr int kStep = 4;
+constexpr uint32_t kOffset = 128;
+#else
+constexpr int kStep = 2;
+constexpr uint32_t kOffset = 0;
+#endif
+
+#if defined(__AVX512F__)
+constexpr int kRows = 8, kVectors = 3;
+typedef __m512i ivec;
+inline ivec load(const uint32_t* p) { return _mm512_loadu_si512(p); }
+inline ivec broadcast(uint32_t word) { return _mm512_set1_epi32(static_cast<int32_t>(word)); }
+inline void store(int32_t* p, ivec v) { _mm512_storeu_si512(p, v); }
+#if defined(__AVX512VNNI__)
+inline ivec add_product(ivec sum, ivec w, ivec x) { return _mm512_dpbusd_epi32(sum, w, x); }
+#else
+inline ivec add_product(ivec sum, ivec w, ivec x) { return _mm512_add_epi32(sum, _mm512_madd_epi16(w, x)); }
+#endif
+#elif defined(__AVX2__)
+constexpr int kRows = 6, kVectors = 2;
+typedef __m256i ivec;
+inline ivec load(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline ivec broadcast(uint32_t word) { return _mm256_set1_epi32(static_cast<int32_t>(word)); }
+inline void store(int32_t* p, ivec v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+inline ivec add_product(ivec sum, ivec w, ivec x) { return _mm256_add_epi32(sum, _mm256_madd_epi16(w, x)); }
+#else
+constexpr int kRows = 4, kVectors = 2;
+typedef uint32_t ivec __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t signed_ivec __attribute__((vector_size(16)));
+inline ivec load(const uint32_t* p) { return *reinterpret_cast<const ivec*>(p); }
+inline ivec broadcast(uint32_t word) { return ivec{word, word, word, word}; }
+inline void store(int32_t* p, ivec v) { *reinterpret_cast<ivec*>(p) = v; }
+inline ivec first(ivec v) { return reinterpret_cast<ivec>(reinterpret_cast<signed_ivec>(v << 16) >> 16); }
+inline ivec second(ivec v) { return reinterpret_cast<ivec>(reinterpret_cast<signed_ivec>(v) >> 16); }
+inline ivec add_product(ivec sum, ivec w, ivec x) { return sum + first(w) * first(x) + second(w) * second(x); }
+#endif
+constexpr int kLanes = sizeof(ivec) / 4;
+constexpr int kColumns = kVectors * kLanes;
+
+typedef float vec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef int32_t svec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef uint32_t uvec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+inline vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
+inline uvec load_unsigned(const void* p) { return *static_cast<const uvec*>(p); }
+inline void store(float* p, vec v) { *reinterpret_cast<vec*>(p) = v; }
+inline vec to_numbers(uvec v) { return __builtin_convertvector(reinterpret_cast<svec>(v), vec); }
+
+void range(const float* x, int64_t count, int32_t* low, int32_t* high) {
+  int32_t least = *low, greatest = *high;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t bits = static_cast<int32_t>(as_bits(x[i])), ordered = bits ^ ((bits >> 31) & 0x7fffffff);
+    least = ordered < least ? ordered : least;
+    greatest = ordered > greatest ? ordered : greatest;
+  }
+  *low = least;
+  *high = greatest;
+}
+
+// The nearest integer, ties to even, of |x| <= 2^22.
+inline int32_t nearest(float x) { return static_cast<int32_t>(as_bits(x + 0x1.8p23f) - 0x4b400000u); }
+
+int32_t codes_of(const float* __restrict x, int64_t count, const Rounding& rounding, int8_t* __restrict codes,
+                 uint8_t* __restrict inside) {
+  const int32_t lowest = rounding.lowest, highest = rounding.highest;
+  const int32_t zero = rounding.zero_point, shift = rounding.shift;
+  const float scale = rounding.scale;
+  if (!(scale > 0)) {
+    memset(codes, -shift, static_cast<size_t>(count));
+    memset(inside, 0, static_cast<size_t>(count));
+    return static_cast<int32_t>(count) * -shift;
+  }
+  int32_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    float ratio = x[i] / scale;
+    ratio = ratio > -512.f ? ratio : -512.f;  // clamped codes stay clamped
+    ratio = ratio < 512.f ? ratio : 512.f;
+    const int32_t raw = nearest(ratio) + zero;
+    const int32_t above = raw > lowest ? raw : lowest;
+    const int32_t code = above < highest ? above : highest;
+    codes[i] = static_cast<int8_t>(code - shift);
+    inside[i] = code == raw;
+    sum += code - shift;
+  }
+  return sum;
+}
+
+void pack_bits(const uint8_t* inside, int64_t count, uint8_t* bits) {
+  int64_t i = 0;
+#if defined(__AVX512BW__)
+  for (; i + 64 <= count; i += 64) {
+    const __m512i bytes = _mm512_loadu_si512(inside + i);
+    const uint64_t word = _mm512_test_epi8_mask(bytes, bytes);
+    memcpy(bits + i / 8, &word, sizeof word);
+  }
+#elif defined(__AVX2__)
+  for (; i + 32 <= count; i += 32) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(inside + i));
+    const uint32_t word = static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_slli_epi16(bytes, 7)));
+    memcpy(bits + i / 8, &word, sizeof word);
+  }
+#endif
+  for (; i < count; i += 8) {
+    unsigned byte = 0;
+    for (int64_t j = 0; j < 8 && i + j < count; ++j) byte |= static_cast<unsigned>(inside[i + j]) << j;
+    bits[i / 8] = static_cast<uint8_t>(byte);
+  }
+}
+
+inline uint32_t word_of(const int8_t* codes) {
+#if defined(__AVX512VNNI__)
+  uint32_t word;
+  memcpy(&word, codes, sizeof word);
+  return word;
+#else
+  return static_cast<uint16_t>(codes[0]) | static_cast<uint32_t>(static_cast<uint16_t>(codes[1])) << 16;
+#endif
+}
+
+void pack(const int8_t* codes, int64_t stride, int64_t count, int64_t size, int64_t width, bool with_offset,
+          uint32_t* words) {
+  constexpr int64_t kRun = 64 / kStep;  // words of a cache line of codes
+  const uint32_t flip = with_offset && kOffset ? 0x80808080u : 0;
+  const int64_t whole = size / kStep;
+  for (int64_t from = 0; from < whole; from += kRun) {
+    const int64_t to = from + kRun < whole ? from + kRun : whole;
+    for (int64_t r = 0; r < count; ++r) {
+      const int8_t* const row = codes + r * stride;
+      if (to + kRun < whole) __builtin_prefetch(row + (to + kRun) * kStep);  // too many rows for it to be foreseen
+      for (int64_t s = from; s < to; ++s) words[s * width + r] = word_of(row + s * kStep) ^ flip;
+    }
+  }
+  if (size % kStep)
+    for (int64_t r = 0; r < count; ++r) {
+      int8_t rest[kStep] = {};
+      for (int64_t i = whole * kStep; i < size; ++i) rest[i - whole * kStep] = codes[r * stride + i];
+      words[whole * width + r] = word_of(rest) ^ flip;
+    }
+  const int64_t steps = (size + kStep - 1) / kStep;
+  for (int64_t s = 0; s < steps; ++s)
+    for (int64_t r = count; r < width; ++r) words[s * width + r] = 0;
+}
+
+void pack_columns(const uint8_t* codes, int64_t stride, int64_t first_column, int64_t count, int64_t size,
+                  const int32_t* zero_point, int64_t zero_point_stride, bool nibbles, bool is_signed,
+                  uint32_t* words) {
+  constexpr int kBits = 32 / kStep;
+  constexpr uint32_t kMask = (1u << (kBits - 1) << 1) - 1;
+  const int32_t sign = nibbles && is_signed ? 8 : 0;
+  const int64_t steps = (size + kStep - 1) / kStep;
+  for (int64_t s = 0; s < steps; ++s) {
+    uint32_t* const out = words + s * kColumns;
+    memset(out, 0, kColumns * sizeof *out);
+    for (int64_t i = 0; i < kStep && s * kStep + i < size; ++i) {
+      const int64_t row = s * kStep + i;
+      const int32_t less = static_cast<int32_t>(kOffset) - (is_signed ? 0 : zero_point[row * zero_point_stride]);
+      const int shift = static_cast<int>(i) * kBits;
+      if (nibbles) {
+        const uint8_t* const pairs = codes + row * stride + first_column / 2;  // kColumns is even
+        uint8_t halves[kColumns];
+        for (int64_t c = 0; c < count / 2; ++c) {
+          halves[2 * c] = pairs[c] & 15;
+          halves[2 * c + 1] = pairs[c] >> 4;
+        }
+        if (count % 2) halves[count - 1] = pairs[count / 2] & 15;
+        for (int64_t c = 0; c < count; ++c)
+          out[c] |= (static_cast<uint32_t>((halves[c] ^ sign) - sign + less) & kMask) << shift;
+      } else {
+        const int8_t* const line = reinterpret_cast<const int8_t*>(codes) + row * stride + first_column;
+        for (int64_t c = 0; c < count; ++c) out[c] |= (static_cast<uint32_t>(line[c] + less) & kMask) << shift;
+      }
+    }
+  }
+}
+
+template <int R, int V>
+void tile_of(const uint32_t* x, const uint32_t* w, int64_t steps, int32_t* sums) {
+  ivec total[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) total[r][v] = broadcast(0);
+  for (int64_t s = 0; s < steps; ++s, x += kRows, w += kColumns) {
+    ivec of_w[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) of_w[v] = load(w + v * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const ivec of_x = broadcast(x[r]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) total[r][v] = add_product(total[r][v], of_w[v], of_x);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) store(sums + r * kColumns + v * kLanes, total[r][v]);
+}
+
+template <int R>
+void tile_rows(const uint32_t* x, const uint32_t* w, int64_t steps, int64_t width, int32_t* sums) {
+  if (width <= kLanes) return tile_of<R, 1>(x, w, steps, sums);
+  if (width <= 2 * kLanes) return tile_of<R, 2>(x, w, steps, sums);
+  tile_of<R, kVectors>(x, w, steps, sums);
+}
+
+void tile(const uint32_t* x, const uint32_t* w, int64_t steps, int64_t count, int64_t width, int32_t* sums) {
+  if (count == 1) return tile_rows<1>(x, w, steps, width, sums);
+  if (count == 2) return tile_rows<2>(x, w, steps, width, sums);
+  if (count <= 4) return tile_rows<4>(x, w, steps, width, sums);
+  tile_rows<kRows>(x, w, steps, width, sums);
+}
+
+void scale_sums(int32_t* sums, int64_t count, int64_t width, const Scaling& scaling, bool add, float* total) {
+  for (int64_t c = 0; c < width; c += kLanes) {  // the vectors that `tile` has computed
+    const uvec offset = load_unsigned(scaling.w_offset + c), rest = load_unsigned(scaling.w_rest + c);
+    const vec scale = load(scaling.w_scale + c);
+    for (int64_t r = 0; r < count; ++r) {
+      int32_t* const place = sums + r * kColumns + c;
+      const uvec sum = load_unsigned(place) - scaling.x_sum[r] * offset - scaling.x_zero_point[r] * rest;
+      if (!total) {
+        *reinterpret_cast<uvec*>(place) = sum;
+        continue;
+      }
+      const vec term = to_numbers(sum) * scaling.x_scale[r] * scale;
+      float* const out = total + r * kColumns + c;
+      store(out, add ? load(out) + term : term);
+    }
+  }
+}
+
+void narrow_row(const float* x, int64_t width, void* out, int32_t dtype, int64_t at) {
+  if (dtype == S2D_FLOAT32) {
+    memcpy(static_cast<float*>(out) + at, x, static_cast<size_t>(width) * sizeof *x);
+  } else if (dtype == S2D_BFLOAT16) {
+    uint16_t* const y = static_cast<uint16_t*>(out) + at;
+    for (int64_t c = 0; c < width; ++c) round_to(x[c], y + c);
+  } else {
+    uint16_t* const y = static_cast<uint16_t*>(out) + at;
+    for (int64_t c = 0; c < width; ++c) y[c] = to_half(x[c]);
+  }
+}
+
+void store_rows(const float* total, int64_t count, int64_t width, const float* bias, void* y, int32_t dtype,
+                int64_t stride) {
+  float sum[kColumns];
+  for (int64_t r = 0; r < count; ++r) {
+    const float* row = total + r * kColumns;
+    if (bias) {
+      for (int64_t c = 0; c < width; ++c) sum[c] = row[c] + bias[c];
+      row = sum;
+    }
+    narrow_row(row, width, y, dtype, r * stride);
+  }
+}
+
+inline uint32_t magnitude_bits(float x) { return as_bits(x) & 0x7fffffffu; }
+inline uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
+// In which a row is written as digits whose first is at most 127; from the bits of its largest magnitude.
+inline float unit_of(uint32_t largest) {
+  const float unit = as_float(largest) / 127.f;
+  return unit > 0x1p-126f ? unit : 0x1p-126f;
+}
+
+bool weigh(const float* x, int64_t count, const float* scale, int64_t scale_stride, float* out, float* unit) {
+  uint32_t most = 0;
+  if (scale_stride) {
+    for (int64_t i = 0; i < count; ++i) {
+      out[i] = x[i] * scale[i];
+      most = larger(most, magnitude_bits(out[i]));
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      out[i] = x[i] * *scale;
+      most = larger(most, magnitude_bits(out[i]));
+    }
+  }
+  *unit = unit_of(most);
+  return most < 0x7f800000u;
+}
+
+void digits_of(float* __restrict x, int64_t count, float unit, int64_t places, int8_t* __restrict digits,
+               int64_t stride, int32_t* sums) {
+  for (int64_t i = 0; i < count; ++i) x[i] /= unit;
+  for (int64_t place = 0; place < places; ++place) {
+    int8_t* __restrict const out = digits + place * stride;
+    int32_t sum = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t digit = nearest(x[i]);
+      out[i] = static_cast<int8_t>(digit);
+      sum += digit;
+      x[i] = (x[i] - static_cast<float>(digit)) * 254.f;
+    }
+    sums[place] = sum;
+  }
+}
+
+// Rows of a panel as one vector, with some to spare where they are fewer.
+constexpr int kWide = 8;
+static_assert(kRows <= kWide, "rows in a vector");
+typedef float wide __attribute__((vector_size(4 * kWide), aligned(4), may_alias));
+typedef uint32_t uwide __attribute__((vector_size(4 * kWide), aligned(4), may_alias));
+constexpr int64_t kLine = kMostLines + kWide;
+
+// Numbers d of all rows in fp32, in whole vectors: where they are, or a copy in `line`, which is zero from `count` on.
+inline const float* line_of(const void* x, int32_t dtype, int64_t stride, int64_t count, int64_t d, float* line) {
+  if (dtype == S2D_FLOAT32 && kRows == kWide && count % kWide == 0) return static_cast<const float*>(x) + d * stride;
+  widen(static_cast<const char*>(x) + d * stride * (dtype == S2D_FLOAT32 ? 4 : 2), dtype, count, 1, line);
+  return line;
+}
+
+inline void fetch_ahead(const void* x, int32_t dtype, int64_t stride, int64_t count, int64_t d, int64_t depth) {
+  constexpr int64_t kAhead = 16;  // lines are too far apart for the processor to foresee them
+  const int64_t bytes = dtype == S2D_FLOAT32 ? 4 : 2;
+  if (d + kAhead >= depth) return;
+  const char* const start = static_cast<const char*>(x) + (d + kAhead) * stride * bytes;
+  for (int64_t at = 0; at < count * bytes; at += 64) __builtin_prefetch(start + at);
+}
+
+template <int P>
+void pack_digits_of(const void* x, int32_t dtype, int64_t stride, int64_t count, int64_t depth, const float* scale,
+                    int64_t scale_stride, uint32_t* words, const float* units, uint32_t* sums, int64_t sums_stride) {
+  constexpr int kBits = 32 / kStep;
+  constexpr uint32_t kMask = (1u << (kBits - 1) << 1) - 1;
+  const int64_t panels = (count + kRows - 1) / kRows, steps = (depth + kStep - 1) / kStep;
+  float lines[kStep][kLine] = {};
+  uwide total[kMostLines / kRows + 1][P] = {};
+  for (int64_t s = 0; s < steps; ++s) {
+    const int64_t deep = depth - s * kStep < kStep ? depth - s * kStep : kStep;
+    const float* of[kStep];
+    for (int64_t i = 0; i < deep; ++i) {
+      fetch_ahead(x, dtype, stride, count, s * kStep + i, depth);
+      of[i] = line_of(x, dtype, stride, count, s * kStep + i, lines[i]);
+    }
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      uwide word[P] = {};
+      const wide unit = *reinterpret_cast<const wide*>(units + panel * kRows);
+      for (int64_t i = 0; i < deep; ++i) {
+        const float factor = scale[(s * kStep + i) * scale_stride];
+        wide rest = *reinterpret_cast<const wide*>(of[i] + panel * kRows) * factor / unit;
+#pragma GCC unroll 3
+        for (int place = 0; place < P; ++place) {
+          const wide shifted = rest + 0x1.8p23f;  // as in `nearest`
+          const uwide digit = reinterpret_cast<uwide>(shifted) - 0x4b400000u;
+          word[place] |= (digit & kMask) << static_cast<uint32_t>(i * kBits);
+          total[panel][place] += digit;
+          rest = (rest - (shifted - 0x1.8p23f)) * 254.f;
+        }
+      }
+      for (int place = 0; place < P; ++place)
+        memcpy(words + ((panel * P + place) * steps + s) * kRows, &word[place], kRows * sizeof *words);
+    }
+  }
+  for (int place = 0; place < P; ++place)
+    for (int64_t r = 0; r < count; ++r) sums[place * sums_stride + r] = total[r / kRows][place][r % kRows];
+}
+
+bool pack_digits(const void* x, int32_t dtype, int64_t stride, int64_t count, int64_t depth, const float* scale,
+                 int64_t scale_stride, int64_t places, uint32_t* words, float* units, uint32_t* sums,
+                 int64_t sums_stride) {
+  float line[kLine] = {}, unit[kLine];
+  uint32_t most[kLine] = {}, all = 0;
+  for (int64_t d = 0; d < depth; ++d) {
+    fetch_ahead(x, dtype, stride, count, d, depth);
+    const float* const row = line_of(x, dtype, stride, count, d, line);
+    const float factor = scale[d * scale_stride];
+    for (int64_t r = 0; r < count; ++r) most[r] = larger(most[r], magnitude_bits(row[r] * factor));
+  }
+  for (int64_t r = 0; r < kLine; ++r) {
+    all = larger(all, most[r]);
+    unit[r] = unit_of(most[r]);
+  }
+  if (all >= 0x7f800000u) return false;
+  memcpy(units, unit, static_cast<size_t>(count) * sizeof *unit);
+  const auto pack_places = places == 3 ? pack_digits_of<3> : places == 2 ? pack_digits_of<2> : pack_digits_of<1>;
+  pack_places(x, dtype, stride, count, depth, scale, scale_stride, words, unit, sums, sums_stride);
+  return true;
+}
+
+void join(const int32_t* sums, int64_t places, int64_t count, int64_t width, const uint32_t* digit_sums,
+          int64_t digit_sums_stride, const float* units, const uint8_t* mask, int64_t mask_stride, void* out,
+          int32_t dtype, int64_t stride) {
+  constexpr float kPlace = static_cast<float>(1.0 / 254);
+  svec lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = 1 << i;
+  for (int64_t r = 0; r < count; ++r) {
+    uint8_t bits[kColumns / 8 + 4] = {};
+    memcpy(bits, mask + r * mask_stride, static_cast<size_t>((width + 7) / 8));
+    float total[kColumns];
+    for (int64_t c = 0; c < width; c += kLanes) {
+      const auto of_place = [&](int64_t place) {
+        const uint32_t less = digit_sums[place * digit_sums_stride + r] * kOffset;
+        return to_numbers(load_unsigned(sums + (place * kMostRows + r) * kColumns + c) - less);
+      };
+      vec sum = of_place(places - 1);
+      for (int64_t place = places - 2; place >= 0; --place) sum = sum * kPlace + of_place(place);
+      uint32_t word;
+      memcpy(&word, bits + c / 8, sizeof word);
+      word >>= c % 8;
+      const uvec inside = reinterpret_cast<uvec>((static_cast<int32_t>(word) & lane) != 0) & as_bits(1.f);
+      store(total + c, sum * units[r] * reinterpret_cast<vec>(inside));
+    }
+    narrow_row(total, width, out, dtype, r * stride);
+  }
+}
+
+}  // namespace
+
+#define S2D_CPU_TABLE_(name) integer_##name
+#define S2D_CPU_TABLE(name) S2D_CPU_TABLE_(name)
+#define S2D_CPU_TEXT_(name) #name
+#define S2D_CPU_TEXT(name) S2D_CPU_TEXT_(name)
+static_assert(kRows <= kMostRows && kColumns <= kMostColumns && kColumns % 8 == 0, "buffers and mask bits");
+extern const IntegerKernels S2D_CPU_TABLE(S2D_CPU_NAME) = {
+    S2D_CPU_TEXT(S2D_CPU_NAME), kRows, kColumns, kStep,      kOffset,    range, codes_of,  pack_bits,   widen,
+    pack,                       pack_columns, tile, scale_sums, store_rows, weigh, digits_of, pack_digits, join};
+
+}  // namespace s2d_cpu

@@ -1,0 +1,330 @@
+"""csrc/cpu's quantizer, integer GEMM and gradients: instruction sets, threads, layouts, bad calls, AddressSanitizer."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from emulated import build_cpu
+from torch import Tensor
+
+from s2d_kernels import _native, _native_cpu, cpu_quant, fixed_point, ops, reference
+from s2d_kernels._native import NativeLibraryError
+from s2d_kernels.quant_ops import (
+    fake_quant_linear,
+    integer_accumulator,
+    integer_linear,
+    quantize_activation,
+    quantize_weight,
+)
+from s2d_kernels.quantizers import code_span, pack_codes, unpack_codes
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def assert_same(got: object, expected: object, note: object = "") -> None:
+    for index, (mine, truth) in enumerate(zip(got, expected, strict=True)):
+        assert (mine.dtype, mine.is_contiguous()) == (truth.dtype, True)
+        torch.testing.assert_close(
+            mine, truth, rtol=0, atol=0, equal_nan=True, msg=lambda text, i=index: f"output {i}, {note}: {text}"
+        )
+
+
+def layouts(x: Tensor) -> list[Tensor]:
+    """`x` dense, transposed, as every other row and column of something, and off the allocator's alignment."""
+    rows, K = x.shape
+    offset = x.new_empty(rows * K + 1)[1:].view(rows, K).copy_(x)
+    return [x, x.mT.contiguous().mT, x.repeat_interleave(2, 0)[::2], x.repeat_interleave(2, 1)[:, ::2], offset]
+
+
+def hard_rows(rows: int, K: int) -> Tensor:
+    """Rows of all magnitudes, with ties, zeros, subnormal and huge numbers, and one sign alone."""
+    x = torch.randn(rows, K) * torch.logspace(-44, 37, rows).unsqueeze(1)
+    x[0] = (torch.randn(K) * 8).round() / 2
+    x[rows // 2] = 0
+    x[rows // 3] = x[rows // 3].abs()
+    x[2 * rows // 3] = torch.randn(K).clamp(max=0)
+    return x
+
+
+def check_quantizer() -> None:
+    for K, group_size in ((1, 0), (7, 0), (64, 16), (199, 0), (300, 3), (1000, 125)):
+        plain = hard_rows(24, K)
+        broken = torch.randn(24, K)
+        broken[3, K // 2], broken[7, K - 1], broken[11, 0] = math.nan, math.inf, -math.inf
+        for number, (bits, symmetric) in enumerate(((4, False), (8, False), (2, True), (8, True), (5, False))):
+            x = (broken if number % 2 else plain).to(FLOATS[number % 3])
+            x = layouts(x)[number]
+            low, high = -torch.rand(24), torch.rand(24)
+            for granularity, given in (("per_row", (low, high)), ("per_row", None), ("per_tensor", None)):
+                arguments = (*(given or (None, None)), bits, symmetric, granularity, group_size)
+                expected = torch.ops.s2d.quantize(x, *arguments, "reference")
+                assert_same(torch.ops.s2d.quantize(x, *arguments, "cpu"), expected, (x.shape, arguments))
+            if group_size:
+                arguments = (None, None, bits, symmetric, "per_group", group_size)
+                expected = torch.ops.s2d.quantize(x, *arguments, "reference")
+                assert_same(torch.ops.s2d.quantize(x, *arguments, "cpu"), expected, (x.shape, arguments))
+
+
+def check_products() -> None:
+    """Codes at both ends of every width, which overflow sums of pairs in 16 bits, and tiles cut at every edge."""
+    for M, N, K, group_size in (
+        (1, 1, 1, None),
+        (2, 17, 63, 9),
+        (3, 33, 64, 32),
+        (5, 49, 130, 65),
+        (23, 97, 1100, None),
+    ):
+        for number, (x_bits, x_symmetric, w_bits, w_symmetric) in enumerate(
+            ((8, False, 8, True), (8, True, 8, True), (8, False, 8, False), (4, False, 4, True), (2, True, 7, False))
+        ):
+            x, w = (torch.randint(2, (rows, K)) * 2.0 - 1 + torch.rand(rows, K) * (number % 2) for rows in (M, N))
+            x[0], w[0] = 1, -1
+            qx = quantize_activation(x, bits=x_bits, symmetric=x_symmetric, group_size=group_size, impl="reference")
+            granularity = "per_group" if group_size else ("per_tensor" if number == 1 else "per_channel")
+            qw = quantize_weight(
+                w, bits=w_bits, symmetric=w_symmetric, granularity=granularity, group_size=group_size, impl="reference"
+            )
+            bias = torch.randn(N) if number % 2 else None
+            dtype = (*FLOATS, torch.float64)[number % 4]
+            results = [
+                (integer_accumulator(qx, qw, impl=impl), integer_linear(qx, qw, bias, out_dtype=dtype, impl=impl))
+                for impl in ("cpu", "reference")
+            ]
+            assert_same(*results, (M, N, K, group_size, number))
+
+
+def of_digits(grad: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, mask: Tensor, places: int) -> Tensor:
+    """The digits' product in plain torch: fp32 as `fixed_point.product` has it, sums in int64."""
+    rest = grad.float() * scale.mT
+    unit = (rest.abs().amax(1, keepdim=True) / 127).clamp_(min=2.0**-126)
+    rest = rest / unit
+    sums = []
+    for _ in range(places):
+        digit = rest.round()
+        sums.append((digit.long() @ (codes.long() - zero_point)).float())
+        rest = (rest - digit) * 254
+    total = sums.pop()
+    while sums:
+        total = total * (1 / 254) + sums.pop()
+    return total * unit * mask
+
+
+def check_gradients() -> None:
+    for rows, depth, K in ((1, 16, 1), (2, 17, 47), (9, 64, 48), (50, 199, 97), (200, 33, 130)):
+        for number, (bits, symmetric) in enumerate(((4, False), (4, True), (7, False), (8, True), (3, False))):
+            q = quantize_weight(torch.randn(depth, K) + 0.3, bits=bits, symmetric=symmetric, granularity="per_channel")
+            if number == 2:
+                q = quantize_weight(torch.randn(depth, K), bits=bits, symmetric=symmetric, granularity="per_tensor")
+            grad = torch.randn(rows, depth) * torch.logspace(-41, 30, rows).unsqueeze(1)
+            grad[rows // 2] = 0
+            dtype, out_dtype = FLOATS[number % 3], (torch.float32, torch.bfloat16)[number % 2]
+            grad = layouts(grad.to(dtype).nan_to_num())[number]
+            mask = torch.randint(256, (rows, (K + 7) // 8), dtype=torch.uint8)
+            inside = (mask.unsqueeze(2) >> torch.arange(8) & 1).flatten(1)[:, :K]
+            codes = pack_codes(q.codes) if bits <= 4 else q.codes
+            if not (grad.float() * q.scale.mT).isfinite().all():
+                continue
+            got = cpu_quant.digit_product(grad, codes, q.scale, q.zero_point, mask, K, bits, symmetric, out_dtype)
+            places = fixed_point.digit_count(out_dtype)
+            expected = of_digits(grad, q.codes, q.scale, q.zero_point, inside, places).to(out_dtype)
+            assert_same([got], [expected], (rows, depth, K, number))
+
+
+def check_everything() -> None:
+    torch.manual_seed(0)
+    check_quantizer()
+    check_products()
+    check_gradients()
+
+
+def in_a_process(**environment: str) -> str:
+    """What the instruction set was; a library chooses it once."""
+    program = "import test_cpu_quant as t; t.check_everything(); print(t._native_cpu.capability())"
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "python_tests")))
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": paths} | environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("capability", _native_cpu.CAPABILITIES)
+def test_every_instruction_set(capability: str) -> None:
+    order = _native_cpu.CAPABILITIES
+    assert order.index(in_a_process(S2D_CPU_CAPABILITY=capability)) <= order.index(capability)
+
+
+def test_address_sanitizer() -> None:
+    library = build_cpu("S2D_ASAN=ON", folder="cpu-asan")
+    preload = [
+        subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    in_a_process(
+        LD_PRELOAD=" ".join(preload), ASAN_OPTIONS="detect_leaks=0", S2D_CPU_LIBRARY=str(library), OMP_NUM_THREADS="3"
+    )
+
+
+def test_subnormal_numbers_are_kept_where_the_process_flushes_them() -> None:
+    x, w = hard_rows(24, 200), torch.randn(30, 200) * 1e-36
+    g = torch.randn(24, 30) * 1e-38
+
+    def results() -> list[Tensor]:
+        qx, qw = (quantize_activation(t, bits=8, impl="cpu") for t in (x, w))
+        y = integer_linear(qx, qw, impl="cpu")
+        codes = pack_codes(quantize_weight(w, impl="cpu").codes)
+        qw = quantize_weight(w, impl="cpu")
+        grad = cpu_quant.digit_product(g, codes, qw.scale, qw.zero_point, qx.mask, 200, 4, True, torch.float32)
+        return [*qx[:5], *qw[:5], y, grad]
+
+    plain = results()
+    assert ((plain[10] != 0) & (plain[10].abs() < 2.0**-126)).any()
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush subnormal numbers")
+    try:
+        flushed = results()
+        assert torch.tensor(1e-39) + torch.tensor(1e-39) == 0  # the thread's setting is as it was
+    finally:
+        torch.set_flush_denormal(False)
+    for mine, theirs in zip(flushed, plain, strict=True):
+        assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8))
+
+
+def test_bits_do_not_depend_on_threads() -> None:
+    """Sizes that are worth several threads, with fewer rows than these, and with more."""
+    before = torch.get_num_threads()
+    for M, N, K in ((3, 1100, 700), (700, 60, 70), (130, 190, 300)):
+        x, w, g = torch.randn(M, K), torch.randn(N, K), torch.randn(M, N)
+        results = []
+        try:
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                qx = quantize_activation(x, granularity="per_tensor", impl="cpu")
+                qw = quantize_weight(w, impl="cpu")
+                kinds = (qw.scale, qw.zero_point, qx.mask, K, 4, True, torch.float32)
+                grad = cpu_quant.digit_product(g, pack_codes(qw.codes), *kinds)
+                results.append([*qx[:5], *qw[:5], integer_linear(qx, qw, impl="cpu"), grad])
+        finally:
+            torch.set_num_threads(before)
+        assert_same(results[1], results[0])
+        assert_same(results[2], results[0])
+
+
+def test_gradients_have_the_bits_of_the_torch_route() -> None:
+    """Where that takes digits, so that a layer's gradients do not depend on whether the library is there."""
+    if not fixed_point.serves(torch.zeros(1), 64, 15):
+        pytest.skip("this CPU's torch makes gradients by fp32 products")
+    for bits in (4, 6):
+        x, w = torch.randn(70, 130, requires_grad=True), torch.randn(90, 130, requires_grad=True)
+        results = []
+        for impl in ("cpu", "torch", None):
+            y = fake_quant_linear(x, w, act_bits=bits, weight_bits=bits, act_range=(-1.0, 1.5), impl=impl)
+            results.append(torch.autograd.grad(y.square().sum(), (x, w)))
+        assert_same(results[0], results[1])
+        assert_same(results[2], results[1])
+
+
+def test_who_takes_what_when_nothing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp64 goes to torch; products of few rows do, and where torch's int8 product or AMX's is the faster one."""
+
+    def chosen(dtype: torch.dtype = torch.float32, rows: int = cpu_quant.LEAST_ROWS) -> list[str]:
+        x = torch.randn(rows, 32, dtype=dtype)
+        q = quantize_weight(x, bits=8)
+        kinds = (8, True, 8, True)
+        grad = (x.mT, q.codes, q.scale, q.zero_point, q.mask, 32, 8, True, dtype)
+        return [
+            ops.choose("quantize", None, CPU, (x, None, None, 4, True, "per_row", 0)),
+            ops.choose("integer_accumulator", None, CPU, (*q[:4], *q[:4], *kinds)),
+            ops.choose("integer_linear", None, CPU, (*q[:4], *q[:4], None, *kinds, dtype)),
+            ops.choose("straight_through_grad", None, CPU, grad),
+        ]
+
+    assert chosen(torch.float64) == ["torch"] * 4
+    monkeypatch.setattr(fixed_point, "serves", lambda *_: True)
+    for capability, has_amx, int8_serves, products, gradient in (
+        ("avx512_vnni", False, True, "cpu", "cpu"), ("avx512_vnni", True, True, "torch", "torch"),
+        ("avx512", False, True, "torch", "torch"), ("avx2", False, False, "cpu", "torch"),
+        ("baseline", False, False, "torch", "torch"),
+    ):  # fmt: skip
+        monkeypatch.setattr(_native_cpu, "capability", lambda name=capability: name)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has_amx: {"amx_int8": has})
+        monkeypatch.setattr(cpu_quant, "use_int8_product", lambda *_, serves=int8_serves: serves)
+        assert chosen() == ["cpu", products, products, gradient], capability
+        assert chosen(rows=cpu_quant.LEAST_ROWS - 1) == ["cpu", "torch", "torch", gradient]
+    monkeypatch.setenv("S2D_CPU_LIBRARY", "/nowhere/libs2d_cpu.so")
+    assert chosen() == ["torch"] * 4
+    with pytest.raises(ValueError, match=r"no native library at /nowhere/libs2d_cpu.so: .*make cpu"):
+        quantize_activation(torch.randn(2, 3), impl="cpu")
+
+
+def test_what_the_kernels_do_not_take() -> None:
+    x = torch.randn(20, 32, dtype=torch.float64)
+    with pytest.raises(TypeError, match="x has dtype torch.float64: impl='cpu' quantizes"):
+        quantize_activation(x, impl="cpu")
+    q = quantize_activation(x)
+    with pytest.raises(TypeError, match="quantized in torch.float64: impl='cpu' takes fp32 scales"):
+        integer_linear(q, q, impl="cpu")
+    q = quantize_activation(x.float(), group_size=8)
+    w = quantize_weight(torch.randn(5, 32), granularity="per_group", group_size=8)
+    with pytest.raises(ValueError, match=r"w_scale \(5, 1\) does not fit 4 groups of 5 rows"):
+        torch.ops.s2d.integer_accumulator(*q[:4], w.codes, w.scale[:, :1], *w[2:4], 4, False, 4, True, "cpu")
+
+
+def test_the_library_refuses_what_it_cannot_work_with() -> None:
+    x = torch.randn(6, 8)
+    q = quantize_activation(x, impl="cpu")
+    y, finite = torch.empty(6, 6), torch.zeros((), dtype=torch.int32)
+    pointers = {"x": x, "codes": q.codes, "scale": q.scale, "zero_point": q.zero_point, "row_sum": q.row_sum}
+    quantization = {name: t.data_ptr() for name, t in (pointers | {"mask": q.mask}).items()} | {
+        "rows": 6, "cols": 8, "row_stride": 8, "col_stride": 1, "bits": 4,
+    }  # fmt: skip
+    product = {
+        f"{side}_{name}": quantization[name] for side in "xw" for name in ("codes", "scale", "zero_point", "row_sum")
+    }
+    product |= {"y": y.data_ptr(), "M": 6, "N": 6, "K": 8, "groups": 1}
+    gradient = {name: quantization[name] for name in ("codes", "scale", "zero_point", "mask")} | {
+        "grad": x.data_ptr(), "out": y.data_ptr(), "finite": finite.data_ptr(), "rows": 6, "depth": 6, "cols": 6,
+        "row_stride": 8, "depth_stride": 1, "bits": 8, "places": 3,
+    }  # fmt: skip
+    calls = (
+        ("s2d_cpu_quantize", _native.Quantization, quantization,
+         {"rows": -1, "cols": -1, "bits": 9, "dtype": 3, "group_size": 3, "granularity": 2, "codes": None,
+          "scale": None, "minimum": x.data_ptr()}),
+        ("s2d_cpu_integer_linear", _native.IntegerProduct, product,
+         {"M": -1, "groups": 3, "packed": 1, "out_dtype": 3, "bias_dtype": 1, "w_codes": None, "x_row_sum": None,
+          "w_scale": None}),
+        ("s2d_cpu_straight_through_grad", _native_cpu.StraightThrough, gradient,
+         {"rows": -1, "places": 4, "bits": 1, "dtype": 3, "out_dtype": -1, "finite": None, "mask": None, "grad": None}),
+    )  # fmt: skip
+    for name, struct, good, wrong in calls:
+        run = _native_cpu.Call(name, struct(**good), 1)
+        memory = ops.aligned_bytes(run.workspace_bytes() + 256, CPU)
+        start, size = memory.data_ptr(), run.workspace_bytes()
+        run(start, size)
+        for address, count in ((start + 8, size), (start, 255), (0, size)):
+            with pytest.raises(NativeLibraryError, match="status 2"):
+                run(address, count)
+        for field, value in wrong.items():
+            run = _native_cpu.Call(name, struct(**(good | {field: value})), 1)
+            assert run.workspace_bytes() == 0, (name, field)
+            with pytest.raises(NativeLibraryError, match="status 1"):
+                run(start, size)
+
+
+def test_codes_in_the_layer_are_the_definitions() -> None:
+    """Rows of several items, each with its own scale, against the reference: none takes another's."""
+    x = torch.randn(900, 80) * torch.logspace(-3, 3, 900).unsqueeze(1)
+    q = quantize_activation(x, bits=4)
+    r = reference.quantize(x, bits=4, symmetric=False, granularity="per_row")
+    assert torch.equal(q.codes, r.codes.to(torch.int8))
+    assert torch.equal(unpack_codes(pack_codes(q.codes), 80, False), q.codes)
+    assert int(q.codes.max()) <= code_span(4, False)
