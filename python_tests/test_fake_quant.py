@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from s2d_kernels import fake_quant, ops
 from s2d_kernels.fake_quant import FakeQuantLinear, quantize_
@@ -390,6 +391,43 @@ def test_ptq_gives_the_same_bits_and_follows_the_weight() -> None:
     assert ptq[0].weight.grad is not None
     with pytest.raises(ValueError, match="mode='rtn'"):
         quantize_(qat, mode="rtn")
+
+
+@pytest.mark.parametrize("how", ["functional_call", "replaced", "parametrized", "cast"])
+def test_ptq_never_uses_the_codes_of_another_weight(how: str) -> None:
+    """A new tensor often lies where a freed one lay, and starts at the same version."""
+
+    class Plus(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = nn.Parameter(torch.zeros(32, 64))
+
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight + self.shift
+
+    layer, plus, x = nn.Linear(64, 32), Plus(), torch.randn(4, 64)
+    quantize_(layer, mode="ptq")
+    if how == "parametrized":
+        parametrize.register_parametrization(layer, "weight", plus)
+    for _ in range(8):
+        with torch.no_grad():
+            if how == "functional_call":
+                weight = torch.randn(32, 64)
+                y = torch.func.functional_call(layer, {"weight": weight}, (x,))
+                assert torch.equal(y, fake_quant_linear(x, weight, layer.bias))
+                del weight
+                continue
+            if how == "replaced":
+                layer.weight = None
+                layer.weight = nn.Parameter(torch.randn(32, 64))
+            elif how == "parametrized":
+                plus.shift.add_(torch.randn(32, 64))
+            else:
+                layer(x)
+                layer.weight.normal_()
+                layer(x)
+                layer.half().float()
+            assert torch.equal(layer(x), fake_quant_linear(x, layer.weight, layer.bias))
 
 
 # --- Patch embeddings ---------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any, NamedTuple, Self, cast
 
@@ -188,13 +189,14 @@ class _FakeQuantized(nn.Module):
         if weight.is_inference():  # these do not count their changes
             return self.quantized_weight()
         key = (weight._version, weight.data_ptr(), weight.dtype, weight.device, *self.weight_settings().values())
-        if self.__dict__.get("_codes_of") != key:
-            self.__dict__["_codes"] = self.quantized_weight()
-            self.__dict__["_codes_of"] = key
-        return cast(QuantizedOperand, self.__dict__["_codes"])
+        # Another tensor may get a freed one's address and starts at the same version: the object itself must be ours.
+        kept = self.__dict__.get("_kept_codes_of")
+        if kept is None or kept[0]() is not weight or kept[1] != key:
+            kept = self.__dict__["_kept_codes_of"] = weakref.ref(weight), key, self.quantized_weight()
+        return cast(QuantizedOperand, kept[2])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_codes", "_codes_of")}
+        return {name: value for name, value in self.__dict__.items() if name != "_kept_codes_of"}
 
     def extra_repr(self) -> str:
         """Sizes, bits, granularities and where the activation range comes from."""
@@ -209,6 +211,7 @@ class _FakeQuantized(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         ranges = {name: getattr(self, name).detach() for name in self._range_names()}
         super()._apply(fn, recurse)
+        self.__dict__.pop("_kept_codes_of", None)  # two casts can put other values at the old address
         # A range rounded to bf16 would change codes. Moving is allowed, casting is undone.
         for name, value in ranges.items():
             moved = getattr(self, name)
