@@ -131,6 +131,38 @@ def test_half_precision_and_casting(tmp_path: Path) -> None:
     assert loaded.first.act_min.dtype == torch.float32
 
 
+class AsksItsWeights(nn.Module):
+    """Casts its input to its layers' weight dtypes, as transformers' SigLIP and T5 do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.out = nn.Conv2d(3, 8, (4, 2), stride=(4, 2)), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x.to(dtype=self.patch.weight.dtype)).flatten(2).mT
+        return self.out(x.to(self.out.weight.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_packed_weight_has_the_exported_dtype_and_shape(dtype: torch.dtype, tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    model = AsksItsWeights().to(dtype).eval()
+    original = {name: module.weight for name, module in model.named_children()}
+    quantize_(model)
+    export(model, tmp_path / "m.safetensors")
+    loaded = load_(AsksItsWeights().to(dtype).eval(), tmp_path / "m.safetensors")
+    with torch.no_grad():
+        y = model(x)
+        assert y.dtype == dtype
+        assert torch.equal(loaded(x), y)
+    for name, weight in original.items():
+        packed = loaded.get_submodule(name).weight
+        assert (packed.shape, packed.dtype) == (weight.shape, dtype)
+        torch.testing.assert_close(packed, weight.detach(), rtol=0, atol=float(weight.detach().abs().max()) / 7)
+    assert loaded.to(torch.float32).out.weight.dtype == torch.float32
+    assert not any("like" in name for name in loaded.state_dict())
+
+
 def test_fused_encoder_path_is_left(tmp_path: Path) -> None:
     def encoder() -> nn.Module:
         return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()

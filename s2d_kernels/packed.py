@@ -35,7 +35,7 @@ from s2d_kernels.fake_quant import (
 from s2d_kernels.integer_gemm import by_group, centred
 from s2d_kernels.quantizers import QuantizedOperand, pack_codes, row_sums, unpack_codes
 
-FORMAT = "s2d_kernels packed codes, version 1"
+FORMAT = "s2d_kernels packed codes, version 2"
 _REPLACED = ("weight", "bias", "act_min", "act_max", "weight_min", "weight_max")
 _OPERAND = ("weight_codes", "weight_scale", "weight_zero_point")
 
@@ -50,6 +50,7 @@ class _Packed(nn.Module):
     scale: Tensor
     zero_point: Tensor
     row_sum: Tensor
+    weight_like: Tensor  # `[0]`, of the dtype that the weight has where a model asks for it; casts with the model
     settings: dict[str, Any]
 
     @classmethod
@@ -75,7 +76,20 @@ class _Packed(nn.Module):
             module.register_buffer(name, value.to(device))
         for name in ("bias", "act_min", "act_max"):
             module.register_buffer(name, tensors[name].to(device) if name in tensors else None)
+        like = torch.empty(0, dtype=getattr(torch, settings["weight_dtype"]), device=device)
+        module.register_buffer("weight_like", like, persistent=False)
         return module
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight in the layer's dtype, made anew: models ask for its shape, dtype or device."""
+        values = centred(self.codes, self.zero_point, self.settings["weight_symmetric"], self.scale.dtype)
+        by_group(values, self.scale).mul_(self.scale.unsqueeze(2))
+        return values.to(self.weight_like.dtype).unflatten(1, self._weight_shape())
+
+    def _weight_shape(self) -> tuple[int, ...]:
+        """Of one output channel's weights."""
+        return (self.codes.shape[1],)
 
     def quantized_weight(self) -> QuantizedOperand:
         """The weight in codes, `[out, in]`."""
@@ -106,13 +120,6 @@ class _Packed(nn.Module):
 class PackedLinear(_Packed):
     """A linear layer on packed codes, of `load_`: `[..., in_features]` to `[..., out_features]`."""
 
-    @property
-    def weight(self) -> Tensor:
-        """The dequantized weight `[out_features, in_features]`, made anew: models ask for its shape or device."""
-        values = centred(self.codes, self.zero_point, self.settings["weight_symmetric"], self.scale.dtype)
-        by_group(values, self.scale).mul_(self.scale.unsqueeze(2))
-        return values
-
     def forward(self, input: Tensor) -> Tensor:
         """y `[..., out_features]`, bit for bit that of the exported `FakeQuantLinear`."""
         return self._rows(input)
@@ -123,6 +130,9 @@ class PackedPatchEmbedding(_Packed):
 
     kernel_size: tuple[int, int]
     in_channels: int
+
+    def _weight_shape(self) -> tuple[int, ...]:
+        return (self.in_channels, *self.kernel_size)
 
     def forward(self, input: Tensor) -> Tensor:
         """y as the exported `FakeQuantPatchEmbedding` computes it, bit for bit."""
@@ -202,6 +212,7 @@ def _pack(name: str, module: FakeQuantLinear | FakeQuantPatchEmbedding) -> tuple
         "kind": "linear" if isinstance(module, FakeQuantLinear) else "patch",
         "in_features": q.codes.shape[1],
         "out_features": q.codes.shape[0],
+        "weight_dtype": str(module.weight.dtype).removeprefix("torch."),
         "weight_bits": module.weight_bits,
         "weight_granularity": module.weight_granularity,
         "weight_symmetric": module.weight_symmetric,
