@@ -7,6 +7,7 @@ import io
 import logging
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from torch.nn.utils import parametrize
 
 from s2d_kernels import fake_quant, ops
 from s2d_kernels.fake_quant import FakeQuantLinear, quantize_
+from s2d_kernels.packed import export, load_
 from s2d_kernels.quant_ops import fake_quant_linear
 
 
@@ -303,6 +305,23 @@ def test_fused_encoder_path_does_not_bypass_the_layers() -> None:
         torch.testing.assert_close(model(x, src_key_padding_mask=padding), with_grad)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_layer_placed_by_hand_is_not_bypassed_either(packed: bool, tmp_path: Path) -> None:
+    encoder, x = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval(), torch.randn(3, 5, 16)
+    layer = FakeQuantLinear.from_linear(encoder.linear1, weight_bits=2, act_bits=2)
+    encoder.linear1 = layer
+    if packed:
+        export(layer, tmp_path / "l.safetensors")
+        encoder.linear1 = load_(nn.Linear(16, 32), tmp_path / "l.safetensors")
+    calls = []
+    original = fake_quant.quant_ops.quantize_activation if packed else fake_quant.quant_ops.fake_quant_linear
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fake_quant.quant_ops, original.__name__, lambda *a, **k: calls.append(1) or original(*a, **k))
+        for one in (encoder, copy.deepcopy(encoder)):
+            one(x)
+    assert calls == [1, 1]
+
+
 def test_nothing_to_quantize_warns(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="s2d_kernels"):
         assert quantize_(nn.Sequential(nn.ReLU())) == []
@@ -544,7 +563,8 @@ def test_calibrated_ranges(percentile: float | None) -> None:
     assert {m.training for m in model.modules() if m is not model.embed} == {True}
     assert not model.embed.training
     assert torch.backends.mha.get_fastpath_enabled()
-    assert not any(m._forward_pre_hooks for m in model.modules())
+    hooks = [hook for m in model.modules() for hook in m._forward_pre_hooks.values()]
+    assert set(hooks) == {fake_quant._nothing}  # none of the calibration's
     assert model.eval()(batches[0]).isfinite().all()
 
 

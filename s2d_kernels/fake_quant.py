@@ -98,6 +98,7 @@ class _FakeQuantized(nn.Module):
         act_range = resolved["act_range"]
         for name in resolved.keys() - {"act_range"}:
             setattr(self, name, resolved[name])
+        keep_off_fused_path(self)
         self.reuse_codes = False
         self.static = act_range is not None
         if act_range is not None:
@@ -247,6 +248,8 @@ class FakeQuantLinear(_FakeQuantized, nn.Linear):
 
     Raises:
         TypeError, ValueError: an argument that `fake_quant_linear` would refuse.
+
+    In an `nn.TransformerEncoder` that you fill by hand, pass enable_nested_tensor=False if you give it a padding mask.
 
     State: with dynamic ranges exactly `nn.Linear`'s keys; static ones add `act_min` and `act_max`, which stay fp32
     under `.to(dtype)`, learned ones also `weight_min` and `weight_max`. An `nn.Linear`'s state_dict loads into any and
@@ -486,7 +489,7 @@ def quantize_(
     for name, layer in layers.items():
         kind = FakeQuantLinear if isinstance(layer, nn.Linear) else FakeQuantPatchEmbedding
         kind._convert(layer, resolved[name]).reuse_codes = mode == "ptq"
-    leave_fused_path(model, FakeQuantLinear)
+    pass_padded_tokens(model, FakeQuantLinear)
 
     for index, row in enumerate(report):
         if row.decision == "quantize" and row.name not in layers:
@@ -586,14 +589,21 @@ def _why_not(layer: nn.Module, all_names: Sequence[str], embeddings: Mapping[int
     return None
 
 
-def leave_fused_path(model: nn.Module, kind: type[nn.Module]) -> None:
-    """Keep `nn.TransformerEncoder(Layer)`s that hold a `kind` off their fused path, which passes by our forward."""
+def _nothing(_module: nn.Module, _args: tuple[Any, ...]) -> None:
+    pass
+
+
+def keep_off_fused_path(layer: nn.Module) -> None:
+    """Let `nn.TransformerEncoderLayer` call `layer`: its fused path, which does not, stands down where hooks are."""
+    if _nothing not in layer._forward_pre_hooks.values():
+        layer.register_forward_pre_hook(_nothing)
+
+
+def pass_padded_tokens(model: nn.Module, kind: type[nn.Module]) -> None:
+    """Keep `nn.TransformerEncoder`s that hold a `kind` from nested tensors, which only their fused path takes."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder):
-            if any(isinstance(m, kind) for m in module.modules()):
-                module.use_nested_tensor = False
-        elif isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, kind) for m in module.modules()):
-            module.activation_relu_or_gelu = 0  # read nowhere else: 0 means "no activation that the fused path knows"
+        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, kind) for m in module.modules()):
+            module.use_nested_tensor = False
 
 
 # --- Calibration --------------------------------------------------------------------------------------------------

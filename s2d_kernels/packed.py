@@ -29,7 +29,8 @@ from s2d_kernels.fake_quant import (
     FakeQuantLinear,
     FakeQuantPatchEmbedding,
     is_patch_embedding,
-    leave_fused_path,
+    keep_off_fused_path,
+    pass_padded_tokens,
     patch_rows,
 )
 from s2d_kernels.integer_gemm import by_group, centred
@@ -59,6 +60,7 @@ class _Packed(nn.Module):
         module = cast(Self, layer)
         module.__class__ = cls
         module.settings = dict(settings)
+        keep_off_fused_path(module)
         device = cast(Tensor, layer.weight).device
         for name in _REPLACED:
             module._parameters.pop(name, None)
@@ -277,7 +279,7 @@ def load_(model: nn.Module, path: str | Path) -> nn.Module:
     with torch.no_grad():
         for name, value in rest.items():
             expected[name].copy_(value)
-    leave_fused_path(model, PackedLinear)
+    pass_padded_tokens(model, PackedLinear)
     return model
 
 
