@@ -481,7 +481,7 @@ def test_needs_input_grad(needs: tuple[bool, bool, bool]) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = fake_quant_linear(*tensors)
     assert y.requires_grad == any(needs)
-    assert len(saved) == 4 * (needs[0] + needs[1])
+    assert len(saved) == needs[0] + 3 * needs[1] + any(needs[:2])  # mask, operand, the weight itself
     with torch.no_grad():
         assert not fake_quant_linear(*full).requires_grad
     if any(needs):
@@ -494,15 +494,27 @@ def test_needs_input_grad(needs: tuple[bool, bool, bool]) -> None:
 
 
 @pytest.mark.parametrize(("bits", "limit"), [(4, 0.70), (2, 0.70), (8, 1.20)])
-def test_saved_for_backward(bits: int, limit: float) -> None:
-    x, w = torch.randn(64, 384, requires_grad=True), torch.randn(96, 384, requires_grad=True)
+@pytest.mark.parametrize("rows", [(64, 96), (32, 384)])
+def test_saved_for_backward(rows: tuple[int, int], bits: int, limit: float) -> None:
+    """Per element of the input, whatever the size of the weight, which is there anyway."""
+    x, w = (torch.randn(count, 384, requires_grad=True) for count in rows)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         fake_quant_linear(x, w, weight_bits=bits, act_bits=bits)
     assert all(t.dtype != torch.bool for t in saved)
-    assert not {t.untyped_storage().data_ptr() for t in saved} & {t.untyped_storage().data_ptr() for t in (x, w)}
-    total = sum(t.untyped_storage().nbytes() for t in saved)
-    assert total / (x.numel() + w.numel()) <= limit
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+    assert x.untyped_storage().data_ptr() not in storages
+    assert storages.pop(w.untyped_storage().data_ptr()) == w.numel() * 4
+    assert sum(storages.values()) / x.numel() <= limit
+
+
+def test_a_weight_written_before_the_backward_is_refused() -> None:
+    x, w = torch.randn(4, 36, requires_grad=True), torch.randn(5, 36, requires_grad=True)
+    y = fake_quant_linear(x, w)
+    with torch.no_grad():
+        w.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("impl", IMPLS)

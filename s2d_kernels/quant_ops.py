@@ -112,6 +112,13 @@ class _Settings(NamedTuple):
     impl: str | None
 
 
+def _quantized_weight(
+    weight: Tensor, w_range: tuple[Tensor, Tensor] | tuple[None, None], s: _Settings
+) -> QuantizedOperand:
+    kind = (s.weight_bits, s.weight_symmetric, s.weight_granularity)
+    return quantize_operand(weight, w_range, *kind, s.group_size, s.impl)
+
+
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -121,16 +128,17 @@ def _forward(
     s: _Settings,
 ) -> tuple[Tensor, QuantizedOperand, QuantizedOperand]:
     qx = quantize_operand(x, x_range, s.act_bits, s.act_symmetric, s.act_granularity, s.group_size, s.impl)
-    qw = quantize_operand(
-        weight, w_range, s.weight_bits, s.weight_symmetric, s.weight_granularity, s.group_size, s.impl
-    )
+    qw = _quantized_weight(weight, w_range, s)
     kinds = (s.act_bits, s.act_symmetric, s.weight_bits, s.weight_symmetric)
     y = torch.ops.s2d.integer_linear(*qx[:4], *qw[:4], bias, *kinds, s.out_dtype, s.impl)
     return y, qx, qw
 
 
 class _FakeQuantLinear(torch.autograd.Function):
-    """Straight-through: the gradient of the dequantized product, zero where a code was clamped."""
+    """Straight-through: the gradient of the dequantized product, zero where a code was clamped.
+
+    The weight is a parameter that lives on: saving it costs nothing, and its codes are made again in the backward.
+    """
 
     @staticmethod
     def forward(
@@ -144,15 +152,16 @@ class _FakeQuantLinear(torch.autograd.Function):
         w_max: Tensor | None,
         settings: _Settings,
     ) -> Tensor:
-        y, qx, qw = _forward(x, weight, bias, (x_min, x_max), (w_min, w_max), settings)  # type: ignore[arg-type]
+        y, qx, _ = _forward(x, weight, bias, (x_min, x_max), (w_min, w_max), settings)  # type: ignore[arg-type]
         need_x, need_w, _ = ctx.needs_input_grad[:3]
-        saved: list[Tensor | None] = [None] * 8
+        saved: list[Tensor | None] = [None] * 7
+        if need_x or need_w:
+            saved[:3] = [weight, w_min, w_max]
         if need_x:  # grad_x = (g @ dq(W)) * mask_x
-            codes = pack_codes(qw.codes) if qw.bits <= 4 else qw.codes
-            saved[:4] = [codes, qw.scale, qw.zero_point, qx.mask]
+            saved[3] = qx.mask
         if need_w:  # grad_W = (g^T @ dq(x)) * mask_w
             codes = pack_codes(qx.codes) if qx.bits <= 4 else qx.codes
-            saved[4:] = [codes, qx.scale, qx.zero_point, qw.mask]
+            saved[4:] = [codes, qx.scale, qx.zero_point]
         ctx.save_for_backward(*saved)
         ctx.settings = settings
         ctx.K = x.shape[1]
@@ -163,16 +172,19 @@ class _FakeQuantLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         s, (x_dtype, w_dtype, bias_dtype) = ctx.settings, ctx.dtypes
-        saved = ctx.saved_tensors
+        weight, w_min, w_max, x_mask, *x_operand = ctx.saved_tensors
         need_x, need_w, need_bias = ctx.needs_input_grad[:3]
         grad_x = grad_w = grad_bias = None
+        if need_x or need_w:
+            qw = _quantized_weight(weight, (w_min, w_max), s)
         if need_x:
+            codes = pack_codes(qw.codes) if qw.bits <= 4 else qw.codes
             grad_x = torch.ops.s2d.straight_through_grad(
-                grad_output, *saved[:4], ctx.K, s.weight_bits, s.weight_symmetric, x_dtype, s.impl
+                grad_output, codes, qw.scale, qw.zero_point, x_mask, ctx.K, qw.bits, qw.symmetric, x_dtype, s.impl
             )
         if need_w:
             grad_w = torch.ops.s2d.straight_through_grad(
-                grad_output.mT, *saved[4:], ctx.K, s.act_bits, s.act_symmetric, w_dtype, s.impl
+                grad_output.mT, *x_operand, qw.mask, ctx.K, s.act_bits, s.act_symmetric, w_dtype, s.impl
             )
         if need_bias:
             grad_bias = grad_output.to(working_dtype(grad_output)).sum(0).to(bias_dtype)
@@ -380,8 +392,9 @@ def fake_quant_linear(
         makes its own output row NaN and no other; per tensor all of them.
     Cost: impl="torch" on a CPU with VNNI or AMX is one int8 GEMM forward and six (of digits, see `fixed_point.py`)
         backward, plus elementwise passes; elsewhere fp32 GEMMs (of `exact_chunk` columns forward where K is larger).
-        Saved for backward: packed codes and mask bits of both operands, 0.63 B an element at 4 bits or fewer, 1.13 B
-        above, plus 8 B a row; with learned ranges the operands too. Not differentiable twice.
+        Saved for backward: packed codes and mask bits of `x`, 0.63 B an element at 4 bits or fewer, 1.13 B above, plus
+        8 B a row, and `weight` itself, no copy: it is quantized again in the backward and must not be written before.
+        With learned ranges `x` itself and the weight's codes too. Not differentiable twice.
     Determinism: the forward does not depend on tiling; gradients are as deterministic as torch's GEMM.
     """
     x = ops.check_tensor("x", x)
