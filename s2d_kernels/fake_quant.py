@@ -16,8 +16,11 @@ from s2d_kernels import ops, quant_ops, quantizers
 from s2d_kernels.evaluation import run_batches
 from s2d_kernels.parameters import HEAD
 from s2d_kernels.quantizers import QuantizedOperand
+from s2d_kernels.reference import SMALLEST_SCALE
 
 logger = logging.getLogger("s2d_kernels")
+
+SMALLEST_RANGE = 2**8 * SMALLEST_SCALE  # of at most 2^8 - 1 steps, each a normal number
 
 _DEFAULTS: dict[str, Any] = {
     "weight_bits": 4,
@@ -31,6 +34,12 @@ _DEFAULTS: dict[str, Any] = {
     "learn_range": False,
     "impl": None,
 }
+
+
+def _check_learnable(act_range: Any) -> None:
+    """Raise for a range of zero: its scale is 1, whatever the ends, so that these get no gradient."""
+    if all(abs(float(end)) < SMALLEST_RANGE for end in act_range):
+        raise ValueError(f"act_range={tuple(act_range)} is no range to start learning from: calibrate on other batches")
 
 
 def _resolve(in_features: int, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,6 +69,8 @@ def _resolve(in_features: int, given: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"act_range={settings['act_range']!r} must be None, 'static' or a pair (min, max)")
     else:
         quantizers.check_value_range("act_range", settings["act_range"], torch.empty(0, 0), "per_tensor")
+        if settings["learn_range"]:
+            _check_learnable(settings["act_range"])
     if settings["impl"] is not None and settings["impl"] not in ops.IMPLS:
         raise ValueError(f"impl={settings['impl']!r} is none of {ops.IMPLS} (or None to choose by device)")
     return settings
@@ -108,7 +119,13 @@ class _FakeQuantized(nn.Module):
         if self.learn_range:
             rows = self.weight.detach().flatten(1).float()
             dims = (1,) if self.weight_granularity == "per_channel" else (0, 1)
-            self._set_range("weight", rows.amin(dims).view(-1), rows.amax(dims).view(-1), self.weight_symmetric)
+            lows, highs = rows.amin(dims).view(-1), rows.amax(dims).view(-1)
+            # A range of zero is no scale and gets no gradient. What starts at zero, as LoRA's B, will hardly outgrow
+            # what nn.Linear starts at, a range that learning can shrink.
+            empty = torch.maximum(lows.abs(), highs.abs()) < SMALLEST_RANGE
+            floor = rows.shape[1] ** -0.5 if rows.shape[1] else 1.0
+            lows, highs = lows.masked_fill(empty, -floor), highs.masked_fill(empty, floor)
+            self._set_range("weight", lows, highs, self.weight_symmetric)
 
     def _set_range(self, which: str, low: Tensor, high: Tensor, symmetric: bool) -> None:
         """Buffers or parameters `which`_min and `which`_max; a learned symmetric range is one number, its end."""
@@ -130,14 +147,23 @@ class _FakeQuantized(nn.Module):
         """(min, max) of a static range."""
         if not self.static:
             return None
-        return (self.act_min, self.act_max) if "act_min" in self._range_names() else (-self.act_max, self.act_max)
+        return self._range("act", self.act_symmetric)
+
+    def _range(self, which: str, symmetric: bool) -> tuple[Tensor, Tensor]:
+        """A learned end may have crossed zero: it counts as the quantizer would take it, by |end| or as zero."""
+        high = getattr(self, f"{which}_max")
+        if not self.learn_range:
+            return getattr(self, f"{which}_min"), high
+        if symmetric:
+            end = high.abs()
+            return -end, end
+        return getattr(self, f"{which}_min").clamp(max=0), high.clamp(min=0)
 
     def weight_range(self) -> tuple[Tensor, Tensor] | None:
         """(min, max) of a learned range, else None: the weight's own."""
         if not self.learn_range:
             return None
-        low = self.weight_min if "weight_min" in self._range_names() else -self.weight_max
-        return low, self.weight_max
+        return self._range("weight", self.weight_symmetric)
 
     def act_settings(self) -> dict[str, Any]:
         """How the input is quantized, as `fake_quant_linear` and `quantized_linear` take it."""
@@ -242,8 +268,8 @@ class FakeQuantLinear(_FakeQuantized, nn.Linear):
             "static": the same buffers, NaN until a state_dict fills them.
         group_size: columns a group, for "per_group"; divides `in_features`.
         learn_range: make `act_min`, `act_max` parameters, and `weight_min`, `weight_max` `[out_features]` (`[1]` per
-            tensor), which start at the weight's own range: learned step size quantization. Symmetric ranges have the
-            maximum only. Needs `act_range`.
+            tensor), which start at the weight's own range, and rows of zeros at +-1 / sqrt(in_features), `nn.Linear`'s
+            usual one: learned step size quantization. Symmetric ranges have the maximum only. Needs `act_range`.
         impl: "reference", "torch", or None to choose.
 
     Raises:
@@ -483,6 +509,11 @@ def quantize_(
         for name in list(layers):
             if name in ranges:
                 resolved[name]["act_range"] = ranges[name]
+                if learn_range:
+                    try:
+                        _check_learnable(ranges[name])
+                    except ValueError as error:
+                        raise ValueError(f"layer {name!r}: {error}, or skip the layer") from error
             else:
                 del layers[name]
                 logger.warning("quantize_: layer %r was not called by any calibration batch and stays float", name)
