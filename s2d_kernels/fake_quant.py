@@ -68,7 +68,7 @@ def _resolve(in_features: int, given: Mapping[str, Any]) -> dict[str, Any]:
         if settings["act_range"] != "static":
             raise ValueError(f"act_range={settings['act_range']!r} must be None, 'static' or a pair (min, max)")
     else:
-        quantizers.check_value_range("act_range", settings["act_range"], torch.empty(0, 0), "per_tensor")
+        quantizers.check_value_range("act_range", settings["act_range"], torch.empty(0, 0, device="cpu"), "per_tensor")
         if settings["learn_range"]:
             _check_learnable(settings["act_range"])
     if settings["impl"] is not None and settings["impl"] not in ops.IMPLS:
@@ -114,7 +114,7 @@ class _FakeQuantized(nn.Module):
         self.static = act_range is not None
         if act_range is not None:
             low, high = (math.nan, math.nan) if act_range == "static" else (float(v) for v in act_range)
-            ends = [torch.tensor(v, dtype=torch.float32) for v in (low, high)]
+            ends = [torch.tensor(v, dtype=torch.float32, device=self.weight.device) for v in (low, high)]
             self._set_range("act", ends[0], ends[1], self.act_symmetric)
         if self.learn_range:
             rows = self.weight.detach().flatten(1).float()

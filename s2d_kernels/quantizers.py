@@ -75,7 +75,7 @@ def row_sums(codes: Tensor, groups: int) -> Tensor:
     rows, K = codes.shape
     size = K // groups if groups else 0
     if use_int8_product(codes.device, size, 128, 1):
-        ones = torch.ones((size, 1), dtype=torch.int8)
+        ones = torch.ones((size, 1), dtype=torch.int8, device=codes.device)
         return torch._int_mm(codes.reshape(rows * groups, size), ones).view(rows, groups)
     return codes.reshape(rows, groups, size).sum(2, dtype=torch.int32)
 
@@ -356,7 +356,7 @@ def check_value_range(
             pair.append(x.new_full((1,), value, dtype=working_dtype(x)))
     readable = all(not isinstance(v, Tensor) or v.device.type == "cpu" for v in value_range)
     if readable and not torch.compiler.is_compiling():
-        low, high = (torch.as_tensor(v, dtype=torch.float64).detach() for v in value_range)
+        low, high = (torch.as_tensor(v, dtype=torch.float64, device="cpu").detach() for v in value_range)
         if not bool((low <= high).all()):
             raise ValueError(f"{name}=({low.tolist()}, {high.tolist()}) must have min <= max and no NaN: calibrate it")
     return pair[0], pair[1]
