@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s2d_kernels import integer_gemm, quantizers, reference
 from s2d_kernels.quant_ops import (
@@ -576,6 +577,14 @@ def test_opcheck(impl: str) -> None:
             torch.library.opcheck(torch.ops.s2d.integer_linear.default, arguments)
         arguments = (torch.randn(5, 7), pack_codes(qw.codes), qw.scale, qw.zero_point, qx.mask, 36, 4, True)
         torch.library.opcheck(torch.ops.s2d.straight_through_grad.default, (*arguments, torch.float32, impl))
+
+
+def test_fake_tensors_leave_nothing_behind() -> None:
+    quantizers._kept_bits_of_bytes.cache_clear()
+    mask = torch.tensor([[5]], dtype=torch.uint8)
+    with FakeTensorMode() as mode:
+        assert unpack_mask(mode.from_tensor(mask), 3).shape == (1, 3)
+    assert unpack_mask(mask, 3).tolist() == [[True, False, True]]
 
 
 def test_ops_take_a_default_impl() -> None:

@@ -107,7 +107,8 @@ _kept_bits_of_bytes = functools.cache(_bits_of_bytes)
 
 def unpack_mask(mask: Tensor, K: int) -> Tensor:
     """Bits, uint8 `[rows, ceil(K / 8)]`, to bool `[rows, K]`."""
-    table = (_bits_of_bytes if torch.compiler.is_compiling() else _kept_bits_of_bytes)(mask.device)
+    plain = type(mask) is Tensor and not torch.compiler.is_compiling()  # a FakeTensor's table must not outlive it
+    table = (_kept_bits_of_bytes if plain else _bits_of_bytes)(mask.device)
     words = table.index_select(0, mask.reshape(-1).int())
     return words.view(torch.bool).view(mask.shape[0], 8 * mask.shape[1])[:, :K]
 
