@@ -217,7 +217,10 @@ def test_refusals_leave_the_model_alone(tmp_path: Path) -> None:
             super().__init__()
             self.patch = nn.Conv2d(3, 24, 4, stride=2)
 
+    one_block = Vision()
+    one_block.second = one_block.first
     for other, match in (
+        (one_block, "'first' and 'second' are two layers in the file but one in the model"),
         (Longer(), "'extra.bias' is only in the model"),
         (Overlapping(), "overlapping"),
         (Vision(dim=16), r"'patch' is \(16, 48\) in the model but \(24, 48\)"),

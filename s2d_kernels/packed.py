@@ -254,7 +254,10 @@ def load_(model: nn.Module, path: str | Path) -> nn.Module:
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, settings in layers.items():
         _check_layer(name, modules.get(name), settings)
-    found = {id(modules[name]) for name in layers}
+    found: dict[int, str] = {}
+    for name in layers:
+        if (other := found.setdefault(id(modules[name]), name)) != name:
+            raise ValueError(f"{other!r} and {name!r} are two layers in the file but one in the model")
     inside = {
         f"{name}.{key}" if name else key for name, module in modules.items() if id(module) in found for key in _REPLACED
     }
