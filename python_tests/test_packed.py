@@ -95,7 +95,13 @@ def test_what_the_file_holds(tmp_path: Path) -> None:
     assert "first.weight" not in tensors
     assert "first.weight_zero_point" not in tensors
     assert not any(name.startswith("blocks.1.") for name in tensors)
-    assert json.loads(metadata["s2d_shared"]) == {"norm2.weight": "norm.weight"}
+    shared = {f"second.weight_{part}": f"first.weight_{part}" for part in ("codes", "scale")}
+    assert json.loads(metadata["s2d_shared"]) == shared | {"norm2.weight": "norm.weight"}
+    assert "second.weight_codes" not in tensors
+    loaded = load_(Vision(), tmp_path / "m.safetensors")
+    for part in ("codes", "scale", "row_sum"):
+        assert getattr(loaded.first, part) is getattr(loaded.second, part)
+    assert loaded.patch.codes is not loaded.first.codes
     assert json.loads(metadata["s2d_layers"])["patch"]["kind"] == "patch"
     large = nn.Sequential(nn.Linear(512, 512, bias=False))
     quantize_(large)

@@ -55,8 +55,14 @@ class _Packed(nn.Module):
     settings: dict[str, Any]
 
     @classmethod
-    def _convert(cls, layer: nn.Module, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        """Make `layer` itself a `cls`; its hooks and places in the model stay."""
+    def _convert(
+        cls,
+        layer: nn.Module,
+        settings: Mapping[str, Any],
+        operand: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor],
+    ) -> Self:
+        """Make `layer` itself a `cls` with the weight `operand`; its hooks and places in the model stay."""
         module = cast(Self, layer)
         module.__class__ = cls
         module.settings = dict(settings)
@@ -65,17 +71,8 @@ class _Packed(nn.Module):
         for name in _REPLACED:
             module._parameters.pop(name, None)
             module._buffers.pop(name, None)
-        symmetric, columns = settings["weight_symmetric"], settings["in_features"]
-        codes = tensors["weight_codes"]
-        if settings["weight_bits"] <= 4:
-            codes = unpack_codes(codes, columns, symmetric)
-        scale = tensors["weight_scale"]
-        zero_point = torch.zeros_like(scale, dtype=torch.int32) if symmetric else tensors["weight_zero_point"]
-        operand = {"codes": codes.contiguous(), "scale": scale, "zero_point": zero_point}
-        groups = columns // settings["group_size"] if settings["group_size"] else 1
-        operand["row_sum"] = row_sums(operand["codes"], groups)
         for name, value in operand.items():
-            module.register_buffer(name, value.to(device))
+            module.register_buffer(name, value)
         for name in ("bias", "act_min", "act_max"):
             module.register_buffer(name, tensors[name].to(device) if name in tensors else None)
         like = torch.empty(0, dtype=getattr(torch, settings["weight_dtype"]), device=device)
@@ -166,6 +163,7 @@ def export(model: nn.Module, path: str | Path) -> None:
     tensors: dict[str, Tensor] = {}
     inside: set[str] = set()
     seen: set[nn.Module] = set()
+    packed: dict[tuple[Any, ...], QuantizedOperand] = {}  # of a weight that several layers have, once
     for name, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, FakeQuantLinear | FakeQuantPatchEmbedding):
             continue
@@ -174,7 +172,11 @@ def export(model: nn.Module, path: str | Path) -> None:
         if module in seen:
             continue
         seen.add(module)
-        settings, values = _pack(name, module)
+        key = (id(module.weight), *module.weight_settings().values(), id(module) if module.learn_range else None)
+        if key not in packed:
+            q = module.quantized_weight()
+            packed[key] = q._replace(codes=pack_codes(q.codes)) if q.bits <= 4 else q
+        settings, values = _pack(name, module, packed[key])
         layers[name] = settings
         tensors |= {prefix + key: value for key, value in values.items()}
     if not layers:
@@ -193,12 +195,14 @@ def export(model: nn.Module, path: str | Path) -> None:
     safetensors.torch.save_file(contents, str(path), metadata)
 
 
-def _pack(name: str, module: FakeQuantLinear | FakeQuantPatchEmbedding) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    q = module.quantized_weight()
+def _pack(
+    name: str, module: FakeQuantLinear | FakeQuantPatchEmbedding, q: QuantizedOperand
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Settings and tensors of a layer whose weight is `q`, its codes packed."""
     if not q.scale.isfinite().all():
         raise ValueError(f"the weight of layer {name!r} holds NaN or Inf: it has no codes")
     values = {
-        "weight_codes": pack_codes(q.codes) if q.bits <= 4 else q.codes,
+        "weight_codes": q.codes,
         "weight_scale": q.scale,
     }
     if not q.symmetric:
@@ -212,8 +216,8 @@ def _pack(name: str, module: FakeQuantLinear | FakeQuantPatchEmbedding) -> tuple
         values |= dict(zip(("act_min", "act_max"), act_range, strict=True))
     settings = {
         "kind": "linear" if isinstance(module, FakeQuantLinear) else "patch",
-        "in_features": q.codes.shape[1],
-        "out_features": q.codes.shape[0],
+        "in_features": math.prod(module.weight.shape[1:]),
+        "out_features": module.weight.shape[0],
         "weight_dtype": str(module.weight.dtype).removeprefix("torch."),
         "weight_bits": module.weight_bits,
         "weight_granularity": module.weight_granularity,
@@ -275,15 +279,32 @@ def load_(model: nn.Module, path: str | Path) -> nn.Module:
             ours, theirs = (f"{tuple(t.shape)} {t.dtype}" for t in (mine, value))
             raise ValueError(f"{name!r} is {ours} in the model but {theirs} in the file: build and cast it likewise")
 
+    unpacked: dict[tuple[Any, ...], dict[str, Tensor]] = {}  # what layers share in the file they share in memory
     for name, settings in layers.items():
         own = {key: tensors[f"{name}.{key}" if name else key] for key in _keys(name, tensors)}
         kind = PackedLinear if settings["kind"] == "linear" else PackedPatchEmbedding
-        kind._convert(modules[name], settings, own)
+        device = cast(Tensor, modules[name].weight).device
+        shared = (device, settings["group_size"], *(id(own.get(key)) for key in _OPERAND))
+        if shared not in unpacked:
+            unpacked[shared] = {key: value.to(device) for key, value in _unpack(settings, own).items()}
+        kind._convert(modules[name], settings, unpacked[shared], own)
     with torch.no_grad():
         for name, value in rest.items():
             expected[name].copy_(value)
     pass_padded_tokens(model, PackedLinear)
     return model
+
+
+def _unpack(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The operand that a file's `tensors` of a layer hold: codes, scale, zero_point, row_sum."""
+    symmetric, columns = settings["weight_symmetric"], settings["in_features"]
+    codes, scale = tensors["weight_codes"], tensors["weight_scale"]
+    if settings["weight_bits"] <= 4:
+        codes = unpack_codes(codes, columns, symmetric)
+    codes = codes.contiguous()
+    zero_point = torch.zeros_like(scale, dtype=torch.int32) if symmetric else tensors["weight_zero_point"]
+    groups = columns // settings["group_size"] if settings["group_size"] else 1
+    return {"codes": codes, "scale": scale, "zero_point": zero_point, "row_sum": row_sums(codes, groups)}
 
 
 def _keys(name: str, tensors: Mapping[str, Tensor]) -> list[str]:
