@@ -74,9 +74,16 @@ def test_round_trip_bit_for_bit(settings: dict[str, Any], static: bool, tmp_path
     assert loaded.norm.weight is loaded.norm2.weight
     assert type(loaded.head) is nn.Linear
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
-    # into a quantized model, and again into one on another copy
-    again = load_(quantized := copy.deepcopy(model), tmp_path / "m.safetensors")
+    # into a quantized model, and again into one on another copy, which had kept its codes
+    quantized = copy.deepcopy(model)
+    for module in quantized.modules():
+        module.reuse_codes = True
+    with torch.no_grad():
+        quantized(x)
+    assert fake_quant.KEPT_CODES in quantized.first.__dict__
+    again = load_(quantized, tmp_path / "m.safetensors")
     assert again is quantized
+    assert fake_quant.KEPT_CODES not in again.first.__dict__
     with torch.no_grad():
         assert torch.equal(again(x), model(x))
 

@@ -21,6 +21,7 @@ from s2d_kernels.reference import SMALLEST_SCALE
 logger = logging.getLogger("s2d_kernels")
 
 SMALLEST_RANGE = 2**8 * SMALLEST_SCALE  # of at most 2^8 - 1 steps, each a normal number
+KEPT_CODES = "_weight_codes"  # attribute of a mode="ptq" layer: its weight, when that was, and its codes
 
 _DEFAULTS: dict[str, Any] = {
     "weight_bits": 4,
@@ -217,13 +218,13 @@ class _FakeQuantized(nn.Module):
             return self.quantized_weight()
         key = (weight._version, weight.data_ptr(), weight.dtype, weight.device, *self.weight_settings().values())
         # Another tensor may get a freed one's address and starts at the same version: the object itself must be ours.
-        kept = self.__dict__.get("_kept_codes_of")
+        kept = self.__dict__.get(KEPT_CODES)
         if kept is None or kept[0]() is not weight or kept[1] != key:
-            kept = self.__dict__["_kept_codes_of"] = weakref.ref(weight), key, self.quantized_weight()
+            kept = self.__dict__[KEPT_CODES] = weakref.ref(weight), key, self.quantized_weight()
         return cast(QuantizedOperand, kept[2])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_kept_codes_of"}
+        return {name: value for name, value in self.__dict__.items() if name != KEPT_CODES}
 
     def extra_repr(self) -> str:
         """Sizes, bits, granularities and where the activation range comes from."""
@@ -238,7 +239,7 @@ class _FakeQuantized(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         ranges = {name: getattr(self, name).detach() for name in self._range_names()}
         super()._apply(fn, recurse)
-        self.__dict__.pop("_kept_codes_of", None)  # two casts can put other values at the old address
+        self.__dict__.pop(KEPT_CODES, None)  # two casts can put other values at the old address
         # A range rounded to bf16 would change codes. Moving is allowed, casting is undone.
         for name, value in ranges.items():
             moved = getattr(self, name)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from s2d_kernels import quant_ops
 from s2d_kernels.fake_quant import (
+    KEPT_CODES,
     FakeQuantLinear,
     FakeQuantPatchEmbedding,
     is_patch_embedding,
@@ -68,6 +69,7 @@ class _Packed(nn.Module):
         module.settings = dict(settings)
         keep_off_fused_path(module)
         device = cast(Tensor, layer.weight).device
+        module.__dict__.pop(KEPT_CODES, None)
         for name in _REPLACED:
             module._parameters.pop(name, None)
             module._buffers.pop(name, None)
