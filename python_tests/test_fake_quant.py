@@ -322,6 +322,17 @@ def test_a_layer_placed_by_hand_is_not_bypassed_either(packed: bool, tmp_path: P
     assert calls == [1, 1]
 
 
+def test_lazy_layers_and_the_meta_device() -> None:
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
+    lazy, ready = quantize_(model)
+    assert lazy == ("0", (), "skip", "LazyLinear without a shape: call the model once before")
+    assert ready.decision == "quantize"
+    model(torch.randn(3, 8))
+    assert [row.decision for row in quantize_(model)] == ["quantize", "skip"]
+    on_meta = FakeQuantLinear(8, 4, device="meta", dtype=torch.bfloat16)(torch.zeros(2, 8, device="meta"))
+    assert (on_meta.device.type, on_meta.shape, on_meta.dtype) == ("meta", (2, 4), torch.float32)
+
+
 def test_nothing_to_quantize_warns(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="s2d_kernels"):
         assert quantize_(nn.Sequential(nn.ReLU())) == []
@@ -486,6 +497,10 @@ def test_patch_embeddings_are_linear_layers_on_patches(static: bool) -> None:
     expected = y.mT.unflatten(2, (3, 4))
     got = model.patch(x)
     assert torch.equal(got, expected)
+    assert got.is_contiguous()
+    assert model.patch(x[0]).is_contiguous()
+    with pytest.raises(ValueError, match=r"\(3, 8\) pixels, fewer than a patch of 4 x 2"):
+        model.patch(x[:, :, :3])
     assert torch.equal(model.patch(x[0]), expected[0])
     g = torch.randn(got.shape)
     for mine, theirs in zip(

@@ -172,7 +172,14 @@ def test_a_packed_weight_has_the_exported_dtype_and_shape(dtype: torch.dtype, tm
         packed = loaded.get_submodule(name).weight
         assert (packed.shape, packed.dtype) == (weight.shape, dtype)
         torch.testing.assert_close(packed, weight.detach(), rtol=0, atol=float(weight.detach().abs().max()) / 7)
+    if dtype != torch.float64:  # then codes of fp32 or less, whatever the layer is cast to
+        wide = loaded.double()
+        assert wide.out.scale.dtype == wide.out.weight.dtype == wide(x).dtype == torch.float64
+    loaded.to(dtype)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), y)
     assert loaded.to(torch.float32).out.weight.dtype == torch.float32
+    assert loaded(x).dtype == loaded.out.scale.dtype == torch.float32
     assert not any("like" in name for name in loaded.state_dict())
 
 
@@ -212,6 +219,15 @@ def test_refusals_leave_the_model_alone(tmp_path: Path) -> None:
         bad.weight[1, 2] = float("nan")
     with pytest.raises(ValueError, match="'' holds NaN or Inf"):
         export(bad, path)
+
+    class Stateful(Vision):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"a": 1}
+
+    stateful = Stateful()
+    quantize_(stateful)
+    with pytest.raises(ValueError, match=r"\['_extra_state'\]: a file of tensors cannot hold extra state"):
+        export(stateful, path)
     assert not path.exists()
     safetensors.torch.save_file({"a": torch.zeros(1)}, str(path))
     with pytest.raises(ValueError, match="no file of export"):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from s2d_kernels import ops, quant_ops, quantizers
 from s2d_kernels.evaluation import run_batches
@@ -361,9 +362,11 @@ def patch_rows(layer: Any, input: Tensor, function: Callable[[Tensor], Tensor]) 
     height, width = layer.kernel_size
     batched = input if input.ndim == 4 else input.unsqueeze(0)
     rows, columns = batched.shape[2] // height, batched.shape[3] // width
+    if not rows or not columns:
+        raise ValueError(f"input has {tuple(input.shape[-2:])} pixels, fewer than a patch of {height} x {width}")
     patches = batched[:, :, : rows * height, : columns * width].unflatten(3, (columns, width))
     patches = patches.unflatten(2, (rows, height)).permute(0, 2, 4, 1, 3, 5).flatten(3)
-    y = function(patches).permute(0, 3, 1, 2)
+    y = function(patches).permute(0, 3, 1, 2).contiguous()
     return y if input.ndim == 4 else y.squeeze(0)
 
 
@@ -591,7 +594,8 @@ def _decide(
             layers[name] = layer
         also = f", also at {', '.join(all_names[1:])}" if len(all_names) > 1 else ""
         decision = "quantize" if reason is None else "skip"
-        report.append(LayerDecision(name, tuple(layer.weight.shape), decision, (reason or "") + also))
+        shape = () if is_lazy(layer.weight) else tuple(layer.weight.shape)
+        report.append(LayerDecision(name, shape, decision, (reason or "") + also))
     return layers, report
 
 
@@ -605,6 +609,8 @@ def _why_not(layer: nn.Module, all_names: Sequence[str], embeddings: Mapping[int
         return "already fake-quantized"
     if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
         return "embedding: a look-up, no product"
+    if is_lazy(cast(Tensor, layer.weight)):
+        return f"{type(layer).__name__} without a shape: call the model once before"
     if type(layer).__name__ == "NonDynamicallyQuantizableLinear":
         return "nn.MultiheadAttention uses its weight without calling it"
     base = next(c for c in (nn.Linear, nn.Conv2d, nn.modules.conv._ConvNd) if isinstance(layer, c))

@@ -35,7 +35,7 @@ from s2d_kernels.fake_quant import (
     patch_rows,
 )
 from s2d_kernels.integer_gemm import by_group, centred
-from s2d_kernels.quantizers import QuantizedOperand, pack_codes, row_sums, unpack_codes
+from s2d_kernels.quantizers import QuantizedOperand, pack_codes, row_sums, unpack_codes, working_dtype
 
 FORMAT = "s2d_kernels packed codes, version 2"
 _REPLACED = ("weight", "bias", "act_min", "act_max", "weight_min", "weight_max")
@@ -106,10 +106,12 @@ class _Packed(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         kept = {name: getattr(self, name) for name in ("scale", "act_min", "act_max")}
         super()._apply(fn, recurse)
-        for name, value in kept.items():  # a rounded scale would change bits: moving is allowed, casting is undone
+        # A rounded scale would change bits: moving is allowed, casting is undone, but for fp64 inputs, which want fp64.
+        dtype = working_dtype(self.weight_like)
+        for name, value in kept.items():
             moved = getattr(self, name)
-            if moved is not None and moved.dtype != value.dtype:
-                setattr(self, name, value.to(moved.device))
+            if moved is not None and moved.dtype != dtype:
+                setattr(self, name, value.to(moved.device, dtype))
         return self
 
     def extra_repr(self) -> str:
@@ -156,8 +158,8 @@ def export(model: nn.Module, path: str | Path) -> None:
         path: the file; an existing one is replaced.
 
     Raises:
-        ValueError: `model` holds no fake-quantized layer, or one without calibrated ranges or with a weight that is
-            not finite.
+        ValueError: `model` holds no fake-quantized layer, one without calibrated ranges or with a weight that is not
+            finite, or a module with `get_extra_state`.
         ImportError: safetensors is not installed.
     """
     safetensors = _safetensors()
@@ -183,7 +185,10 @@ def export(model: nn.Module, path: str | Path) -> None:
         tensors |= {prefix + key: value for key, value in values.items()}
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no fake-quantized layer: run quantize_ on it first")
-    tensors |= {name: value for name, value in model.state_dict().items() if name not in inside}
+    state = model.state_dict()
+    if extra := [name for name in state if name.endswith("_extra_state")]:
+        raise ValueError(f"{extra[:5]}: a file of tensors cannot hold extra state, export the part without it")
+    tensors |= {name: value for name, value in state.items() if name not in inside}
 
     shared: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
