@@ -79,16 +79,21 @@ def test_gradients_against_torchs_learnable_quantizers(per_row: bool, symmetric:
         torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=2e-3 * float(theirs.abs().max()))
 
 
-def test_the_usual_factor_is_lsqs() -> None:
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
+def test_the_usual_factor_is_lsqs(granularity: str) -> None:
+    """1 / sqrt(N_F Q_P) for activations, N_F the features of a token; 1 / sqrt(N_W Q_P) for the weights of a scale."""
     x, w = torch.randn(37, 63), torch.randn(5, 63)
+    count = 5 if granularity == "per_channel" else 1
     gradients = []
     for factor in (None, 1.0):
-        high = torch.tensor(1.0, requires_grad=True)
+        high, w_high = torch.tensor(1.0, requires_grad=True), torch.full((count,), 1.0, requires_grad=True)
         fake_quant_linear(
-            x, w, act_range=(-1.0, high), act_granularity="per_tensor", range_grad_factor=factor
-        ).sum().backward()
-        gradients.append(float(high.grad))
-    assert gradients[0] == pytest.approx(gradients[1] / math.sqrt(37 * 63 * 15), rel=1e-5)
+            x, w, act_range=(-1.0, high), act_granularity="per_tensor", weight_granularity=granularity,
+            weight_range=(-torch.ones(count), w_high), weight_symmetric=False, range_grad_factor=factor,
+        ).sum().backward()  # fmt: skip
+        gradients.append((high.grad, w_high.grad))
+    torch.testing.assert_close(gradients[0][0], gradients[1][0] / math.sqrt(63 * 15), rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradients[0][1], gradients[1][1] / math.sqrt(5 / count * 63 * 15), rtol=1e-5, atol=0)
 
 
 def test_only_what_requires_a_gradient_gets_one() -> None:

@@ -244,8 +244,10 @@ class _LearnedRangeLinear(torch.autograd.Function):
             if need_range:
                 codes = unpack_codes(codes, K, kind[1]) if kind[0] <= 4 else codes
                 operand = QuantizedOperand(codes, scale, zero_point, codes, mask, *kind)
+                # LSQ's N: the features of an activation, however many tokens there are; the weights of one scale
+                count = K if place == 0 else x.numel() / max(scale.numel(), 1)
                 grads[3 + 2 * place : 5 + 2 * place] = range_gradients(
-                    product, x, operand, inside, low, high, ctx.grad_factor
+                    product, x, operand, inside, low, high, ctx.grad_factor, count
                 )
         if need_bias:
             grads[2] = grad_output.to(working_dtype(grad_output)).sum(0).to(ctx.bias_dtype)
@@ -253,7 +255,14 @@ class _LearnedRangeLinear(torch.autograd.Function):
 
 
 def range_gradients(
-    grad: Tensor, x: Tensor, q: QuantizedOperand, inside: Tensor, low: Tensor, high: Tensor, factor: float | None
+    grad: Tensor,
+    x: Tensor,
+    q: QuantizedOperand,
+    inside: Tensor,
+    low: Tensor,
+    high: Tensor,
+    factor: float | None,
+    count: float,
 ) -> list[Tensor]:
     """Gradients of `low` and `high` from `grad`, that of the dequantized `x`, `[rows, K]`.
 
@@ -261,6 +270,7 @@ def range_gradients(
     torch's `_fake_quantize_learnable_*`: d dq(x) / d scale is code - zero_point - x / scale within the bounds and
     code - zero_point where clamped, d dq(x) / d zero_point is -scale where clamped and else 0. From there to the range
     by scale = (high - low) / steps and zero_point = -low / scale, with symmetric codes scale = absmax / steps.
+    They are multiplied by `factor`, or where it is None by 1 / sqrt(count * quant_max).
     """
     dtype = q.scale.dtype
     scale = q.scale.unsqueeze(2)
@@ -274,7 +284,7 @@ def range_gradients(
     quant_min, quant_max = reference.quant_bounds(q.bits, q.symmetric)
     steps = quant_max if q.symmetric else quant_max - quant_min
     if factor is None:
-        factor = 1 / math.sqrt(max(x.numel() / max(q.scale.numel(), 1), 1) * quant_max)
+        factor = 1 / math.sqrt(max(count, 1) * quant_max)
     given_low, given_high = low.view(-1, 1), high.view(-1, 1)
     if q.symmetric:
         of_high = of_scale * given_high.sign() * (given_high.abs() >= given_low.abs()) / steps
@@ -379,7 +389,8 @@ def fake_quant_linear(
             they get that of learned step size quantization (LSQ, arXiv 1902.08153; see `range_gradients`).
         group_size: columns a group, for "per_group".
         range_grad_factor: what the gradients of learned ranges are multiplied by; None is LSQ's
-            1 / sqrt(elements of one scale * quant_max), 1 gives those of torch's `_fake_quantize_learnable_*`.
+            1 / sqrt(N * quant_max), N being K for the activations and the elements of one scale for the weight; 1 gives
+            those of torch's `_fake_quantize_learnable_*`.
         impl: "reference", "torch", or None to choose.
 
     Returns:
