@@ -272,7 +272,7 @@ class FakeQuantLinear(_FakeQuantized, nn.Linear):
         learn_range: make `act_min`, `act_max` parameters, and `weight_min`, `weight_max` `[out_features]` (`[1]` per
             tensor), which start at the weight's own range, and rows of zeros at +-1 / sqrt(in_features), `nn.Linear`'s
             usual one: learned step size quantization. Symmetric ranges have the maximum only. Needs `act_range`.
-        impl: "reference", "torch", or None to choose.
+        impl: "reference", "torch", "cpu", "triton" or "cuda", as far as installed; None chooses.
 
     Raises:
         TypeError, ValueError: an argument that `fake_quant_linear` would refuse.

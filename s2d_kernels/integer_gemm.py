@@ -201,7 +201,7 @@ def integer_accumulator(qx: QuantizedOperand, qw: QuantizedOperand, *, impl: str
     Args:
         qx: activations, codes `[M, K]`.
         qw: weight, codes `[N, K]`.
-        impl: "reference", "torch", or None to choose.
+        impl: "reference", "torch", "cpu", "triton" or "cuda", as far as installed; None chooses.
 
     Returns:
         `[groups, M, N]` int32, one group unless the weight is quantized per group.
@@ -232,7 +232,7 @@ def integer_linear(
         qw: weight, codes `[N, K]`.
         bias: `[N]`, floating.
         out_dtype: of the result; default the scales' dtype.
-        impl: "reference", "torch", or None to choose.
+        impl: "reference", "torch", "cpu", "triton" or "cuda", as far as installed; None chooses.
 
     Returns:
         `[M, N]`: (acc * s_x) * s_w, summed over groups in ascending order, + bias, one rounding each, then the cast.

@@ -391,7 +391,7 @@ def fake_quant_linear(
         range_grad_factor: what the gradients of learned ranges are multiplied by; None is LSQ's
             1 / sqrt(N * quant_max), N being K for the activations and the elements of one scale for the weight; 1 gives
             those of torch's `_fake_quantize_learnable_*`.
-        impl: "reference", "torch", or None to choose.
+        impl: "reference", "torch", "cpu", "triton" or "cuda", as far as installed; None chooses.
 
     Returns:
         `[..., N]` in x's dtype, or in autocast's dtype where autocast is on (and x is not fp64). Autocast changes

@@ -403,7 +403,7 @@ def quantize_activation(
         value_range: (min, max) to use instead of those of `x`, numbers or tensors of one value (per token also
             `[rows]`). No gradient flows to them.
         group_size: makes `row_sum` `[rows, K / group_size]`, for weights quantized per group; scales are unaffected.
-        impl: "reference", "torch", or None to choose.
+        impl: "reference", "torch", "cpu", "triton" or "cuda", as far as installed; None chooses.
 
     Returns:
         `QuantizedOperand`; a row (per tensor: all of them) that holds NaN or Inf has scale NaN and code 0.
@@ -442,7 +442,7 @@ def quantize_weight(
         granularity: "per_channel" (one scale a row), "per_tensor", or "per_group" (`group_size` columns of a row).
         group_size: for "per_group" only; divides K.
         value_range: (min, max) instead of those of the weight; per channel also `[N]` tensors.
-        impl: "reference", "torch", or None to choose.
+        impl: "reference", "torch", "cpu", "triton" or "cuda", as far as installed; None chooses.
 
     Returns:
         `QuantizedOperand`.
