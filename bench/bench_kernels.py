@@ -23,7 +23,7 @@ from bench.cases import (
     SVDCase,
     quantile,
 )
-from bench.linear_peers import LINEAR_ERROR_LIMIT, LINEAR_PEERS, LinearPeer
+from bench.linear_peers import LINEAR_PEERS, LinearPeer, linear_error_limit
 from bench.peers import OURS, SVD_PEERS, SVDPeer
 from bench.penalty_peers import PENALTY_PEERS, PenaltyPeer, error_limit, ours
 from bench.runs import judge_linear, judge_penalty, prepare_svd
@@ -64,7 +64,7 @@ def test_fake_quant_linear(benchmark: Any, case: LinearCase, variant: str, peer:
     benchmark.group = f"fake_quant_linear, {case.name}, {case.dtype}, {variant}"
     benchmark.extra_info.update(setting=peer.setting, error_p90=quantile(errors))
     benchmark.pedantic(run, rounds=7)
-    assert quantile(errors) <= LINEAR_ERROR_LIMIT
+    assert quantile(errors) <= linear_error_limit(case.dtype)
 
 
 @lru_cache(maxsize=1)  # a case's gradients and their copy are 0.7 GB

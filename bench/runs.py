@@ -22,7 +22,7 @@ from bench.cases import (
     quantile,
     relative_residuals,
 )
-from bench.linear_peers import LINEAR_ERROR_LIMIT, LINEAR_PEERS, LinearPeer
+from bench.linear_peers import LINEAR_PEERS, LinearPeer, linear_error_limit
 from bench.peers import OURS, SVD_PEERS, Run, SVDPeer
 from bench.penalty_peers import PENALTY_PEERS, PenaltyPeer
 from bench.search import Trial, cheapest_setting
@@ -175,9 +175,9 @@ def run_linear(
                     repeats=count,
                     error_p90=quantile(errors),
                     error_max=quantile(errors, 1.0),
-                    error_limit=LINEAR_ERROR_LIMIT,
+                    error_limit=linear_error_limit(case.dtype),
                     error_of=f"{'y, grad_x, grad_W, grad_b' if backward else 'y'}, relative Frobenius, {peer.held_to}",
-                    gate=quantile(errors) <= LINEAR_ERROR_LIMIT,
+                    gate=quantile(errors) <= linear_error_limit(case.dtype),
                     reads=None,
                     bytes=case.bytes(backward),
                     problem=f"W4A4, {case.tokens} tokens, {case.in_features} -> {case.out_features}, bias",

@@ -232,13 +232,23 @@ def test_quick_linear_end_to_end(case):
     assert [set(row.speedup) for row in rows[1:4]] == 3 * [{"forward"}]
 
 
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+def test_the_linear_gate_is_its_dtypes(dtype, off):
+    """An fp32 layer as far off as bf16 rounds does not pass."""
+    ours = linear_peers.LINEAR_PEERS[0]
+    wrong = dataclasses.replace(ours, name="wrong", layer=lambda *tensors: ours.layer(*tensors) * (1 + off))
+    rows = runs.run_linear(cases.LinearCase("c", 64, 48, 256, dtype), CONTEXT, peers=[ours, wrong])
+    assert [row.gate for row in rows] == [True, False, True, False]
+    assert all(row.error_limit == linear_peers.linear_error_limit(dtype) for row in rows)
+
+
 def test_saved_bytes_by_hand():
-    """F.linear keeps x; ours codes, mask bits and parameters of both operands."""
+    """F.linear keeps x; ours its codes, mask bits and parameters."""
     case = cases.LinearCase("c", 64, 48, 256)
     tensors = case.tensors(CPU)
     assert linear_peers.saved_bytes(torch.nn.functional.linear, tensors) == 64 * 256 * 4
     ours = linear_peers.saved_bytes(linear_peers.LINEAR_PEERS[0].layer, tensors)
-    assert ours == (64 + 48) * (256 // 2 + 256 // 8 + 4 + 4)
+    assert ours == 64 * (256 // 2 + 256 // 8 + 4 + 4)
     rows = runs.run_linear(case, CONTEXT)
     assert [row.traffic.get("saved_bytes") for row in rows[:5]] == 4 * [None] + [ours]
     assert all(len(tables.cells(row)) == len(tables.headings(row)) == 8 for row in rows)

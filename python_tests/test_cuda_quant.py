@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from s2d_kernels import _native, cuda_quant, fake_quant_linear, ops, quantizers
+from s2d_kernels.triton_kernels import linear as triton_linear
 
 ROOT = Path(__file__).parent.parent
 SIZES = (0, 1, 37, 63, 199)
@@ -358,6 +360,28 @@ def test_which_products_the_kernels_take(device: torch.device) -> None:
     wide = tuple(t.double() if t.dtype == torch.float32 else t for t in tensors)
     with pytest.raises(TypeError, match=r"operands quantized in torch.float64"):
         torch.ops.s2d.integer_accumulator(*wide, *kinds, "cuda")
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize("group_size", [32, 64, 96, 128, 256, 512])
+def test_no_group_size_falls_back_to_fp32_products(
+    group_size: int, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where Hopper's own kernel is Triton's, sizes that this does not take are CUDA C++'s as elsewhere."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(ops, "problem_of", lambda impl, device: None)
+    gpu, kinds = torch.device("cuda", 0), (4, False, 4, True)
+    groups = 6
+    for M in (1, 4096):
+        x_shapes = (M, groups * group_size), (M, 1), (M, 1), (M, groups)
+        shapes = (*x_shapes, (512, groups * group_size), *((512, groups),) * 3)
+        dtypes = (torch.int8, torch.float32, torch.int32, torch.int32) * 2
+        tensors = [
+            SimpleNamespace(shape=torch.Size(s), dtype=d, device=gpu) for s, d in zip(shapes, dtypes, strict=True)
+        ]
+        for op, rest in (("integer_linear", (None, *kinds, torch.bfloat16)), ("integer_accumulator", kinds)):
+            wgmma = capability == (9, 0) and M == 4096 and group_size in triton_linear.GROUP_SIZES
+            assert ops.choose(op, None, gpu, (*tensors, *rest)) == ("triton" if wgmma else "cuda")
 
 
 @pytest.mark.parametrize(("capability", "helps"), [((8, 0), True), ((8, 9), True), ((9, 0), False), ((12, 0), False)])

@@ -1,4 +1,4 @@
-"""torch.set_default_dtype of a training script changes nothing here: kernels write through raw pointers."""
+"""torch.set_default_dtype and set_default_device of a training script change nothing here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from emulated import build_emulated
 from torch import Tensor
 
-from s2d_kernels import fake_quant_linear, pcdr, topk_svd
+from s2d_kernels import fake_quant_linear, int8_product, pcdr, topk_svd
 from s2d_kernels.capture import _Kept
 from s2d_kernels.capture_ops import capture_largest_
 from s2d_kernels.fake_quant import FakeQuantLinear
@@ -71,4 +71,30 @@ def test_same_bits(run: Callable[[], list[Tensor]], dtype: torch.dtype, monkeypa
         torch.set_default_dtype(torch.float32)
     for a, b in zip(expected, got, strict=True):
         assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+def test_a_default_device_is_not_the_operands() -> None:
+    """Nor does what was tried under it stay in the process."""
+
+    def run() -> list[Tensor]:
+        x, w = (torch.linspace(-2, 3, n * 64, device="cpu").sin().view(n, 64) for n in (40, 48))
+        layer = FakeQuantLinear(64, 48, bias=False, act_range=(-0.5, 0.7), device="cpu")
+        layer.weight.data = w
+        grouped = fake_quant_linear(x, w, weight_granularity="per_group", group_size=32)
+        return [fake_quant_linear(x, w, act_range=(-0.5, 0.7)), grouped, layer(x), layer.act_max.detach()]
+
+    questions = (int8_product.int8_product_is_exact, int8_product._int8_product_is_faster)
+    expected, answer = run(), int8_product.int8_product_is_exact(127)  # on a CPU without it, both are False
+    for question in questions:
+        question.cache_clear()
+    torch.set_default_device("meta")
+    try:
+        got = run()
+        assert int8_product.int8_product_is_exact(127) == answer
+        int8_product._int8_product_is_faster()
+    finally:
+        torch.set_default_device(None)
+    for a, b in zip(expected, got, strict=True):
+        assert a.device == b.device
         assert torch.equal(a, b)

@@ -7,15 +7,18 @@ import io
 import logging
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from s2d_kernels import fake_quant, ops
 from s2d_kernels.fake_quant import FakeQuantLinear, quantize_
+from s2d_kernels.packed import export, load_
 from s2d_kernels.quant_ops import fake_quant_linear
 
 
@@ -302,6 +305,34 @@ def test_fused_encoder_path_does_not_bypass_the_layers() -> None:
         torch.testing.assert_close(model(x, src_key_padding_mask=padding), with_grad)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_layer_placed_by_hand_is_not_bypassed_either(packed: bool, tmp_path: Path) -> None:
+    encoder, x = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval(), torch.randn(3, 5, 16)
+    layer = FakeQuantLinear.from_linear(encoder.linear1, weight_bits=2, act_bits=2)
+    encoder.linear1 = layer
+    if packed:
+        export(layer, tmp_path / "l.safetensors")
+        encoder.linear1 = load_(nn.Linear(16, 32), tmp_path / "l.safetensors")
+    calls = []
+    original = fake_quant.quant_ops.quantize_activation if packed else fake_quant.quant_ops.fake_quant_linear
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fake_quant.quant_ops, original.__name__, lambda *a, **k: calls.append(1) or original(*a, **k))
+        for one in (encoder, copy.deepcopy(encoder)):
+            one(x)
+    assert calls == [1, 1]
+
+
+def test_lazy_layers_and_the_meta_device() -> None:
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
+    lazy, ready = quantize_(model)
+    assert lazy == ("0", (), "skip", "LazyLinear without a shape: call the model once before")
+    assert ready.decision == "quantize"
+    model(torch.randn(3, 8))
+    assert [row.decision for row in quantize_(model)] == ["quantize", "skip"]
+    on_meta = FakeQuantLinear(8, 4, device="meta", dtype=torch.bfloat16)(torch.zeros(2, 8, device="meta"))
+    assert (on_meta.device.type, on_meta.shape, on_meta.dtype) == ("meta", (2, 4), torch.float32)
+
+
 def test_nothing_to_quantize_warns(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="s2d_kernels"):
         assert quantize_(nn.Sequential(nn.ReLU())) == []
@@ -392,6 +423,43 @@ def test_ptq_gives_the_same_bits_and_follows_the_weight() -> None:
         quantize_(qat, mode="rtn")
 
 
+@pytest.mark.parametrize("how", ["functional_call", "replaced", "parametrized", "cast"])
+def test_ptq_never_uses_the_codes_of_another_weight(how: str) -> None:
+    """A new tensor often lies where a freed one lay, and starts at the same version."""
+
+    class Plus(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = nn.Parameter(torch.zeros(32, 64))
+
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight + self.shift
+
+    layer, plus, x = nn.Linear(64, 32), Plus(), torch.randn(4, 64)
+    quantize_(layer, mode="ptq")
+    if how == "parametrized":
+        parametrize.register_parametrization(layer, "weight", plus)
+    for _ in range(8):
+        with torch.no_grad():
+            if how == "functional_call":
+                weight = torch.randn(32, 64)
+                y = torch.func.functional_call(layer, {"weight": weight}, (x,))
+                assert torch.equal(y, fake_quant_linear(x, weight, layer.bias))
+                del weight
+                continue
+            if how == "replaced":
+                layer.weight = None
+                layer.weight = nn.Parameter(torch.randn(32, 64))
+            elif how == "parametrized":
+                plus.shift.add_(torch.randn(32, 64))
+            else:
+                layer(x)
+                layer.weight.normal_()
+                layer(x)
+                layer.half().float()
+            assert torch.equal(layer(x), fake_quant_linear(x, layer.weight, layer.bias))
+
+
 # --- Patch embeddings ---------------------------------------------------------------------------------------------
 
 
@@ -429,6 +497,10 @@ def test_patch_embeddings_are_linear_layers_on_patches(static: bool) -> None:
     expected = y.mT.unflatten(2, (3, 4))
     got = model.patch(x)
     assert torch.equal(got, expected)
+    assert got.is_contiguous()
+    assert model.patch(x[0]).is_contiguous()
+    with pytest.raises(ValueError, match=r"\(3, 8\) pixels, fewer than a patch of 4 x 2"):
+        model.patch(x[:, :, :3])
     assert torch.equal(model.patch(x[0]), expected[0])
     g = torch.randn(got.shape)
     for mine, theirs in zip(
@@ -506,7 +578,8 @@ def test_calibrated_ranges(percentile: float | None) -> None:
     assert {m.training for m in model.modules() if m is not model.embed} == {True}
     assert not model.embed.training
     assert torch.backends.mha.get_fastpath_enabled()
-    assert not any(m._forward_pre_hooks for m in model.modules())
+    hooks = [hook for m in model.modules() for hook in m._forward_pre_hooks.values()]
+    assert set(hooks) == {fake_quant._nothing}  # none of the calibration's
     assert model.eval()(batches[0]).isfinite().all()
 
 

@@ -79,16 +79,21 @@ def test_gradients_against_torchs_learnable_quantizers(per_row: bool, symmetric:
         torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=2e-3 * float(theirs.abs().max()))
 
 
-def test_the_usual_factor_is_lsqs() -> None:
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
+def test_the_usual_factor_is_lsqs(granularity: str) -> None:
+    """1 / sqrt(N_F Q_P) for activations, N_F the features of a token; 1 / sqrt(N_W Q_P) for the weights of a scale."""
     x, w = torch.randn(37, 63), torch.randn(5, 63)
+    count = 5 if granularity == "per_channel" else 1
     gradients = []
     for factor in (None, 1.0):
-        high = torch.tensor(1.0, requires_grad=True)
+        high, w_high = torch.tensor(1.0, requires_grad=True), torch.full((count,), 1.0, requires_grad=True)
         fake_quant_linear(
-            x, w, act_range=(-1.0, high), act_granularity="per_tensor", range_grad_factor=factor
-        ).sum().backward()
-        gradients.append(float(high.grad))
-    assert gradients[0] == pytest.approx(gradients[1] / math.sqrt(37 * 63 * 15), rel=1e-5)
+            x, w, act_range=(-1.0, high), act_granularity="per_tensor", weight_granularity=granularity,
+            weight_range=(-torch.ones(count), w_high), weight_symmetric=False, range_grad_factor=factor,
+        ).sum().backward()  # fmt: skip
+        gradients.append((high.grad, w_high.grad))
+    torch.testing.assert_close(gradients[0][0], gradients[1][0] / math.sqrt(63 * 15), rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradients[0][1], gradients[1][1] / math.sqrt(5 / count * 63 * 15), rtol=1e-5, atol=0)
 
 
 def test_only_what_requires_a_gradient_gets_one() -> None:
@@ -193,7 +198,64 @@ def test_a_symmetric_learned_range_is_one_number() -> None:
     assert "act_min" not in layer.state_dict()
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
+def test_rows_of_zeros_learn(granularity: str, symmetric: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(256, 16)
+    target = x @ torch.randn(16, 4) * 0.2
+    layer = nn.Linear(16, 4)
+    nn.init.zeros_(layer.weight)
+    settings = {"weight_granularity": granularity, "weight_symmetric": symmetric, "weight_bits": 8, "act_bits": 8}
+    quantize_(layer, calibration=[x], learn_range=True, **settings)
+    start = layer.weight_max.detach().clone()
+    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
+    for _ in range(100):
+        loss = (layer(x) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) < 0.01 * float(target.square().mean())
+    assert not (layer.weight_max.detach() == start).any()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_ends_that_cross_zero_count_as_on_a_device(symmetric: bool, tmp_path: Path) -> None:
+    """Where a range cannot be read, the quantizer takes |end| of a symmetric one and widens others to zero."""
+    kinds = {"act_symmetric": symmetric, "weight_symmetric": symmetric}
+    layer = FakeQuantLinear(8, 4, act_range=(-0.5, 0.75), learn_range=True, **kinds)
+    with torch.no_grad():
+        if symmetric:
+            layer.act_max.fill_(-0.25)
+            layer.weight_max[1] = -0.125
+        else:
+            layer.act_min.fill_(0.25)
+            layer.weight_max[1] = layer.weight_min[1] - 0.5
+    x = torch.randn(5, 8)
+    ends = []
+    for low, high in (layer.act_range(), layer.weight_range()):
+        ends.append((-high.abs(), high.abs()) if symmetric else (low.clamp(max=0), high.clamp(min=0)))
+    expected = fake_quant_linear(
+        x, layer.weight, layer.bias, act_granularity="per_tensor", act_range=ends[0], weight_range=ends[1], **kinds
+    )
+    assert torch.equal(layer(x), expected)
+    expected_act = (-0.25, 0.25) if symmetric else (0.0, 0.75)
+    assert tuple(float(end.detach()) for end in layer.act_range()) == expected_act
+    if symmetric:
+        layer(x).sum().backward()
+        assert float(layer.act_max.grad) != 0
+    export(layer, tmp_path / "l.safetensors")
+    with torch.no_grad():
+        assert torch.equal(load_(nn.Linear(8, 4), tmp_path / "l.safetensors")(x), layer(x))
+
+
 def test_learned_ranges_need_a_start() -> None:
+    with pytest.raises(ValueError, match=r"act_range=\(0, 0.0\) is no range to start learning from"):
+        FakeQuantLinear(8, 4, learn_range=True, act_range=(0, 0.0))
+    model = nn.Sequential(nn.Linear(8, 4))
+    with pytest.raises(ValueError, match=r"layer '0': act_range=\(0.0, 0.0\) is no range .*or skip"):
+        quantize_(model, learn_range=True, calibration=[torch.zeros(3, 8)])
+    assert type(model[0]) is nn.Linear
     with pytest.raises(ValueError, match="learn_range=True needs a range"):
         FakeQuantLinear(8, 4, learn_range=True)
     with pytest.raises(ValueError, match="per_group"):

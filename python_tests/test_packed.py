@@ -74,9 +74,16 @@ def test_round_trip_bit_for_bit(settings: dict[str, Any], static: bool, tmp_path
     assert loaded.norm.weight is loaded.norm2.weight
     assert type(loaded.head) is nn.Linear
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
-    # into a quantized model, and again into one on another copy
-    again = load_(quantized := copy.deepcopy(model), tmp_path / "m.safetensors")
+    # into a quantized model, and again into one on another copy, which had kept its codes
+    quantized = copy.deepcopy(model)
+    for module in quantized.modules():
+        module.reuse_codes = True
+    with torch.no_grad():
+        quantized(x)
+    assert fake_quant.KEPT_CODES in quantized.first.__dict__
+    again = load_(quantized, tmp_path / "m.safetensors")
     assert again is quantized
+    assert fake_quant.KEPT_CODES not in again.first.__dict__
     with torch.no_grad():
         assert torch.equal(again(x), model(x))
 
@@ -95,7 +102,13 @@ def test_what_the_file_holds(tmp_path: Path) -> None:
     assert "first.weight" not in tensors
     assert "first.weight_zero_point" not in tensors
     assert not any(name.startswith("blocks.1.") for name in tensors)
-    assert json.loads(metadata["s2d_shared"]) == {"norm2.weight": "norm.weight"}
+    shared = {f"second.weight_{part}": f"first.weight_{part}" for part in ("codes", "scale")}
+    assert json.loads(metadata["s2d_shared"]) == shared | {"norm2.weight": "norm.weight"}
+    assert "second.weight_codes" not in tensors
+    loaded = load_(Vision(), tmp_path / "m.safetensors")
+    for part in ("codes", "scale", "row_sum"):
+        assert getattr(loaded.first, part) is getattr(loaded.second, part)
+    assert loaded.patch.codes is not loaded.first.codes
     assert json.loads(metadata["s2d_layers"])["patch"]["kind"] == "patch"
     large = nn.Sequential(nn.Linear(512, 512, bias=False))
     quantize_(large)
@@ -129,6 +142,45 @@ def test_half_precision_and_casting(tmp_path: Path) -> None:
         assert torch.equal(loaded(x), model(x))
     assert loaded.first.scale.dtype == torch.float32
     assert loaded.first.act_min.dtype == torch.float32
+
+
+class AsksItsWeights(nn.Module):
+    """Casts its input to its layers' weight dtypes, as transformers' SigLIP and T5 do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.out = nn.Conv2d(3, 8, (4, 2), stride=(4, 2)), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x.to(dtype=self.patch.weight.dtype)).flatten(2).mT
+        return self.out(x.to(self.out.weight.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_packed_weight_has_the_exported_dtype_and_shape(dtype: torch.dtype, tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    model = AsksItsWeights().to(dtype).eval()
+    original = {name: module.weight for name, module in model.named_children()}
+    quantize_(model)
+    export(model, tmp_path / "m.safetensors")
+    loaded = load_(AsksItsWeights().to(dtype).eval(), tmp_path / "m.safetensors")
+    with torch.no_grad():
+        y = model(x)
+        assert y.dtype == dtype
+        assert torch.equal(loaded(x), y)
+    for name, weight in original.items():
+        packed = loaded.get_submodule(name).weight
+        assert (packed.shape, packed.dtype) == (weight.shape, dtype)
+        torch.testing.assert_close(packed, weight.detach(), rtol=0, atol=float(weight.detach().abs().max()) / 7)
+    if dtype != torch.float64:  # then codes of fp32 or less, whatever the layer is cast to
+        wide = loaded.double()
+        assert wide.out.scale.dtype == wide.out.weight.dtype == wide(x).dtype == torch.float64
+    loaded.to(dtype)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), y)
+    assert loaded.to(torch.float32).out.weight.dtype == torch.float32
+    assert loaded(x).dtype == loaded.out.scale.dtype == torch.float32
+    assert not any("like" in name for name in loaded.state_dict())
 
 
 def test_fused_encoder_path_is_left(tmp_path: Path) -> None:
@@ -167,6 +219,15 @@ def test_refusals_leave_the_model_alone(tmp_path: Path) -> None:
         bad.weight[1, 2] = float("nan")
     with pytest.raises(ValueError, match="'' holds NaN or Inf"):
         export(bad, path)
+
+    class Stateful(Vision):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"a": 1}
+
+    stateful = Stateful()
+    quantize_(stateful)
+    with pytest.raises(ValueError, match=r"\['_extra_state'\]: a file of tensors cannot hold extra state"):
+        export(stateful, path)
     assert not path.exists()
     safetensors.torch.save_file({"a": torch.zeros(1)}, str(path))
     with pytest.raises(ValueError, match="no file of export"):
@@ -185,7 +246,10 @@ def test_refusals_leave_the_model_alone(tmp_path: Path) -> None:
             super().__init__()
             self.patch = nn.Conv2d(3, 24, 4, stride=2)
 
+    one_block = Vision()
+    one_block.second = one_block.first
     for other, match in (
+        (one_block, "'first' and 'second' are two layers in the file but one in the model"),
         (Longer(), "'extra.bias' is only in the model"),
         (Overlapping(), "overlapping"),
         (Vision(dim=16), r"'patch' is \(16, 48\) in the model but \(24, 48\)"),

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s2d_kernels import integer_gemm, quantizers, reference
 from s2d_kernels.quant_ops import (
@@ -504,7 +505,7 @@ def test_needs_input_grad(needs: tuple[bool, bool, bool]) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = fake_quant_linear(*tensors)
     assert y.requires_grad == any(needs)
-    assert len(saved) == 4 * (needs[0] + needs[1])
+    assert len(saved) == needs[0] + 3 * needs[1] + any(needs[:2])  # mask, operand, the weight itself
     with torch.no_grad():
         assert not fake_quant_linear(*full).requires_grad
     if any(needs):
@@ -517,15 +518,27 @@ def test_needs_input_grad(needs: tuple[bool, bool, bool]) -> None:
 
 
 @pytest.mark.parametrize(("bits", "limit"), [(4, 0.70), (2, 0.70), (8, 1.20)])
-def test_saved_for_backward(bits: int, limit: float) -> None:
-    x, w = torch.randn(64, 384, requires_grad=True), torch.randn(96, 384, requires_grad=True)
+@pytest.mark.parametrize("rows", [(64, 96), (32, 384)])
+def test_saved_for_backward(rows: tuple[int, int], bits: int, limit: float) -> None:
+    """Per element of the input, whatever the size of the weight, which is there anyway."""
+    x, w = (torch.randn(count, 384, requires_grad=True) for count in rows)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         fake_quant_linear(x, w, weight_bits=bits, act_bits=bits)
     assert all(t.dtype != torch.bool for t in saved)
-    assert not {t.untyped_storage().data_ptr() for t in saved} & {t.untyped_storage().data_ptr() for t in (x, w)}
-    total = sum(t.untyped_storage().nbytes() for t in saved)
-    assert total / (x.numel() + w.numel()) <= limit
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+    assert x.untyped_storage().data_ptr() not in storages
+    assert storages.pop(w.untyped_storage().data_ptr()) == w.numel() * 4
+    assert sum(storages.values()) / x.numel() <= limit
+
+
+def test_a_weight_written_before_the_backward_is_refused() -> None:
+    x, w = torch.randn(4, 36, requires_grad=True), torch.randn(5, 36, requires_grad=True)
+    y = fake_quant_linear(x, w)
+    with torch.no_grad():
+        w.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -590,6 +603,14 @@ def test_opcheck(impl: str) -> None:
             torch.library.opcheck(torch.ops.s2d.integer_linear.default, arguments)
         arguments = (torch.randn(5, 7), pack_codes(qw.codes), qw.scale, qw.zero_point, qx.mask, 36, 4, True)
         torch.library.opcheck(torch.ops.s2d.straight_through_grad.default, (*arguments, torch.float32, impl))
+
+
+def test_fake_tensors_leave_nothing_behind() -> None:
+    quantizers._kept_bits_of_bytes.cache_clear()
+    mask = torch.tensor([[5]], dtype=torch.uint8)
+    with FakeTensorMode() as mode:
+        assert unpack_mask(mode.from_tensor(mask), 3).shape == (1, 3)
+    assert unpack_mask(mask, 3).tolist() == [[True, False, True]]
 
 
 def test_ops_take_a_default_impl() -> None:
@@ -696,6 +717,12 @@ NAN = math.nan
          lambda: fake_quant_linear(torch.zeros(1, 70000), torch.zeros(1, 70000), act_bits=8, weight_bits=8)),
         (ValueError, r"qx.codes is \[3, 8\] but qw.codes is \[5, 4\]",
          lambda: integer_accumulator(quantize_activation(X), quantize_weight(W[:, :4]))),
+        (ValueError, r"w_scale \(5, 1\) does not fit 2 groups of 5 rows",
+         lambda: integer_accumulator(quantize_activation(X), quantize_activation(W, group_size=4))),
+        (ValueError, r"w_scale \(5, 2\) does not fit 1 groups of 5 rows",
+         lambda: integer_linear(quantize_activation(X), quantize_weight(W)._replace(scale=W[:, :2]))),
+        (ValueError, r"qx.scale is \(3, 2\).*\[3, 1\]",
+         lambda: integer_linear(quantize_weight(X, granularity="per_group", group_size=4), quantize_weight(W))),
         (TypeError, r"float64.*float32",
          lambda: integer_linear(quantize_activation(X.double()), quantize_weight(W))),
     ],

@@ -13,6 +13,7 @@ from s2d_kernels import add_penalty_grad_, fake_quant_linear, ops, pcdr, referen
 from s2d_kernels.conventions import OTHERS, OURS, Convention
 from s2d_kernels.linear_validation import Setting, convention_rows, explain_linear, linear_rows, ulp_distance
 from s2d_kernels.quant_ops import QuantizedOperand, quantize_activation
+from s2d_kernels.quantizers import full_mask
 from s2d_kernels.validation import summarize, to_table
 
 
@@ -67,6 +68,57 @@ def test_wrong_shape_and_nan_are_failures() -> None:
     assert any("instead of" in what for what in failed(truncated))
     poisoned = validate(lambda x, w, b, **k: fake_quant_linear(x, w, b, **k) * float("nan"), op="fake_quant_linear")
     assert "y" in failed(poisoned)
+
+
+def test_a_wrong_mask_or_one_poisoned_row_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = ops._TABLE["quantize"]["torch"]
+
+    def nothing_clamped(x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+        return *original(x, *rest)[:4], full_mask(*x.shape, x.device)
+
+    def everything_poisoned(x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+        codes, scale, *others = original(x, *rest)
+        return codes, scale if x.isfinite().all() else torch.full_like(scale, float("nan")), *others
+
+    for mutant, outputs in ((nothing_clamped, {"mask", "grad_x", "grad_W"}), (everything_poisoned, {"scale", "y"})):
+        monkeypatch.setitem(ops._TABLE["quantize"], "torch", mutant)
+        found = [validate(impl="torch", op=op) for op in ("quantize_activation", "quantize_weight")]
+        assert all(failed(checks) == outputs & {"mask", "scale"} for checks in found)
+        assert outputs - {"mask", "scale"} <= failed(validate(impl="torch", op="fake_quant_linear"))
+
+
+class NoMask(torch.autograd.Function):
+    """W4A4 whose backward forgets which codes were clamped."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, given: dict) -> torch.Tensor:
+        ctx.operands = Setting(**given).operands(x, w)
+        return fake_quant_linear(x, w, b, **given)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, w = (reference.dequantize(q) for q in ctx.operands)
+        return grads[0] @ w, grads[0].mT @ x, grads[0].sum(0), None
+
+
+def test_a_kernel_of_yours_without_a_mask_is_seen() -> None:
+    # symmetric codes are clamped in given ranges only, but a NaN row has no gradient
+    both = {"weight_range": (-0.5, 0.5), "act_symmetric": True}, {"grad_x", "grad_W"}
+    for given, outputs in (({}, {"grad_x"}), both):
+        setting = {"weight_bits": 4, **given}
+        assert failed(validate(lambda x, w, b, s=setting: NoMask.apply(x, w, b, s), **setting)) == outputs
+        assert not failed(validate(lambda x, w, b, s=setting: fake_quant_linear(x, w, b, **s), **setting))
+
+
+def test_a_kernel_of_yours_that_raises_or_fails_on_nothing() -> None:
+    def no_empty(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if not x.numel():
+            raise IndexError("no tokens")
+        return fake_quant_linear(x, w, b)
+
+    bad = [check for check in validate(no_empty, weight_bits=4) if not check.passed]
+    assert {check.case.split()[0] for check in bad} == {"0x64x5", "3x0x5"}
+    assert all("raised IndexError: no tokens" in check.note for check in bad)
 
 
 # --- Quantized linear layers ----------------------------------------------------------------------------------------

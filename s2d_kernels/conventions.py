@@ -59,16 +59,28 @@ class Convention(NamedTuple):
         return both or (only_symmetric if symmetric else only_asymmetric)
 
     def quantize(
-        self, x: Tensor, *, bits: int, symmetric: bool, granularity: str, group_size: int | None = None
+        self,
+        x: Tensor,
+        *,
+        bits: int,
+        symmetric: bool,
+        granularity: str,
+        group_size: int | None = None,
+        value_range: tuple[float | Tensor, float | Tensor] | None = None,
     ) -> reference.QuantizedTensor:
         """As `reference.quantize`, in this convention."""
-        ours = reference.quantize(x, bits=bits, symmetric=symmetric, granularity=granularity, group_size=group_size)
+        ours = reference.quantize(
+            x, bits=bits, symmetric=symmetric, granularity=granularity, group_size=group_size, value_range=value_range
+        )
         if self == OURS or x.numel() == 0:
             return ours
         quant_min, quant_max = reference.quant_bounds(bits, symmetric)
         parts = x.to(ours.scale.dtype).unflatten(1, (ours.scale.shape[1], -1))
         dims = (0, 1, 2) if granularity == "per_tensor" else (2,)
-        low, high = parts.amin(dims, keepdim=True), parts.amax(dims, keepdim=True)
+        if value_range is None:
+            low, high = parts.amin(dims, keepdim=True), parts.amax(dims, keepdim=True)
+        else:
+            low, high = (torch.as_tensor(end, dtype=parts.dtype).reshape(-1, 1, 1) for end in value_range)
         if symmetric:
             quant_min -= self.lowest
             scale = torch.maximum(low.abs(), high.abs()) / (quant_max + 1 - self.steps)
@@ -82,7 +94,7 @@ class Convention(NamedTuple):
             scale = scale.clamp(min=self.at_least)
         if self.scale_dtype is not None:
             scale = scale.to(self.scale_dtype).to(ours.scale.dtype)
-        scale = torch.where(ours.scale.isfinite().view(scale.shape), scale, torch.nan)
+        scale = torch.where(ours.scale.isfinite().unsqueeze(2), scale, torch.nan)
         zero_point = torch.zeros_like(scale)
         if not symmetric:
             zero_point = quant_min - (low / scale).round()

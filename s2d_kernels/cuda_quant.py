@@ -207,12 +207,10 @@ def _supports_product(*arguments: Any) -> bool:
     (M, K), groups = x_codes.shape, arguments[7].shape[1]
     if x_scale.dtype != torch.float32 or not _group_fits(K, groups, INT8_STEP):
         return False
-    # Hopper reaches its full rate through wgmma alone, which the Triton kernel uses.
+    # Hopper reaches its full rate through wgmma alone, which the Triton kernel uses, for the groups that it takes.
     device = x_codes.device
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER
-    return not (
-        hopper and M > 32 and "triton" in ops.available("integer_linear") and ops.problem_of("triton", device) is None
-    )
+    return not (hopper and M > 32 and ops.takes("integer_linear", "triton", device, arguments))
 
 
 @ops.implements("integer_accumulator", "cuda", _supports_product)

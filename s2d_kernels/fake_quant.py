@@ -5,18 +5,24 @@ from __future__ import annotations
 import logging
 import math
 import re
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from s2d_kernels import ops, quant_ops, quantizers
 from s2d_kernels.evaluation import run_batches
 from s2d_kernels.parameters import HEAD
 from s2d_kernels.quantizers import QuantizedOperand
+from s2d_kernels.reference import SMALLEST_SCALE
 
 logger = logging.getLogger("s2d_kernels")
+
+SMALLEST_RANGE = 2**8 * SMALLEST_SCALE  # of at most 2^8 - 1 steps, each a normal number
+KEPT_CODES = "_weight_codes"  # attribute of a mode="ptq" layer: its weight, when that was, and its codes
 
 _DEFAULTS: dict[str, Any] = {
     "weight_bits": 4,
@@ -30,6 +36,12 @@ _DEFAULTS: dict[str, Any] = {
     "learn_range": False,
     "impl": None,
 }
+
+
+def _check_learnable(act_range: Any) -> None:
+    """Raise for a range of zero: its scale is 1, whatever the ends, so that these get no gradient."""
+    if all(abs(float(end)) < SMALLEST_RANGE for end in act_range):
+        raise ValueError(f"act_range={tuple(act_range)} is no range to start learning from: calibrate on other batches")
 
 
 def _resolve(in_features: int, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,7 +70,9 @@ def _resolve(in_features: int, given: Mapping[str, Any]) -> dict[str, Any]:
         if settings["act_range"] != "static":
             raise ValueError(f"act_range={settings['act_range']!r} must be None, 'static' or a pair (min, max)")
     else:
-        quantizers.check_value_range("act_range", settings["act_range"], torch.empty(0, 0), "per_tensor")
+        quantizers.check_value_range("act_range", settings["act_range"], torch.empty(0, 0, device="cpu"), "per_tensor")
+        if settings["learn_range"]:
+            _check_learnable(settings["act_range"])
     if settings["impl"] is not None and settings["impl"] not in ops.IMPLS:
         raise ValueError(f"impl={settings['impl']!r} is none of {ops.IMPLS} (or None to choose by device)")
     return settings
@@ -97,16 +111,23 @@ class _FakeQuantized(nn.Module):
         act_range = resolved["act_range"]
         for name in resolved.keys() - {"act_range"}:
             setattr(self, name, resolved[name])
+        keep_off_fused_path(self)
         self.reuse_codes = False
         self.static = act_range is not None
         if act_range is not None:
             low, high = (math.nan, math.nan) if act_range == "static" else (float(v) for v in act_range)
-            ends = [torch.tensor(v, dtype=torch.float32) for v in (low, high)]
+            ends = [torch.tensor(v, dtype=torch.float32, device=self.weight.device) for v in (low, high)]
             self._set_range("act", ends[0], ends[1], self.act_symmetric)
         if self.learn_range:
             rows = self.weight.detach().flatten(1).float()
             dims = (1,) if self.weight_granularity == "per_channel" else (0, 1)
-            self._set_range("weight", rows.amin(dims).view(-1), rows.amax(dims).view(-1), self.weight_symmetric)
+            lows, highs = rows.amin(dims).view(-1), rows.amax(dims).view(-1)
+            # A range of zero is no scale and gets no gradient. What starts at zero, as LoRA's B, will hardly outgrow
+            # what nn.Linear starts at, a range that learning can shrink.
+            empty = torch.maximum(lows.abs(), highs.abs()) < SMALLEST_RANGE
+            floor = rows.shape[1] ** -0.5 if rows.shape[1] else 1.0
+            lows, highs = lows.masked_fill(empty, -floor), highs.masked_fill(empty, floor)
+            self._set_range("weight", lows, highs, self.weight_symmetric)
 
     def _set_range(self, which: str, low: Tensor, high: Tensor, symmetric: bool) -> None:
         """Buffers or parameters `which`_min and `which`_max; a learned symmetric range is one number, its end."""
@@ -128,14 +149,23 @@ class _FakeQuantized(nn.Module):
         """(min, max) of a static range."""
         if not self.static:
             return None
-        return (self.act_min, self.act_max) if "act_min" in self._range_names() else (-self.act_max, self.act_max)
+        return self._range("act", self.act_symmetric)
+
+    def _range(self, which: str, symmetric: bool) -> tuple[Tensor, Tensor]:
+        """A learned end may have crossed zero: it counts as the quantizer would take it, by |end| or as zero."""
+        high = getattr(self, f"{which}_max")
+        if not self.learn_range:
+            return getattr(self, f"{which}_min"), high
+        if symmetric:
+            end = high.abs()
+            return -end, end
+        return getattr(self, f"{which}_min").clamp(max=0), high.clamp(min=0)
 
     def weight_range(self) -> tuple[Tensor, Tensor] | None:
         """(min, max) of a learned range, else None: the weight's own."""
         if not self.learn_range:
             return None
-        low = self.weight_min if "weight_min" in self._range_names() else -self.weight_max
-        return low, self.weight_max
+        return self._range("weight", self.weight_symmetric)
 
     def act_settings(self) -> dict[str, Any]:
         """How the input is quantized, as `fake_quant_linear` and `quantized_linear` take it."""
@@ -188,13 +218,14 @@ class _FakeQuantized(nn.Module):
         if weight.is_inference():  # these do not count their changes
             return self.quantized_weight()
         key = (weight._version, weight.data_ptr(), weight.dtype, weight.device, *self.weight_settings().values())
-        if self.__dict__.get("_codes_of") != key:
-            self.__dict__["_codes"] = self.quantized_weight()
-            self.__dict__["_codes_of"] = key
-        return cast(QuantizedOperand, self.__dict__["_codes"])
+        # Another tensor may get a freed one's address and starts at the same version: the object itself must be ours.
+        kept = self.__dict__.get(KEPT_CODES)
+        if kept is None or kept[0]() is not weight or kept[1] != key:
+            kept = self.__dict__[KEPT_CODES] = weakref.ref(weight), key, self.quantized_weight()
+        return cast(QuantizedOperand, kept[2])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_codes", "_codes_of")}
+        return {name: value for name, value in self.__dict__.items() if name != KEPT_CODES}
 
     def extra_repr(self) -> str:
         """Sizes, bits, granularities and where the activation range comes from."""
@@ -209,6 +240,7 @@ class _FakeQuantized(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         ranges = {name: getattr(self, name).detach() for name in self._range_names()}
         super()._apply(fn, recurse)
+        self.__dict__.pop(KEPT_CODES, None)  # two casts can put other values at the old address
         # A range rounded to bf16 would change codes. Moving is allowed, casting is undone.
         for name, value in ranges.items():
             moved = getattr(self, name)
@@ -238,12 +270,14 @@ class FakeQuantLinear(_FakeQuantized, nn.Linear):
             "static": the same buffers, NaN until a state_dict fills them.
         group_size: columns a group, for "per_group"; divides `in_features`.
         learn_range: make `act_min`, `act_max` parameters, and `weight_min`, `weight_max` `[out_features]` (`[1]` per
-            tensor), which start at the weight's own range: learned step size quantization. Symmetric ranges have the
-            maximum only. Needs `act_range`.
-        impl: "reference", "torch", "cpu", "triton", "cuda", or None to choose.
+            tensor), which start at the weight's own range, and rows of zeros at +-1 / sqrt(in_features), `nn.Linear`'s
+            usual one: learned step size quantization. Symmetric ranges have the maximum only. Needs `act_range`.
+        impl: "reference", "torch", "cpu", "triton" or "cuda", as far as installed; None chooses.
 
     Raises:
         TypeError, ValueError: an argument that `fake_quant_linear` would refuse.
+
+    In an `nn.TransformerEncoder` that you fill by hand, pass enable_nested_tensor=False if you give it a padding mask.
 
     State: with dynamic ranges exactly `nn.Linear`'s keys; static ones add `act_min` and `act_max`, which stay fp32
     under `.to(dtype)`, learned ones also `weight_min` and `weight_max`. An `nn.Linear`'s state_dict loads into any and
@@ -328,9 +362,11 @@ def patch_rows(layer: Any, input: Tensor, function: Callable[[Tensor], Tensor]) 
     height, width = layer.kernel_size
     batched = input if input.ndim == 4 else input.unsqueeze(0)
     rows, columns = batched.shape[2] // height, batched.shape[3] // width
+    if not rows or not columns:
+        raise ValueError(f"input has {tuple(input.shape[-2:])} pixels, fewer than a patch of {height} x {width}")
     patches = batched[:, :, : rows * height, : columns * width].unflatten(3, (columns, width))
     patches = patches.unflatten(2, (rows, height)).permute(0, 2, 4, 1, 3, 5).flatten(3)
-    y = function(patches).permute(0, 3, 1, 2)
+    y = function(patches).permute(0, 3, 1, 2).contiguous()
     return y if input.ndim == 4 else y.squeeze(0)
 
 
@@ -477,13 +513,18 @@ def quantize_(
         for name in list(layers):
             if name in ranges:
                 resolved[name]["act_range"] = ranges[name]
+                if learn_range:
+                    try:
+                        _check_learnable(ranges[name])
+                    except ValueError as error:
+                        raise ValueError(f"layer {name!r}: {error}, or skip the layer") from error
             else:
                 del layers[name]
                 logger.warning("quantize_: layer %r was not called by any calibration batch and stays float", name)
     for name, layer in layers.items():
         kind = FakeQuantLinear if isinstance(layer, nn.Linear) else FakeQuantPatchEmbedding
         kind._convert(layer, resolved[name]).reuse_codes = mode == "ptq"
-    leave_fused_path(model, FakeQuantLinear)
+    pass_padded_tokens(model, FakeQuantLinear)
 
     for index, row in enumerate(report):
         if row.decision == "quantize" and row.name not in layers:
@@ -553,7 +594,8 @@ def _decide(
             layers[name] = layer
         also = f", also at {', '.join(all_names[1:])}" if len(all_names) > 1 else ""
         decision = "quantize" if reason is None else "skip"
-        report.append(LayerDecision(name, tuple(layer.weight.shape), decision, (reason or "") + also))
+        shape = () if is_lazy(layer.weight) else tuple(layer.weight.shape)
+        report.append(LayerDecision(name, shape, decision, (reason or "") + also))
     return layers, report
 
 
@@ -567,6 +609,8 @@ def _why_not(layer: nn.Module, all_names: Sequence[str], embeddings: Mapping[int
         return "already fake-quantized"
     if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
         return "embedding: a look-up, no product"
+    if is_lazy(cast(Tensor, layer.weight)):
+        return f"{type(layer).__name__} without a shape: call the model once before"
     if type(layer).__name__ == "NonDynamicallyQuantizableLinear":
         return "nn.MultiheadAttention uses its weight without calling it"
     base = next(c for c in (nn.Linear, nn.Conv2d, nn.modules.conv._ConvNd) if isinstance(layer, c))
@@ -583,14 +627,21 @@ def _why_not(layer: nn.Module, all_names: Sequence[str], embeddings: Mapping[int
     return None
 
 
-def leave_fused_path(model: nn.Module, kind: type[nn.Module]) -> None:
-    """Keep `nn.TransformerEncoder(Layer)`s that hold a `kind` off their fused path, which passes by our forward."""
+def _nothing(_module: nn.Module, _args: tuple[Any, ...]) -> None:
+    pass
+
+
+def keep_off_fused_path(layer: nn.Module) -> None:
+    """Let `nn.TransformerEncoderLayer` call `layer`: its fused path, which does not, stands down where hooks are."""
+    if _nothing not in layer._forward_pre_hooks.values():
+        layer.register_forward_pre_hook(_nothing)
+
+
+def pass_padded_tokens(model: nn.Module, kind: type[nn.Module]) -> None:
+    """Keep `nn.TransformerEncoder`s that hold a `kind` from nested tensors, which only their fused path takes."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder):
-            if any(isinstance(m, kind) for m in module.modules()):
-                module.use_nested_tensor = False
-        elif isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, kind) for m in module.modules()):
-            module.activation_relu_or_gelu = 0  # read nowhere else: 0 means "no activation that the fused path knows"
+        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, kind) for m in module.modules()):
+            module.use_nested_tensor = False
 
 
 # --- Calibration --------------------------------------------------------------------------------------------------

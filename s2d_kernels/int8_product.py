@@ -18,11 +18,11 @@ def int8_product_is_exact(span: int) -> bool:
     """
     if not hasattr(torch, "_int_mm"):
         return False
-    generator = torch.Generator().manual_seed(0)
-    extremes = torch.tensor([-min(span, 128), 0, min(span, 127)])
+    generator = torch.Generator("cpu").manual_seed(0)
+    extremes = torch.tensor([-min(span, 128), 0, min(span, 127)], device="cpu")
     try:
         for M, K, N in ((1, 64, 16), (37, 199, 63), (128, 256, 128)):
-            x, w = (extremes[torch.randint(3, (rows, K), generator=generator)] for rows in (M, N))
+            x, w = (extremes[torch.randint(3, (rows, K), generator=generator, device="cpu")] for rows in (M, N))
             x[0], w[0], w[-1] = extremes[2], extremes[2], extremes[0]
             got = torch._int_mm(x.to(torch.int8), w.to(torch.int8).mT)
             if got.dtype != torch.int32 or not torch.equal(got.double(), x.double() @ w.double().mT):
@@ -35,8 +35,11 @@ def int8_product_is_exact(span: int) -> bool:
 @functools.cache
 def _int8_product_is_faster() -> bool:
     """Than an fp32 GEMM, by the clock, once a process: elsewhere than on x86 it may be a plain loop."""
-    generator = torch.Generator().manual_seed(0)
-    x, w = (torch.randint(-7, 8, shape, dtype=torch.int8, generator=generator) for shape in ((128, 512), (256, 512)))
+    generator = torch.Generator("cpu").manual_seed(0)
+    x, w = (
+        torch.randint(-7, 8, shape, dtype=torch.int8, generator=generator, device="cpu")
+        for shape in ((128, 512), (256, 512))
+    )
     as_fp32 = x.float(), w.float().mT
     seconds = [math.inf, math.inf]
     for _ in range(4):  # in turn, the first of them to warm up

@@ -166,6 +166,9 @@ def _check_operands(qx: QuantizedOperand, qw: QuantizedOperand) -> tuple[Quantiz
         raise ValueError(f"qx is on {qx.codes.device} but qw on {qw.codes.device}: move both to one device")
     if qx.scale.dtype != qw.scale.dtype:
         raise TypeError(f"qx was quantized in {qx.scale.dtype} but qw in {qw.scale.dtype}: convert one input first")
+    if qx.scale.shape not in ((M, 1), (1, 1)):
+        raise ValueError(f"qx.scale is {tuple(qx.scale.shape)}: activations have one a token [{M}, 1], or [1, 1]")
+    check_groups(qw.scale, qw.row_sum)
     groups = qw.row_sum.shape[1]
     check_accumulator_range(K // groups if groups else 0, (qx.bits, qx.symmetric), (qw.bits, qw.symmetric))
     if qx.row_sum.shape[1] != groups:
@@ -174,9 +177,9 @@ def _check_operands(qx: QuantizedOperand, qw: QuantizedOperand) -> tuple[Quantiz
 
 
 def check_groups(scale: Tensor, row_sum: Tensor) -> None:
-    """Raise unless a weight whose rows have several groups `[N, groups]` has as many scales."""
+    """Raise unless a weight whose rows have several groups `[N, groups]` has as many scales, and others one."""
     N, groups = row_sum.shape
-    if groups > 1 and scale.shape != row_sum.shape:
+    if scale.shape != row_sum.shape and not (groups == 1 and scale.shape == (1, 1)):
         raise ValueError(
             f"w_scale {tuple(scale.shape)} does not fit {groups} groups of {N} rows: it must be [N, groups]"
         )
@@ -198,13 +201,13 @@ def integer_accumulator(qx: QuantizedOperand, qw: QuantizedOperand, *, impl: str
     Args:
         qx: activations, codes `[M, K]`.
         qw: weight, codes `[N, K]`.
-        impl: "reference", "torch", "cpu", "triton", "cuda", or None to choose.
+        impl: "reference", "torch", "cpu", "triton" or "cuda", as far as installed; None chooses.
 
     Returns:
         `[groups, M, N]` int32, one group unless the weight is quantized per group.
 
     Raises:
-        ValueError: K or device differ, or K is so large that int32 could overflow.
+        ValueError: K or device differ, scales do not fit, or K is so large that int32 could overflow.
         TypeError: one operand comes from fp64 and the other does not.
 
     Accuracy: exact, hence equal on every impl.
@@ -229,7 +232,7 @@ def integer_linear(
         qw: weight, codes `[N, K]`.
         bias: `[N]`, floating.
         out_dtype: of the result; default the scales' dtype.
-        impl: "reference", "torch", "cpu", "triton", "cuda", or None to choose.
+        impl: "reference", "torch", "cpu", "triton" or "cuda", as far as installed; None chooses.
 
     Returns:
         `[M, N]`: (acc * s_x) * s_w, summed over groups in ascending order, + bias, one rounding each, then the cast.

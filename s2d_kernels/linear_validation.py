@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from s2d_kernels import quant_ops, reference
 from s2d_kernels.conventions import OTHERS, OURS, Convention
-from s2d_kernels.quantizers import ACTIVATION_GRANULARITIES, WEIGHT_GRANULARITIES, code_shift
+from s2d_kernels.quantizers import ACTIVATION_GRANULARITIES, WEIGHT_GRANULARITIES, ValueRange, code_shift
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -216,6 +216,8 @@ class Setting(NamedTuple):
     weight_symmetric: bool = True
     act_symmetric: bool = False
     group_size: int | None = None
+    act_range: ValueRange | None = None
+    weight_range: ValueRange | None = None
 
     def operands(
         self, x: Tensor, weight: Tensor, of_x: Convention = OURS, of_weight: Convention = OURS
@@ -223,11 +225,12 @@ class Setting(NamedTuple):
         """Activations and weight in codes, each in its convention."""
         qx = of_x.quantize(
             x, bits=self.act_bits, symmetric=self.act_symmetric,
-            granularity=ACTIVATION_GRANULARITIES[self.act_granularity],
+            granularity=ACTIVATION_GRANULARITIES[self.act_granularity], value_range=self.act_range,
         )  # fmt: skip
         qw = of_weight.quantize(
             weight, bits=self.weight_bits, symmetric=self.weight_symmetric,
             granularity=WEIGHT_GRANULARITIES[self.weight_granularity], group_size=self.group_size,
+            value_range=self.weight_range,
         )  # fmt: skip
         return qx, qw
 
@@ -367,11 +370,19 @@ def _first_code(name: str, values: Tensor, q: reference.QuantizedTensor, theirs:
 
 
 def explain_codes(
-    got: Tensor, x: Tensor, *, bits: int, symmetric: bool, granularity: str, group_size: int | None
+    got: Tensor,
+    x: Tensor,
+    *,
+    bits: int,
+    symmetric: bool,
+    granularity: str,
+    group_size: int | None,
+    value_range: ValueRange | None = None,
 ) -> str:
     """The first stored code `[rows, K]` of a kernel that differs from ours, its input, and what explains it."""
     settings: dict[str, Any] = {
         "bits": bits, "symmetric": symmetric, "granularity": granularity, "group_size": group_size,
+        "value_range": value_range,
     }  # fmt: skip
     x = x.detach().cpu()
     theirs = got.detach().cpu().long() + code_shift(bits, symmetric)
@@ -389,16 +400,26 @@ def explain_codes(
     return f"{count:,} of {theirs.numel():,} codes differ. {_first_code('x', x, ours, theirs)} {why}"
 
 
+def spoil(rows: Tensor) -> Tensor:
+    """A copy of `rows [rows, K]` with a NaN in the second row and an Inf in the fourth, as far as there are any."""
+    rows = rows.clone()
+    rows[1:2, :1], rows[3:4, -1:] = math.nan, math.inf
+    return rows
+
+
 def kernel_cases(
     setting: Setting, rows: Callable[..., Tensor], shapes: Iterable[tuple[int, int, int]], generator: torch.Generator
 ) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
     """Inputs of a linear kernel at `setting`, `rows` making operands with special rows; K fits the group size."""
     for M, K, N in shapes:
-        if setting.group_size:
+        if setting.group_size and K:
             K = max(K // setting.group_size, 1) * setting.group_size
         x = rows(M, K, setting.act_bits, setting.act_symmetric, generator)
         weight = rows(N, K, setting.weight_bits, setting.weight_symmetric, generator)
         bias = torch.randn(N, generator=generator)
         bias[N // 2 :] = 0  # it would hide a tiny row
         signs = ("u", "s")[setting.weight_symmetric], ("u", "s")[setting.act_symmetric]
-        yield f"{M}x{K}x{N} W{setting.weight_bits}{signs[0]}A{setting.act_bits}{signs[1]}", x, weight, bias
+        case = f"{M}x{K}x{N} W{setting.weight_bits}{signs[0]}A{setting.act_bits}{signs[1]}"
+        yield case, x, weight, bias
+        if M > 3 and K > 1:
+            yield f"{case} NaN, Inf in x", spoil(x), weight, bias

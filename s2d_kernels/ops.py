@@ -79,6 +79,14 @@ def problem_of(impl: str, device: torch.device) -> str | None:
     return _PROBLEM[impl](device) if impl in _PROBLEM else None
 
 
+def takes(op: str, impl: str, device: torch.device, arguments: Sequence[Any] | None = None) -> bool:
+    """Whether `impl` of `op` exists, is usable for tensors on `device` of this machine and takes the `arguments`."""
+    if impl not in _TABLE[op] or problem_of(impl, device) is not None:
+        return False
+    supports = _SUPPORTS.get((op, impl))
+    return arguments is None or supports is None or supports(*arguments)
+
+
 def choose(op: str, impl: str | None, device: torch.device, arguments: Sequence[Any] | None = None) -> str:
     """Name of the implementation of `op` for tensors on `device`.
 
@@ -86,10 +94,7 @@ def choose(op: str, impl: str | None, device: torch.device, arguments: Sequence[
     """
     if impl is None:
         for candidate in _PREFERENCE.get(device.type, ("torch",)):
-            if candidate not in _TABLE[op] or problem_of(candidate, device) is not None:
-                continue
-            supports = _SUPPORTS.get((op, candidate))
-            if arguments is None or supports is None or supports(*arguments):
+            if takes(op, candidate, device, arguments):
                 return candidate
         return "torch"
     if impl not in IMPLS:

@@ -26,16 +26,18 @@ from torch import Tensor, nn
 
 from s2d_kernels import quant_ops
 from s2d_kernels.fake_quant import (
+    KEPT_CODES,
     FakeQuantLinear,
     FakeQuantPatchEmbedding,
     is_patch_embedding,
-    leave_fused_path,
+    keep_off_fused_path,
+    pass_padded_tokens,
     patch_rows,
 )
 from s2d_kernels.integer_gemm import by_group, centred
-from s2d_kernels.quantizers import QuantizedOperand, pack_codes, row_sums, unpack_codes
+from s2d_kernels.quantizers import QuantizedOperand, pack_codes, row_sums, unpack_codes, working_dtype
 
-FORMAT = "s2d_kernels packed codes, version 1"
+FORMAT = "s2d_kernels packed codes, version 2"
 _REPLACED = ("weight", "bias", "act_min", "act_max", "weight_min", "weight_max")
 _OPERAND = ("weight_codes", "weight_scale", "weight_zero_point")
 
@@ -50,32 +52,45 @@ class _Packed(nn.Module):
     scale: Tensor
     zero_point: Tensor
     row_sum: Tensor
+    weight_like: Tensor  # `[0]`, of the dtype that the weight has where a model asks for it; casts with the model
     settings: dict[str, Any]
 
     @classmethod
-    def _convert(cls, layer: nn.Module, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        """Make `layer` itself a `cls`; its hooks and places in the model stay."""
+    def _convert(
+        cls,
+        layer: nn.Module,
+        settings: Mapping[str, Any],
+        operand: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor],
+    ) -> Self:
+        """Make `layer` itself a `cls` with the weight `operand`; its hooks and places in the model stay."""
         module = cast(Self, layer)
         module.__class__ = cls
         module.settings = dict(settings)
+        keep_off_fused_path(module)
         device = cast(Tensor, layer.weight).device
+        module.__dict__.pop(KEPT_CODES, None)
         for name in _REPLACED:
             module._parameters.pop(name, None)
             module._buffers.pop(name, None)
-        symmetric, columns = settings["weight_symmetric"], settings["in_features"]
-        codes = tensors["weight_codes"]
-        if settings["weight_bits"] <= 4:
-            codes = unpack_codes(codes, columns, symmetric)
-        scale = tensors["weight_scale"]
-        zero_point = torch.zeros_like(scale, dtype=torch.int32) if symmetric else tensors["weight_zero_point"]
-        operand = {"codes": codes.contiguous(), "scale": scale, "zero_point": zero_point}
-        groups = columns // settings["group_size"] if settings["group_size"] else 1
-        operand["row_sum"] = row_sums(operand["codes"], groups)
         for name, value in operand.items():
-            module.register_buffer(name, value.to(device))
+            module.register_buffer(name, value)
         for name in ("bias", "act_min", "act_max"):
             module.register_buffer(name, tensors[name].to(device) if name in tensors else None)
+        like = torch.empty(0, dtype=getattr(torch, settings["weight_dtype"]), device=device)
+        module.register_buffer("weight_like", like, persistent=False)
         return module
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight in the layer's dtype, made anew: models ask for its shape, dtype or device."""
+        values = centred(self.codes, self.zero_point, self.settings["weight_symmetric"], self.scale.dtype)
+        by_group(values, self.scale).mul_(self.scale.unsqueeze(2))
+        return values.to(self.weight_like.dtype).unflatten(1, self._weight_shape())
+
+    def _weight_shape(self) -> tuple[int, ...]:
+        """Of one output channel's weights."""
+        return (self.codes.shape[1],)
 
     def quantized_weight(self) -> QuantizedOperand:
         """The weight in codes, `[out, in]`."""
@@ -91,10 +106,12 @@ class _Packed(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         kept = {name: getattr(self, name) for name in ("scale", "act_min", "act_max")}
         super()._apply(fn, recurse)
-        for name, value in kept.items():  # a rounded scale would change bits: moving is allowed, casting is undone
+        # A rounded scale would change bits: moving is allowed, casting is undone, but for fp64 inputs, which want fp64.
+        dtype = working_dtype(self.weight_like)
+        for name, value in kept.items():
             moved = getattr(self, name)
-            if moved is not None and moved.dtype != value.dtype:
-                setattr(self, name, value.to(moved.device))
+            if moved is not None and moved.dtype != dtype:
+                setattr(self, name, value.to(moved.device, dtype))
         return self
 
     def extra_repr(self) -> str:
@@ -106,13 +123,6 @@ class _Packed(nn.Module):
 class PackedLinear(_Packed):
     """A linear layer on packed codes, of `load_`: `[..., in_features]` to `[..., out_features]`."""
 
-    @property
-    def weight(self) -> Tensor:
-        """The dequantized weight `[out_features, in_features]`, made anew: models ask for its shape or device."""
-        values = centred(self.codes, self.zero_point, self.settings["weight_symmetric"], self.scale.dtype)
-        by_group(values, self.scale).mul_(self.scale.unsqueeze(2))
-        return values
-
     def forward(self, input: Tensor) -> Tensor:
         """y `[..., out_features]`, bit for bit that of the exported `FakeQuantLinear`."""
         return self._rows(input)
@@ -123,6 +133,9 @@ class PackedPatchEmbedding(_Packed):
 
     kernel_size: tuple[int, int]
     in_channels: int
+
+    def _weight_shape(self) -> tuple[int, ...]:
+        return (self.in_channels, *self.kernel_size)
 
     def forward(self, input: Tensor) -> Tensor:
         """y as the exported `FakeQuantPatchEmbedding` computes it, bit for bit."""
@@ -145,8 +158,8 @@ def export(model: nn.Module, path: str | Path) -> None:
         path: the file; an existing one is replaced.
 
     Raises:
-        ValueError: `model` holds no fake-quantized layer, or one without calibrated ranges or with a weight that is
-            not finite.
+        ValueError: `model` holds no fake-quantized layer, one without calibrated ranges or with a weight that is not
+            finite, or a module with `get_extra_state`.
         ImportError: safetensors is not installed.
     """
     safetensors = _safetensors()
@@ -154,6 +167,7 @@ def export(model: nn.Module, path: str | Path) -> None:
     tensors: dict[str, Tensor] = {}
     inside: set[str] = set()
     seen: set[nn.Module] = set()
+    packed: dict[tuple[Any, ...], QuantizedOperand] = {}  # of a weight that several layers have, once
     for name, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, FakeQuantLinear | FakeQuantPatchEmbedding):
             continue
@@ -162,12 +176,19 @@ def export(model: nn.Module, path: str | Path) -> None:
         if module in seen:
             continue
         seen.add(module)
-        settings, values = _pack(name, module)
+        key = (id(module.weight), *module.weight_settings().values(), id(module) if module.learn_range else None)
+        if key not in packed:
+            q = module.quantized_weight()
+            packed[key] = q._replace(codes=pack_codes(q.codes)) if q.bits <= 4 else q
+        settings, values = _pack(name, module, packed[key])
         layers[name] = settings
         tensors |= {prefix + key: value for key, value in values.items()}
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no fake-quantized layer: run quantize_ on it first")
-    tensors |= {name: value for name, value in model.state_dict().items() if name not in inside}
+    state = model.state_dict()
+    if extra := [name for name in state if name.endswith("_extra_state")]:
+        raise ValueError(f"{extra[:5]}: a file of tensors cannot hold extra state, export the part without it")
+    tensors |= {name: value for name, value in state.items() if name not in inside}
 
     shared: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
@@ -181,12 +202,14 @@ def export(model: nn.Module, path: str | Path) -> None:
     safetensors.torch.save_file(contents, str(path), metadata)
 
 
-def _pack(name: str, module: FakeQuantLinear | FakeQuantPatchEmbedding) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    q = module.quantized_weight()
+def _pack(
+    name: str, module: FakeQuantLinear | FakeQuantPatchEmbedding, q: QuantizedOperand
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Settings and tensors of a layer whose weight is `q`, its codes packed."""
     if not q.scale.isfinite().all():
         raise ValueError(f"the weight of layer {name!r} holds NaN or Inf: it has no codes")
     values = {
-        "weight_codes": pack_codes(q.codes) if q.bits <= 4 else q.codes,
+        "weight_codes": q.codes,
         "weight_scale": q.scale,
     }
     if not q.symmetric:
@@ -200,8 +223,9 @@ def _pack(name: str, module: FakeQuantLinear | FakeQuantPatchEmbedding) -> tuple
         values |= dict(zip(("act_min", "act_max"), act_range, strict=True))
     settings = {
         "kind": "linear" if isinstance(module, FakeQuantLinear) else "patch",
-        "in_features": q.codes.shape[1],
-        "out_features": q.codes.shape[0],
+        "in_features": math.prod(module.weight.shape[1:]),
+        "out_features": module.weight.shape[0],
+        "weight_dtype": str(module.weight.dtype).removeprefix("torch."),
         "weight_bits": module.weight_bits,
         "weight_granularity": module.weight_granularity,
         "weight_symmetric": module.weight_symmetric,
@@ -241,7 +265,10 @@ def load_(model: nn.Module, path: str | Path) -> nn.Module:
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, settings in layers.items():
         _check_layer(name, modules.get(name), settings)
-    found = {id(modules[name]) for name in layers}
+    found: dict[int, str] = {}
+    for name in layers:
+        if (other := found.setdefault(id(modules[name]), name)) != name:
+            raise ValueError(f"{other!r} and {name!r} are two layers in the file but one in the model")
     inside = {
         f"{name}.{key}" if name else key for name, module in modules.items() if id(module) in found for key in _REPLACED
     }
@@ -259,15 +286,32 @@ def load_(model: nn.Module, path: str | Path) -> nn.Module:
             ours, theirs = (f"{tuple(t.shape)} {t.dtype}" for t in (mine, value))
             raise ValueError(f"{name!r} is {ours} in the model but {theirs} in the file: build and cast it likewise")
 
+    unpacked: dict[tuple[Any, ...], dict[str, Tensor]] = {}  # what layers share in the file they share in memory
     for name, settings in layers.items():
         own = {key: tensors[f"{name}.{key}" if name else key] for key in _keys(name, tensors)}
         kind = PackedLinear if settings["kind"] == "linear" else PackedPatchEmbedding
-        kind._convert(modules[name], settings, own)
+        device = cast(Tensor, modules[name].weight).device
+        shared = (device, settings["group_size"], *(id(own.get(key)) for key in _OPERAND))
+        if shared not in unpacked:
+            unpacked[shared] = {key: value.to(device) for key, value in _unpack(settings, own).items()}
+        kind._convert(modules[name], settings, unpacked[shared], own)
     with torch.no_grad():
         for name, value in rest.items():
             expected[name].copy_(value)
-    leave_fused_path(model, PackedLinear)
+    pass_padded_tokens(model, PackedLinear)
     return model
+
+
+def _unpack(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The operand that a file's `tensors` of a layer hold: codes, scale, zero_point, row_sum."""
+    symmetric, columns = settings["weight_symmetric"], settings["in_features"]
+    codes, scale = tensors["weight_codes"], tensors["weight_scale"]
+    if settings["weight_bits"] <= 4:
+        codes = unpack_codes(codes, columns, symmetric)
+    codes = codes.contiguous()
+    zero_point = torch.zeros_like(scale, dtype=torch.int32) if symmetric else tensors["weight_zero_point"]
+    groups = columns // settings["group_size"] if settings["group_size"] else 1
+    return {"codes": codes, "scale": scale, "zero_point": zero_point, "row_sum": row_sums(codes, groups)}
 
 
 def _keys(name: str, tensors: Mapping[str, Tensor]) -> list[str]:

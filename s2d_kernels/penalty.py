@@ -67,7 +67,7 @@ def add_penalty_grad_(
             its device. Default all. Layers of rank 0 given as ints cost nothing.
         coefficients: per layer a tensor `[k]` used instead of strength * s^power (the decoupled form passes
             s_new - s_old and the weights as `grads`).
-        impl: "reference", "torch", "cpu", "triton", "cuda", or None to choose.
+        impl: "reference", "torch", "cpu", "triton" or "cuda", as far as installed; None chooses.
 
     Raises:
         TypeError: an element is no dense floating tensor.

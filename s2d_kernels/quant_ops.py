@@ -112,6 +112,13 @@ class _Settings(NamedTuple):
     impl: str | None
 
 
+def _quantized_weight(
+    weight: Tensor, w_range: tuple[Tensor, Tensor] | tuple[None, None], s: _Settings
+) -> QuantizedOperand:
+    kind = (s.weight_bits, s.weight_symmetric, s.weight_granularity)
+    return quantize_operand(weight, w_range, *kind, s.group_size, s.impl)
+
+
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -121,16 +128,17 @@ def _forward(
     s: _Settings,
 ) -> tuple[Tensor, QuantizedOperand, QuantizedOperand]:
     qx = quantize_operand(x, x_range, s.act_bits, s.act_symmetric, s.act_granularity, s.group_size, s.impl)
-    qw = quantize_operand(
-        weight, w_range, s.weight_bits, s.weight_symmetric, s.weight_granularity, s.group_size, s.impl
-    )
+    qw = _quantized_weight(weight, w_range, s)
     kinds = (s.act_bits, s.act_symmetric, s.weight_bits, s.weight_symmetric)
     y = torch.ops.s2d.integer_linear(*qx[:4], *qw[:4], bias, *kinds, s.out_dtype, s.impl)
     return y, qx, qw
 
 
 class _FakeQuantLinear(torch.autograd.Function):
-    """Straight-through: the gradient of the dequantized product, zero where a code was clamped."""
+    """Straight-through: the gradient of the dequantized product, zero where a code was clamped.
+
+    The weight is a parameter that lives on: saving it costs nothing, and its codes are made again in the backward.
+    """
 
     @staticmethod
     def forward(
@@ -144,15 +152,16 @@ class _FakeQuantLinear(torch.autograd.Function):
         w_max: Tensor | None,
         settings: _Settings,
     ) -> Tensor:
-        y, qx, qw = _forward(x, weight, bias, (x_min, x_max), (w_min, w_max), settings)  # type: ignore[arg-type]
+        y, qx, _ = _forward(x, weight, bias, (x_min, x_max), (w_min, w_max), settings)  # type: ignore[arg-type]
         need_x, need_w, _ = ctx.needs_input_grad[:3]
-        saved: list[Tensor | None] = [None] * 8
+        saved: list[Tensor | None] = [None] * 7
+        if need_x or need_w:
+            saved[:3] = [weight, w_min, w_max]
         if need_x:  # grad_x = (g @ dq(W)) * mask_x
-            codes = pack_codes(qw.codes) if qw.bits <= 4 else qw.codes
-            saved[:4] = [codes, qw.scale, qw.zero_point, qx.mask]
+            saved[3] = qx.mask
         if need_w:  # grad_W = (g^T @ dq(x)) * mask_w
             codes = pack_codes(qx.codes) if qx.bits <= 4 else qx.codes
-            saved[4:] = [codes, qx.scale, qx.zero_point, qw.mask]
+            saved[4:] = [codes, qx.scale, qx.zero_point]
         ctx.save_for_backward(*saved)
         ctx.settings = settings
         ctx.K = x.shape[1]
@@ -163,16 +172,19 @@ class _FakeQuantLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         s, (x_dtype, w_dtype, bias_dtype) = ctx.settings, ctx.dtypes
-        saved = ctx.saved_tensors
+        weight, w_min, w_max, x_mask, *x_operand = ctx.saved_tensors
         need_x, need_w, need_bias = ctx.needs_input_grad[:3]
         grad_x = grad_w = grad_bias = None
+        if need_x or need_w:
+            qw = _quantized_weight(weight, (w_min, w_max), s)
         if need_x:
+            codes = pack_codes(qw.codes) if qw.bits <= 4 else qw.codes
             grad_x = torch.ops.s2d.straight_through_grad(
-                grad_output, *saved[:4], ctx.K, s.weight_bits, s.weight_symmetric, x_dtype, s.impl
+                grad_output, codes, qw.scale, qw.zero_point, x_mask, ctx.K, qw.bits, qw.symmetric, x_dtype, s.impl
             )
         if need_w:
             grad_w = torch.ops.s2d.straight_through_grad(
-                grad_output.mT, *saved[4:], ctx.K, s.act_bits, s.act_symmetric, w_dtype, s.impl
+                grad_output.mT, *x_operand, qw.mask, ctx.K, s.act_bits, s.act_symmetric, w_dtype, s.impl
             )
         if need_bias:
             grad_bias = grad_output.to(working_dtype(grad_output)).sum(0).to(bias_dtype)
@@ -232,8 +244,10 @@ class _LearnedRangeLinear(torch.autograd.Function):
             if need_range:
                 codes = unpack_codes(codes, K, kind[1]) if kind[0] <= 4 else codes
                 operand = QuantizedOperand(codes, scale, zero_point, codes, mask, *kind)
+                # LSQ's N: the features of an activation, however many tokens there are; the weights of one scale
+                count = K if place == 0 else x.numel() / max(scale.numel(), 1)
                 grads[3 + 2 * place : 5 + 2 * place] = range_gradients(
-                    product, x, operand, inside, low, high, ctx.grad_factor
+                    product, x, operand, inside, low, high, ctx.grad_factor, count
                 )
         if need_bias:
             grads[2] = grad_output.to(working_dtype(grad_output)).sum(0).to(ctx.bias_dtype)
@@ -241,7 +255,14 @@ class _LearnedRangeLinear(torch.autograd.Function):
 
 
 def range_gradients(
-    grad: Tensor, x: Tensor, q: QuantizedOperand, inside: Tensor, low: Tensor, high: Tensor, factor: float | None
+    grad: Tensor,
+    x: Tensor,
+    q: QuantizedOperand,
+    inside: Tensor,
+    low: Tensor,
+    high: Tensor,
+    factor: float | None,
+    count: float,
 ) -> list[Tensor]:
     """Gradients of `low` and `high` from `grad`, that of the dequantized `x`, `[rows, K]`.
 
@@ -249,6 +270,7 @@ def range_gradients(
     torch's `_fake_quantize_learnable_*`: d dq(x) / d scale is code - zero_point - x / scale within the bounds and
     code - zero_point where clamped, d dq(x) / d zero_point is -scale where clamped and else 0. From there to the range
     by scale = (high - low) / steps and zero_point = -low / scale, with symmetric codes scale = absmax / steps.
+    They are multiplied by `factor`, or where it is None by 1 / sqrt(count * quant_max).
     """
     dtype = q.scale.dtype
     scale = q.scale.unsqueeze(2)
@@ -262,7 +284,7 @@ def range_gradients(
     quant_min, quant_max = reference.quant_bounds(q.bits, q.symmetric)
     steps = quant_max if q.symmetric else quant_max - quant_min
     if factor is None:
-        factor = 1 / math.sqrt(max(x.numel() / max(q.scale.numel(), 1), 1) * quant_max)
+        factor = 1 / math.sqrt(max(count, 1) * quant_max)
     given_low, given_high = low.view(-1, 1), high.view(-1, 1)
     if q.symmetric:
         of_high = of_scale * given_high.sign() * (given_high.abs() >= given_low.abs()) / steps
@@ -280,8 +302,10 @@ def range_gradients(
 
 def _out_dtype(x: Tensor) -> torch.dtype:
     """Autocast's dtype where it is on and `x` is not fp64, else that of `x`."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
+    device = x.device.type
+    available = torch.amp.is_autocast_available(device)  # not on the meta device
+    if x.dtype != torch.float64 and available and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
     return x.dtype
 
 
@@ -365,8 +389,9 @@ def fake_quant_linear(
             they get that of learned step size quantization (LSQ, arXiv 1902.08153; see `range_gradients`).
         group_size: columns a group, for "per_group".
         range_grad_factor: what the gradients of learned ranges are multiplied by; None is LSQ's
-            1 / sqrt(elements of one scale * quant_max), 1 gives those of torch's `_fake_quantize_learnable_*`.
-        impl: "reference", "torch", "cpu", "triton", "cuda", or None to choose.
+            1 / sqrt(N * quant_max), N being K for the activations and the elements of one scale for the weight; 1 gives
+            those of torch's `_fake_quantize_learnable_*`.
+        impl: "reference", "torch", "cpu", "triton" or "cuda", as far as installed; None chooses.
 
     Returns:
         `[..., N]` in x's dtype, or in autocast's dtype where autocast is on (and x is not fp64). Autocast changes
@@ -380,8 +405,9 @@ def fake_quant_linear(
         makes its own output row NaN and no other; per tensor all of them.
     Cost: impl="torch" on a CPU with VNNI or AMX is one int8 GEMM forward and six (of digits, see `fixed_point.py`)
         backward, plus elementwise passes; elsewhere fp32 GEMMs (of `exact_chunk` columns forward where K is larger).
-        Saved for backward: packed codes and mask bits of both operands, 0.63 B an element at 4 bits or fewer, 1.13 B
-        above, plus 8 B a row; with learned ranges the operands too. Not differentiable twice.
+        Saved for backward: packed codes and mask bits of `x`, 0.63 B an element at 4 bits or fewer, 1.13 B above, plus
+        8 B a row, and `weight` itself, no copy: it is quantized again in the backward and must not be written before.
+        With learned ranges `x` itself and the weight's codes too. Not differentiable twice.
     Determinism: the forward does not depend on tiling; gradients are as deterministic as torch's GEMM.
     """
     x = ops.check_tensor("x", x)

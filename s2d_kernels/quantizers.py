@@ -75,7 +75,7 @@ def row_sums(codes: Tensor, groups: int) -> Tensor:
     rows, K = codes.shape
     size = K // groups if groups else 0
     if use_int8_product(codes.device, size, 128, 1):
-        ones = torch.ones((size, 1), dtype=torch.int8)
+        ones = torch.ones((size, 1), dtype=torch.int8, device=codes.device)
         return torch._int_mm(codes.reshape(rows * groups, size), ones).view(rows, groups)
     return codes.reshape(rows, groups, size).sum(2, dtype=torch.int32)
 
@@ -113,7 +113,8 @@ _kept_bits_of_bytes = functools.cache(_bits_of_bytes)
 
 def unpack_mask(mask: Tensor, K: int) -> Tensor:
     """Bits, uint8 `[rows, ceil(K / 8)]`, to bool `[rows, K]`."""
-    table = (_bits_of_bytes if torch.compiler.is_compiling() else _kept_bits_of_bytes)(mask.device)
+    plain = type(mask) is Tensor and not torch.compiler.is_compiling()  # a FakeTensor's table must not outlive it
+    table = (_kept_bits_of_bytes if plain else _bits_of_bytes)(mask.device)
     words = table.index_select(0, mask.reshape(-1).int())
     return words.view(torch.bool).view(mask.shape[0], 8 * mask.shape[1])[:, :K]
 
@@ -362,7 +363,7 @@ def check_value_range(
             pair.append(x.new_full((1,), value, dtype=working_dtype(x)))
     readable = all(not isinstance(v, Tensor) or v.device.type == "cpu" for v in value_range)
     if readable and not torch.compiler.is_compiling():
-        low, high = (torch.as_tensor(v, dtype=torch.float64).detach() for v in value_range)
+        low, high = (torch.as_tensor(v, dtype=torch.float64, device="cpu").detach() for v in value_range)
         if not bool((low <= high).all()):
             raise ValueError(f"{name}=({low.tolist()}, {high.tolist()}) must have min <= max and no NaN: calibrate it")
     return pair[0], pair[1]
@@ -408,7 +409,7 @@ def quantize_activation(
         value_range: (min, max) to use instead of those of `x`, numbers or tensors of one value (per token also
             `[rows]`). No gradient flows to them.
         group_size: makes `row_sum` `[rows, K / group_size]`, for weights quantized per group; scales are unaffected.
-        impl: "reference", "torch", "cpu", "triton", "cuda", or None to choose.
+        impl: "reference", "torch", "cpu", "triton" or "cuda", as far as installed; None chooses.
 
     Returns:
         `QuantizedOperand`; a row (per tensor: all of them) that holds NaN or Inf has scale NaN and code 0.
@@ -447,7 +448,7 @@ def quantize_weight(
         granularity: "per_channel" (one scale a row), "per_tensor", or "per_group" (`group_size` columns of a row).
         group_size: for "per_group" only; divides K.
         value_range: (min, max) instead of those of the weight; per channel also `[N]` tensors.
-        impl: "reference", "torch", "cpu", "triton", "cuda", or None to choose.
+        impl: "reference", "torch", "cpu", "triton" or "cuda", as far as installed; None chooses.
 
     Returns:
         `QuantizedOperand`.

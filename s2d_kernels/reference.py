@@ -183,7 +183,7 @@ def quantize(
     bits: int,
     symmetric: bool,
     granularity: str,
-    value_range: tuple[Tensor, Tensor] | None = None,
+    value_range: tuple[float | Tensor, float | Tensor] | None = None,
     group_size: int | None = None,
 ) -> QuantizedTensor:
     """Quantize `x [rows, K]`: q = clamp(round_half_even(x / scale) + zero_point, quant_min, quant_max).

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from s2d_kernels import _native, ops, quant_ops, quantizers, reference, triton_kernels
-from s2d_kernels.linear_validation import Setting, explain_codes, explain_linear, kernel_cases, ulp_distance
+from s2d_kernels.linear_validation import Setting, explain_codes, explain_linear, kernel_cases, spoil, ulp_distance
 from s2d_kernels.penalty import add_penalty_grad_
 from s2d_kernels.selection import pcdr
 from s2d_kernels.svd import topk_svd
@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 # rows x K x N of the quantized products; odd sizes are where kernels break
-LINEAR_SHAPES = ((1, 1, 1), (37, 199, 63), (64, 256, 128), (5, 1000, 3), (130, 384, 96))
+LINEAR_SHAPES = ((1, 1, 1), (37, 199, 63), (64, 256, 128), (5, 1000, 3), (130, 384, 96), (0, 64, 5), (3, 0, 5))
 MATRIX_SHAPES = ((1, 9), (37, 63), (199, 63), (120, 384))
 KINDS = ((4, True, 4, False), (4, True, 4, True), (3, True, 8, False), (8, False, 8, False), (5, True, 5, False))
+# given ranges that cut off many elements: what is outside has no gradient
+GIVEN: dict[str, Any] = {"act_range": (-0.6, 1.1), "weight_range": (-0.9, 0.7)}
 
 
 class Check(NamedTuple):
@@ -93,8 +95,9 @@ def validate(
         seed: of the random inputs.
         dtype, max_ulp: with a `setting`, of the inputs, and by how many ulp an output may differ.
         setting: `weight_bits`, `act_bits`, `weight_granularity`, `act_granularity`, `weight_symmetric`,
-            `act_symmetric`, `group_size`, as in `fake_quant_linear`: `kernel(x, weight, bias)`, whose settings are
-            fixed, is then compared at these. Its gradients are, if its output requires one.
+            `act_symmetric`, `group_size`, `act_range`, `weight_range`, as in `fake_quant_linear`: `kernel(x, weight,
+            bias)`, whose settings are fixed, is then compared at these. Its gradients are, if its output requires one.
+            What it raises is a failed check.
 
     Returns:
         One `Check` per comparison. `all(check.passed for check in ...)` is the verdict; a failed quantizer's or linear
@@ -177,7 +180,12 @@ def _check_linear(
     for case, *tensors in kernel_cases(chosen, _rows, LINEAR_SHAPES, generator):
         x, weight, bias = leaves = [t.to(device, dtype).requires_grad_() for t in tensors]
         expected = quant_ops.fake_quant_linear(x, weight, bias, **chosen._asdict(), impl="reference")
-        y = kernel(x, weight, bias)
+        try:
+            y = kernel(x, weight, bias)
+        except Exception as error:
+            note = f"{case}: the kernel raised {type(error).__name__}: {error}"
+            yield _compare("linear", case, "y", None, expected)._replace(what="y: an error", note=note)
+            continue
         if not isinstance(y, Tensor) or y.shape != expected.shape:
             yield _compare("linear", case, "y", y, expected)
             continue
@@ -201,15 +209,17 @@ def _gradients(y: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor | None, ...]
 
 
 def _rows(rows: int, K: int, bits: int, symmetric: bool, generator: torch.Generator) -> Tensor:
-    """Rows `[rows, K]`: ordinary, an outlier, all zero, subnormal, one-sided, exact ties of the rounding, tiny.
+    """Rows `[rows, K]`: ordinary, an outlier, all zero, subnormal, one-sided, exact ties of rounding, tiny, clamped.
 
     The ties are (integer + 1/2) * c with a range that makes c the scale: a kernel that multiplies by 1/c or rounds
     half away from zero gets other codes there, and with an odd zero point one that adds it before it rounds.
+    The last row's own range is +-(2^bits - 1) / 2 scales: both ends are halves that round outwards to 2^bits + 1 codes,
+    so its largest element is clamped, and has no gradient, if the codes are asymmetric.
     """
     low, high = -(2 ** (bits - 1)) + symmetric, 2 ** (bits - 1) - 1
     x = torch.randn(rows, K, generator=generator)
     for row in range(rows):
-        kind = row % 7
+        kind = row % 8 if K else 0
         if kind == 1:
             x[row, row % K] *= 200
         elif kind == 2:
@@ -219,14 +229,22 @@ def _rows(rows: int, K: int, bits: int, symmetric: bool, generator: torch.Genera
         elif kind == 4:
             x[row] = x[row].abs() + 1
         elif kind == 5:
-            shift = 0 if symmetric else row // 7 % 2
+            shift = 0 if symmetric else row // 8 % 2
             ties = torch.arange(K) % (high - low) + low + shift + 0.5
             ties[:2] = torch.tensor([low + shift, high + shift], dtype=torch.float32)[:K]
-            c = 2 * int(torch.randint(512, 1024, (), generator=generator)) + 1
-            x[row] = ties * (c / 1024)  # c has 11 bits: products and the scale are exact
+            x[row] = ties * _short_number(generator)
         elif kind == 6:
             x[row] *= 1e-8
+        elif kind == 7:
+            ends = torch.tensor([2**bits - 1, 1 - 2**bits]) / 2 * _short_number(generator)
+            x[row] = x[row].clamp(float(ends[1]) / 2, float(ends[0]) / 2)
+            x[row, :2] = ends[:K]
     return x
+
+
+def _short_number(generator: torch.Generator) -> float:
+    """Of 11 bits, in 1..2: a row in its units has exact products, and that as its scale."""
+    return (2 * int(torch.randint(512, 1024, (), generator=generator)) + 1) / 1024
 
 
 def _kinds_and_shapes(
@@ -245,6 +263,9 @@ def _kinds_and_shapes(
                 "act_symmetric": act_symmetric,
             }
             yield case, x.to(device), weight.to(device), kinds
+            if (rows, K) == (37, 199):  # the other rows and columns must be as without
+                yield f"{case} NaN, Inf in x", spoil(x).to(device), weight.to(device), kinds
+                yield f"{case} NaN, Inf in weight", x.to(device), spoil(weight).to(device), kinds
 
 
 Kernel = Callable[..., Any] | None
@@ -253,7 +274,8 @@ Kernel = Callable[..., Any] | None
 def _fields(
     op: str, case: str, got: Any, expected: quant_ops.QuantizedOperand, x: Tensor, kind: dict[str, Any]
 ) -> Iterator[Check]:
-    for field in ("codes", "scale", "zero_point", "row_sum"):
+    fields = ("codes", "scale", "zero_point", "row_sum", "mask")
+    for field in fields if hasattr(got, "mask") else fields[:-1]:  # a kernel for inference has none
         mine, theirs = getattr(got, field, None), getattr(expected, field)
         check = _compare(op, case, field, mine, theirs)
         if field == "codes" and not check.passed and isinstance(mine, Tensor) and mine.shape == theirs.shape:
@@ -266,12 +288,15 @@ def _check_quantize_activation(
 ) -> Iterator[Check]:
     run = kernel or (lambda *a, **k: quant_ops.quantize_activation(*a, **k, impl=impl))
     for case, x, _, kinds in _kinds_and_shapes(generator, device):
-        for granularity in ("per_token", "per_tensor"):
+        for granularity, value_range in (("per_token", None), ("per_token", GIVEN["act_range"]), ("per_tensor", None)):
             arguments = {"bits": kinds["act_bits"], "symmetric": kinds["act_symmetric"], "granularity": granularity}
+            if value_range is not None:
+                arguments["value_range"] = value_range
             expected = quant_ops.quantize_activation(x, **arguments, impl="reference")
             got = run(x, **arguments)
             kind = arguments | {"granularity": quantizers.ACTIVATION_GRANULARITIES[granularity], "group_size": None}
-            yield from _fields("quantize_activation", f"{case} {granularity}", got, expected, x, kind)
+            name = f"{case} {granularity}{' given range' if value_range else ''}"
+            yield from _fields("quantize_activation", name, got, expected, x, kind)
 
 
 def _check_quantize_weight(
@@ -279,7 +304,9 @@ def _check_quantize_weight(
 ) -> Iterator[Check]:
     run = kernel or (lambda *a, **k: quant_ops.quantize_weight(*a, **k, impl=impl))
     for case, _, weight, kinds in _kinds_and_shapes(generator, device):
-        for granularity in ("per_channel", "per_tensor", "per_group"):
+        for granularity, value_range in (
+            ("per_channel", None), ("per_channel", GIVEN["weight_range"]), ("per_tensor", None), ("per_group", None)
+        ):  # fmt: skip
             if granularity == "per_group" and weight.shape[1] % 64:
                 continue
             arguments = {
@@ -289,10 +316,13 @@ def _check_quantize_weight(
             }
             if granularity == "per_group":
                 arguments["group_size"] = 64
+            if value_range is not None:
+                arguments["value_range"] = value_range
             expected = quant_ops.quantize_weight(weight, **arguments, impl="reference")
             got = run(weight, **arguments)
             kind = {"group_size": None} | arguments | {"granularity": quantizers.WEIGHT_GRANULARITIES[granularity]}
-            yield from _fields("quantize_weight", f"{case} {granularity}", got, expected, weight, kind)
+            name = f"{case} {granularity}{' given range' if value_range else ''}"
+            yield from _fields("quantize_weight", name, got, expected, weight, kind)
 
 
 def _check_accumulator(_: Kernel, impl: str, device: torch.device, generator: torch.Generator) -> Iterator[Check]:
@@ -311,17 +341,18 @@ def _check_fake_quant_linear(
     for case, x, weight, kinds in _kinds_and_shapes(generator, device):
         bias = torch.randn(weight.shape[0], generator=generator).to(device)
         differentiable = kernel is not None or impl in ops.available("straight_through_grad")
-        outputs, gradients = [], []
-        for function in (run, lambda *a, **k: quant_ops.fake_quant_linear(*a, **k, impl="reference")):
-            leaves = [t.clone().requires_grad_(differentiable) for t in (x, weight, bias)]
-            outputs.append(function(*leaves, **kinds))
-            gradients.append(_gradients(outputs[-1], leaves) if outputs[-1].requires_grad else ())
-        y, expected_y = outputs
-        yield _compare("fake_quant_linear", case, "y", y, expected_y)
-        names = ("grad_x", "grad_W", "grad_b")
-        for name, got, expected in zip(names, *gradients, strict=False):  # not every impl has them
-            # fp32 sums of up to 1000 terms in any order: about sqrt(1000) roundings, far below a wrong element
-            yield _compare("fake_quant_linear", case, name, got, expected, limit=1e-5)
+        for label, given in (("", {}), (" given ranges", GIVEN)):
+            outputs, gradients = [], []
+            for function in (run, lambda *a, **k: quant_ops.fake_quant_linear(*a, **k, impl="reference")):
+                leaves = [t.clone().requires_grad_(differentiable) for t in (x, weight, bias)]
+                outputs.append(function(*leaves, **kinds, **given))
+                gradients.append(_gradients(outputs[-1], leaves) if outputs[-1].requires_grad else ())
+            y, expected_y = outputs
+            yield _compare("fake_quant_linear", case + label, "y", y, expected_y)
+            names = ("grad_x", "grad_W", "grad_b")
+            for name, got, expected in zip(names, *gradients, strict=False):  # not every impl has them
+                # fp32 sums of up to 1000 terms in any order: about sqrt(1000) roundings, far below a wrong element
+                yield _compare("fake_quant_linear", case + label, name, got, expected, limit=1e-5)
 
 
 def _spiked(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
