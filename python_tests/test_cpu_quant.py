@@ -320,6 +320,22 @@ def test_the_library_refuses_what_it_cannot_work_with() -> None:
                 run(start, size)
 
 
+def test_a_library_that_is_built_later_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search is not repeated, but for as long as it finds nothing."""
+    monkeypatch.delenv("S2D_CPU_LIBRARY")
+    monkeypatch.setattr(_native_cpu, "ROOT", tmp_path / "s2d_kernels")
+    _native_cpu._newest.cache_clear()
+    try:
+        assert _native_cpu.library_path() == tmp_path / "s2d_kernels" / "lib" / "libs2d_cpu.so"
+        built = tmp_path / "build" / "cpu" / "libs2d_cpu.so"
+        built.parent.mkdir(parents=True)
+        built.touch()
+        assert _native_cpu.library_path() == built
+        assert _native_cpu._newest.cache_info().currsize == 1
+    finally:
+        _native_cpu._newest.cache_clear()
+
+
 def test_codes_in_the_layer_are_the_definitions() -> None:
     """Rows of several items, each with its own scale, against the reference: none takes another's."""
     x = torch.randn(900, 80) * torch.logspace(-3, 3, 900).unsqueeze(1)

@@ -79,14 +79,22 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
-def library_path() -> Path:
-    """Where the library is looked for."""
-    if os.environ.get("S2D_CPU_LIBRARY"):
-        return Path(os.environ["S2D_CPU_LIBRARY"])
+@cache
+def _newest() -> Path:
     installed = ROOT / "lib" / "libs2d_cpu.so"
     built = [ROOT.parent / "build" / folder / "libs2d_cpu.so" for folder in ("cpu", "native")]  # in a source tree
     found = [path for path in (installed, *built) if path.is_file()]
     return max(found, key=lambda path: path.stat().st_mtime, default=installed)
+
+
+def library_path() -> Path:
+    """Where the library is looked for: the newest build that was there at the first call."""
+    if os.environ.get("S2D_CPU_LIBRARY"):
+        return Path(os.environ["S2D_CPU_LIBRARY"])
+    path = _newest()
+    if not path.is_file():
+        _newest.cache_clear()  # it may be built yet
+    return path
 
 
 @cache
