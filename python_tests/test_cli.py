@@ -31,7 +31,7 @@ def test_env_names_versions_and_every_operation() -> None:
 def test_validate_exit_codes() -> None:
     passed = RUNNER.invoke(app, ["validate", "--op", "quantize_weight"])
     assert passed.exit_code == 0, passed.output
-    assert re.search(r"775 checks, [\d,]+ numbers compared, 0 failed", passed.output)
+    assert re.search(r"1550 checks, [\d,]+ numbers compared, 0 failed", passed.output)
     refused = RUNNER.invoke(app, ["validate", "--op", "nothing"])
     assert refused.exit_code == 1
     assert "op='nothing' is none of" in refused.output

@@ -232,3 +232,36 @@ def test_sums_that_could_overflow_take_the_other_route() -> None:
     assert not fixed_point.serves(torch.zeros(1), 2**31 // (127 * 127) + 1, 127)
     assert not fixed_point.serves(torch.zeros(1), 64, 255)
     assert not fixed_point.serves(torch.zeros(1, dtype=torch.float64), 64, 7)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e2, 1e3, 1e4])
+def test_a_sink_token_does_not_cost_the_others_their_digits(size: float, dtype: torch.dtype, impl: str) -> None:
+    """One token with a scale that much larger; weights of channels in which its codes are 0 see only the rest."""
+    torch.manual_seed(0)
+    x, weight, grad = torch.randn(256, 64), torch.randn(48, 64) * 0.1, torch.randn(256, 48)
+    x[17, 1:], x[17, 0] = 0, size
+    x, grad = x.to(dtype), grad.to(dtype)
+    weight = weight.to(dtype).requires_grad_()
+    fake_quant_linear(x, weight, act_symmetric=True, impl=impl).backward(grad)
+    q = quantize_activation(x, symmetric=True)
+    dequantized = q.codes.double() * q.scale.double()
+    truth = (grad.double().mT @ dequantized)[:, 1:]
+    plain = (grad.mT @ dequantized.to(dtype))[:, 1:]  # as a layer in this dtype would
+    error, theirs = (float((g.double() - truth).norm() / truth.norm()) for g in (weight.grad[:, 1:], plain))
+    assert error <= 2 * theirs
+
+
+def test_a_channel_of_the_weight_may_be_as_large() -> None:
+    torch.manual_seed(0)
+    weight, grad = torch.randn(48, 64), torch.randn(256, 48)
+    weight[5] *= 1e4
+    weight[5, 1:] = 0
+    x = torch.randn(256, 64, requires_grad=True)
+    fake_quant_linear(x, weight).backward(grad)
+    q = quantize_weight(weight)
+    truth = (grad.double() @ (q.codes.double() * q.scale.double()))[:, 1:]
+    plain = (grad @ (q.codes.float() * q.scale))[:, 1:]
+    error, theirs = (float((g.double() - truth).norm() / truth.norm()) for g in (x.grad[:, 1:], plain))
+    assert error <= 2 * theirs

@@ -133,7 +133,7 @@ def check_gradients() -> None:
             if not (grad.float() * q.scale.mT).isfinite().all():
                 continue
             got = cpu_quant.digit_product(grad, codes, q.scale, q.zero_point, mask, K, bits, symmetric, out_dtype)
-            places = fixed_point.digit_count(out_dtype)
+            places = fixed_point.digit_count(q.scale, out_dtype)
             expected = of_digits(grad, q.codes, q.scale, q.zero_point, inside, places).to(out_dtype)
             assert_same([got], [expected], (rows, depth, K, number))
 
@@ -303,7 +303,7 @@ def test_the_library_refuses_what_it_cannot_work_with() -> None:
          {"M": -1, "groups": 3, "packed": 1, "out_dtype": 3, "bias_dtype": 1, "w_codes": None, "x_row_sum": None,
           "w_scale": None}),
         ("s2d_cpu_straight_through_grad", _native_cpu.StraightThrough, gradient,
-         {"rows": -1, "places": 4, "bits": 1, "dtype": 3, "out_dtype": -1, "finite": None, "mask": None, "grad": None}),
+         {"rows": -1, "places": 6, "bits": 1, "dtype": 3, "out_dtype": -1, "finite": None, "mask": None, "grad": None}),
     )  # fmt: skip
     for name, struct, good, wrong in calls:
         run = _native_cpu.Call(name, struct(**good), 1)

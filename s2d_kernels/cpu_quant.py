@@ -237,7 +237,7 @@ def digit_product(
         bits=bits,
         symmetric=symmetric,
         per_tensor=scale.numel() == 1,
-        places=fixed_point.digit_count(out_dtype),
+        places=fixed_point.digit_count(scale, out_dtype),
     )
     _call("s2d_cpu_straight_through_grad", arguments)
     return out.to(out_dtype) if finite else None

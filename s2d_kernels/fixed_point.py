@@ -19,9 +19,18 @@ def serves(factor: Tensor, depth: int, span: int) -> bool:
     return factor.device.type == "cpu" and bool(torch.backends.mkldnn.enabled) and int8_digits_serve()
 
 
-def digit_count(out_dtype: torch.dtype) -> int:
-    """Three, 24 bits as in fp32; two, 16 bits, for an output of at most 11 or where torch may use TF32 or bf16."""
-    return 3 if out_dtype == torch.float32 and not ops.fp32_is_reduced(torch.device("cpu")) else 2
+def digit_count(scale: Tensor, out_dtype: torch.dtype) -> int:
+    """Three, 24 bits as in fp32; two, 16 bits, for an output of at most 11 or where torch may use TF32 or bf16.
+
+    One more, or two, where the largest `scale` is more than 2^3, 2^11 times the median: digits count from the largest
+    element of a row, and a sink token's must not cost the others theirs, which are all that a channel it does not
+    touch has.
+    """
+    digits = 3 if out_dtype == torch.float32 and not ops.fp32_is_reduced(torch.device("cpu")) else 2
+    if scale.numel() < 2:
+        return digits
+    ratio = float(scale.max() / scale.median())
+    return digits + (ratio > 2**3) + (ratio > 2**11)
 
 
 def product(factor: Tensor, scale: Tensor, values: Tensor, mask: Tensor, out_dtype: torch.dtype) -> Tensor | None:
@@ -29,8 +38,8 @@ def product(factor: Tensor, scale: Tensor, values: Tensor, mask: Tensor, out_dty
 
     A row of factor * scale is written in units of its largest magnitude / 127 as digits of base 254, and each digit's
     product with the integers is exact. What is lost is what lies below the last digit: an element is off by at most
-    2^-24 of its row's largest (2^-16 with two digits), where fp32 itself rounds the largest by 2^-25. The sums do not
-    depend on their order.
+    2^-24 of its row's largest (2^-16 with two digits, 2^-32 with four), where fp32 itself rounds the largest by 2^-25.
+    The sums do not depend on their order.
 
     Args:
         factor: `[rows, depth]`, fp32, bf16 or fp16, any strides.
@@ -48,7 +57,7 @@ def product(factor: Tensor, scale: Tensor, values: Tensor, mask: Tensor, out_dty
     (rows, depth), K = factor.shape, values.shape[1]
     if rows == 0 or K == 0:
         return torch.zeros((rows, K), dtype=out_dtype)
-    digits = digit_count(out_dtype)
+    digits = digit_count(scale, out_dtype)
     step = min(max(64, min(256, 2**20 // depth)) * torch.get_num_threads(), rows)  # about 1 MB a thread and buffer
     column_major = factor.stride(0) == 1 and factor.stride(1) != 1
 

@@ -213,8 +213,8 @@ def _rows(rows: int, K: int, bits: int, symmetric: bool, generator: torch.Genera
 
     The ties are (integer + 1/2) * c with a range that makes c the scale: a kernel that multiplies by 1/c or rounds
     half away from zero gets other codes there, and with an odd zero point one that adds it before it rounds.
-    The last kind's own range is +-(2^bits - 1) / 2 scales: both ends are halves that round outwards to 2^bits + 1 codes,
-    so its largest element is clamped, and has no gradient, if the codes are asymmetric.
+    The last kind's own range is +-(2^bits - 1) / 2 scales: both ends are halves that round outwards to 2^bits + 1
+    codes, so its largest element is clamped, and has no gradient, if the codes are asymmetric.
     """
     low, high = -(2 ** (bits - 1)) + symmetric, 2 ** (bits - 1) - 1
     x = torch.randn(rows, K, generator=generator)

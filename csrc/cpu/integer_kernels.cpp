@@ -358,7 +358,7 @@ void pack_digits_of(const void* x, int32_t dtype, int64_t stride, int64_t count,
       for (int64_t i = 0; i < deep; ++i) {
         const float factor = scale[(s * kStep + i) * scale_stride];
         wide rest = *reinterpret_cast<const wide*>(of[i] + panel * kRows) * factor / unit;
-#pragma GCC unroll 3
+#pragma GCC unroll 5
         for (int place = 0; place < P; ++place) {
           const wide shifted = rest + 0x1.8p23f;  // as in `nearest`
           const uwide digit = reinterpret_cast<uwide>(shifted) - 0x4b400000u;
@@ -392,8 +392,9 @@ bool pack_digits(const void* x, int32_t dtype, int64_t stride, int64_t count, in
   }
   if (all >= 0x7f800000u) return false;
   memcpy(units, unit, static_cast<size_t>(count) * sizeof *unit);
-  const auto pack_places = places == 3 ? pack_digits_of<3> : places == 2 ? pack_digits_of<2> : pack_digits_of<1>;
-  pack_places(x, dtype, stride, count, depth, scale, scale_stride, words, unit, sums, sums_stride);
+  constexpr decltype(&pack_digits_of<1>) kPack[kMostPlaces] = {pack_digits_of<1>, pack_digits_of<2>, pack_digits_of<3>,
+                                                               pack_digits_of<4>, pack_digits_of<5>};
+  kPack[places - 1](x, dtype, stride, count, depth, scale, scale_stride, words, unit, sums, sums_stride);
   return true;
 }
 

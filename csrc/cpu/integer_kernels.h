@@ -100,7 +100,7 @@ struct IntegerKernels {
 };
 
 // Of every instruction set.
-constexpr int64_t kMostRows = 8, kMostColumns = 48, kMostPlaces = 3, kMostLines = 96;
+constexpr int64_t kMostRows = 8, kMostColumns = 48, kMostPlaces = 5, kMostLines = 96;
 
 #ifdef S2D_CPU_X86
 extern const IntegerKernels integer_avx512_vnni, integer_avx512, integer_avx2;

@@ -61,7 +61,7 @@ typedef struct s2d_cpu_straight_through {
   int64_t row_stride, depth_stride;
   int32_t dtype, out_dtype;   /* s2d_dtype */
   int32_t bits, symmetric, per_tensor;
-  int32_t places;             /* 1..3 */
+  int32_t places;             /* 1..5 */
 } s2d_cpu_straight_through;
 
 size_t s2d_cpu_straight_through_grad_workspace(const s2d_cpu_straight_through* gradient, int32_t threads);
