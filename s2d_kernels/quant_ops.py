@@ -302,10 +302,8 @@ def range_gradients(
 
 def _out_dtype(x: Tensor) -> torch.dtype:
     """Autocast's dtype where it is on and `x` is not fp64, else that of `x`."""
-    device = x.device.type
-    available = torch.amp.is_autocast_available(device)  # not on the meta device
-    if x.dtype != torch.float64 and available and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
+    if x.dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
