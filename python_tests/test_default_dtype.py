@@ -9,7 +9,7 @@ import torch
 from emulated import build_emulated
 from torch import Tensor
 
-from s2d_kernels import fake_quant_linear, int8_product, pcdr, topk_svd
+from s2d_kernels import S2D, SpectralAdamW, fake_quant_linear, int8_product, pcdr, topk_svd
 from s2d_kernels.capture import _Kept
 from s2d_kernels.capture_ops import capture_largest_
 from s2d_kernels.fake_quant import FakeQuantLinear
@@ -93,6 +93,43 @@ def test_a_default_device_is_not_the_operands() -> None:
         got = run()
         assert int8_product.int8_product_is_exact(127) == answer
         int8_product._int8_product_is_faster()
+    finally:
+        torch.set_default_device(None)
+    for a, b in zip(expected, got, strict=True):
+        assert a.device == b.device
+        assert torch.equal(a, b)
+
+
+def test_training_under_a_default_device() -> None:
+    """Everything of S2D lies where the parameters are, and its checkpoint on the CPU."""
+
+    def run() -> list[Tensor]:
+        results: list[Tensor] = []
+        for fused in (False, True):
+            model = torch.nn.Sequential(torch.nn.Linear(24, 24, device="cpu"), torch.nn.Linear(24, 24, device="cpu"))
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.copy_(torch.linspace(-2, 3, parameter.numel(), device="cpu").cos().view_as(parameter))
+            reg = S2D(model, mode="decoupled", strength=0.1, threshold=0.2, interval=3, lead=1)
+            if fused:
+                optimizer: torch.optim.Optimizer = SpectralAdamW(model.parameters(), 1e-3, regularizer=reg)
+            else:
+                optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+                reg.attach(optimizer)
+            for step in range(5):
+                x = torch.linspace(-1, 1 + step, 8 * 24, device="cpu").sin().view(8, 24)
+                optimizer.zero_grad()
+                model(x).square().mean().backward()
+                optimizer.step()
+            results += [*(parameter.detach() for parameter in model.parameters()), *reg.state_dict().values()]
+            results += [*pcdr([model[0].weight], [x[0]], [0])[0].lower]
+            reg.close()
+        return [torch.as_tensor(result, device="cpu") if isinstance(result, float) else result for result in results]
+
+    expected = run()
+    torch.set_default_device("meta")
+    try:
+        got = run()
     finally:
         torch.set_default_device(None)
     for a, b in zip(expected, got, strict=True):

@@ -56,20 +56,22 @@ def product(factor: Tensor, scale: Tensor, values: Tensor, mask: Tensor, out_dty
     """
     (rows, depth), K = factor.shape, values.shape[1]
     if rows == 0 or K == 0:
-        return torch.zeros((rows, K), dtype=out_dtype)
+        return torch.zeros((rows, K), dtype=out_dtype, device="cpu")
     digits = digit_count(scale, out_dtype)
     step = min(max(64, min(256, 2**20 // depth)) * torch.get_num_threads(), rows)  # about 1 MB a thread and buffer
     column_major = factor.stride(0) == 1 and factor.stride(1) != 1
 
     def buffer(height: int, dtype: torch.dtype) -> Tensor:
         """In the factor's layout: a block of a transposed gradient is not transposed for its own sake."""
-        return torch.empty((depth, height), dtype=dtype).mT if column_major else torch.empty(height, depth, dtype=dtype)
+        shape = (depth, height) if column_major else (height, depth)
+        empty = torch.empty(shape, dtype=dtype, device="cpu")
+        return empty.mT if column_major else empty
 
     rest_of_block, digit_of_block = buffer(step, torch.float32), buffer(step, torch.float32)
     planes = buffer(digits * step, torch.int8)
-    sums = torch.empty((digits * step, K), dtype=torch.int32)
-    summand = torch.empty((step, K), dtype=torch.float32)
-    out = torch.empty((rows, K), dtype=out_dtype)
+    sums = torch.empty((digits * step, K), dtype=torch.int32, device="cpu")
+    summand = torch.empty((step, K), dtype=torch.float32, device="cpu")
+    out = torch.empty((rows, K), dtype=out_dtype, device="cpu")
     for start in range(0, rows, step):
         count = min(step, rows - start)
         block = slice(start, start + count)

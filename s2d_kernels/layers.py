@@ -158,7 +158,10 @@ def pack(layer: LayerState, pending: Refreshed | None, empty: LayerState) -> dic
     flags = [layer.arrived, layer.rank, layer.status]
     flags += [0, 0, 0] if pending is None else [1, pending.rank, pending.status]
     tensors = [*layer.basis, *basis, layer.S, layer.S_at_snapshot]
-    numbers = [torch.tensor(layer.missed_lr, dtype=torch.float64), torch.tensor([int(flag) for flag in flags])]
+    numbers = [
+        torch.tensor(layer.missed_lr, dtype=torch.float64, device="cpu"),
+        torch.tensor([int(flag) for flag in flags], device="cpu"),
+    ]
     return dict(zip(KEYS, [*(tensor.clone() for tensor in tensors), *numbers], strict=True))
 
 

@@ -262,7 +262,7 @@ class SpectralAdamW(AdamW):
                 plain.append(grad[end:])
         if not plain and not penalized:
             self.total_norm = None
-            return torch.ones(())
+            return torch.ones((), device="cpu")
         first = (plain or [rows.grad for rows in penalized])[0]
         with ops.exact_arithmetic(first.device):
             self.total_norm = total_norm(plain, penalized, signs, grad_scale)

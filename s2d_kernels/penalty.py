@@ -42,7 +42,7 @@ def penalty_status(factors: Sequence[TopkSVD], *, strength: float, power: float)
         finite = U.isfinite().all() & S.isfinite().all() & Vh.isfinite().all() & (status != NON_FINITE)
         overflow = ~(strength * S.pow(power)).isfinite().all()
         found.append(torch.where(finite, torch.where(overflow, OVERFLOW, status), NON_FINITE).to(torch.int32))
-    return torch.stack(found) if found else torch.zeros(0, dtype=torch.int32)
+    return torch.stack(found) if found else torch.zeros(0, dtype=torch.int32, device="cpu")
 
 
 @torch.no_grad()
@@ -228,7 +228,7 @@ def _of_one_rank(
     sum_dtype, cs = _sum_dtype(dtype), torch.stack(coefficients)
     rows, columns = [U.shape[0] for U in Us], [Vh.shape[1] for Vh in Vhs]
     left = _as(torch.cat(Us), sum_dtype)
-    left *= _as(cs, sum_dtype).repeat_interleave(torch.tensor(rows), 0)
+    left *= _as(cs, sum_dtype).repeat_interleave(torch.tensor(rows, device="cpu"), 0)
     right = _as(torch.cat(Vhs, 1), sum_dtype)
     nothing = (cs == 0).all(1).tolist()
     if not _largest(left) * _largest(right) < SAFE_SIZE:

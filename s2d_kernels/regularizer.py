@@ -520,7 +520,7 @@ class S2D:
         return self._pack(self._pending_step, pending)
 
     def _pack(self, pending_step: int, pending: Mapping[str, Refreshed]) -> dict[str, Tensor]:
-        state = {"step": torch.tensor(self.step), "pending_step": torch.tensor(pending_step)}
+        state = {k: torch.tensor(v, device="cpu") for k, v in (("step", self.step), ("pending_step", pending_step))}
         for matrix in self._matrices:
             packed = pack(self._layers[matrix.name], pending.get(matrix.name), self._empty_layer(matrix))
             state |= {f"{matrix.name}.{key}": tensor for key, tensor in packed.items()}
@@ -686,7 +686,8 @@ class S2D:
 
     def _store_ranks(self) -> None:
         if self._static_ranks is not None:
-            ranks = torch.tensor([self._layers[m.name].rank for m in self._matrices], dtype=torch.int32)
+            counts = [self._layers[m.name].rank for m in self._matrices]
+            ranks = torch.tensor(counts, dtype=torch.int32, device="cpu")
             if self._static_ranks.device.type == "cuda":  # from pageable memory the copy would wait for the device
                 ranks = ranks.pin_memory()
             self._static_ranks.copy_(ranks, non_blocking=True)

@@ -108,7 +108,7 @@ class PendingPCDR:
         self._event: torch.cuda.Event | None = None
         self._table = table
         if table.device.type == "cuda":
-            self._table = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
+            self._table = torch.empty(table.shape, dtype=table.dtype, device="cpu", pin_memory=True)
             self._table.copy_(table, non_blocking=True)
             self._event = torch.cuda.current_stream(table.device).record_event()
 
@@ -147,7 +147,7 @@ def pcdr_begin(
         raise ValueError(f"threshold={threshold} must lie in (0, 1]")
     k_max = ops.check_integer("k_max", k_max, low=1)
     if not weights:
-        empty = torch.zeros(0, dtype=torch.int32)
+        empty = torch.zeros(0, dtype=torch.int32, device="cpu")
         return PendingPCDR(empty, empty, lambda _: [])
     indices: list[Tensor] = []
     usable = []
@@ -390,8 +390,8 @@ def _leading(A: Tensor) -> Tensor:
     need not be found.
     """
     d = A.shape[1]
-    generator = torch.Generator().manual_seed(0)
-    Q = torch.randn(d, BLOCK, generator=generator, dtype=A.dtype).to(A.device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    Q = torch.randn(d, BLOCK, generator=generator, dtype=A.dtype, device="cpu").to(A.device)
     for step in range(6):
         Q, R = torch.linalg.qr(A.mT @ (A @ Q))
         if step == 1 and float(R[0, 0].abs()) < STICKING_OUT**2 * float(R[-1, -1].abs()):

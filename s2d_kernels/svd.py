@@ -214,8 +214,8 @@ def _start_block(index: int, weight: Tensor, k: int, before: TopkSVD | SVDBasis 
     dtype = working_dtype(weight)
     width = min(d, cold_width(k) if before is None else warm_width(k))
     digest = hashlib.blake2b(f"{seed}|{name}|{m}x{n}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    block = torch.randn(width, d, generator=generator, dtype=torch.float32).to(dtype)
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
+    block = torch.randn(width, d, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
     if weight.device.type == "cuda":  # from pageable memory the copy would wait for the device
         block = block.pin_memory()
     block = block.to(weight.device, non_blocking=True)

@@ -55,7 +55,7 @@ def _topk_svd_torch(
             # MKL's bits depend on the alignment of each slice of a batch, and these slices would not be aligned.
             kind = (index,)
         buckets.setdefault(kind, []).append(index)
-    flat: list[Tensor] = [torch.empty(0)] * (6 * len(weights))
+    flat: list[Tensor] = [weights[0]] * (6 * len(weights))
     stacks: dict[torch.dtype, Tensor] = {}
     for members in (wave for equal in buckets.values() for wave in _waves(equal, weights)):
         first = members[0]
