@@ -303,3 +303,15 @@ def test_the_library_refuses_what_it_cannot_work_with() -> None:
         assert run.workspace_bytes() == 0
         with pytest.raises(NativeLibraryError, match="status 1"):
             run(2e-4, 1e-3, memory.data_ptr(), memory.numel())
+
+
+def test_the_workspace_of_a_large_matrix_stays_small() -> None:
+    """Whatever k: the slabs' sums take 128 MB at most beside the blocks of Q, Y and Z."""
+    weight = torch.empty(4096, 4096)
+    outputs = [torch.empty(1)] * 6
+    for width, reads in ((8, 4), (512, 7)):
+        fields = [weight.data_ptr(), weight.data_ptr(), *(tensor.data_ptr() for tensor in outputs)]
+        layer = _native_cpu.SvdLayer(*fields, 4096, 4096, 4096, 1, 0, width, 3, reads)
+        needed = _native_cpu.SvdRun([layer], 2).workspace_bytes()
+        total = width * reads
+        assert 0 < needed < 3 * 4096 * total * 4 + 6 * total**2 * 8 + 8 * 4096 * width * 4 + 2**27 + 2**24

@@ -253,6 +253,26 @@ def test_a_sink_token_does_not_cost_the_others_their_digits(size: float, dtype: 
     assert error <= 2 * theirs
 
 
+@pytest.mark.parametrize("impl", ["cpu", "torch"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e-3), (torch.bfloat16, 1e-3), (torch.bfloat16, 1e-8)])
+@pytest.mark.parametrize("zeros", [1, 150])
+def test_tokens_of_zeros_do_not_either(zeros: int, dtype: torch.dtype, size: float, symmetric: bool, impl: str) -> None:
+    """Padding: its scale is 1 by definition, its product 0."""
+    torch.manual_seed(0)
+    x, weight, grad = torch.randn(256, 64) * size, torch.randn(48, 64) * 0.1, torch.randn(256, 48)
+    x[:zeros] = 0
+    x, grad = x.to(dtype), grad.to(dtype)
+    weight = weight.to(dtype).requires_grad_()
+    fake_quant_linear(x, weight, act_symmetric=symmetric, impl=impl).backward(grad)
+    q = quantize_activation(x, symmetric=symmetric)
+    dequantized = (q.codes.double() - q.zero_point) * q.scale.double()
+    truth = grad.double().mT @ dequantized
+    plain = grad.mT @ dequantized.to(dtype)
+    error, theirs = (float((g.double() - truth).norm() / truth.norm()) for g in (weight.grad, plain))
+    assert error <= 2 * theirs
+
+
 def test_a_channel_of_the_weight_may_be_as_large() -> None:
     torch.manual_seed(0)
     weight, grad = torch.randn(48, 64), torch.randn(256, 48)

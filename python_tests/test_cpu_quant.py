@@ -344,3 +344,49 @@ def test_codes_in_the_layer_are_the_definitions() -> None:
     assert torch.equal(q.codes, r.codes.to(torch.int8))
     assert torch.equal(unpack_codes(pack_codes(q.codes), 80, False), q.codes)
     assert int(q.codes.max()) <= code_span(4, False)
+
+
+def test_operands_of_other_quantizers_are_converted_or_refused() -> None:
+    """From as many rows on as the kernels take by themselves; nothing is read that is not there."""
+    x, w = torch.randn(600, 64), torch.randn(48, 64)
+    qx, qw = quantize_activation(x), quantize_weight(w, symmetric=False)
+    expected = integer_linear(qx, qw, impl="torch")
+    wide = [q._replace(zero_point=q.zero_point.long(), row_sum=q.row_sum.long()) for q in (qx, qw)]
+    assert torch.equal(integer_linear(*wide), expected)
+    for wrong, error, message in (
+        ((qx._replace(codes=qx.codes.int()), qw), TypeError, "qx.codes has dtype torch.int32"),
+        ((qx._replace(zero_point=qx.zero_point[:2]), qw), ValueError, "qx.zero_point is"),
+        ((qx, qw._replace(zero_point=qw.zero_point[:2])), ValueError, "qw.zero_point is"),
+        ((qx._replace(row_sum=qx.row_sum[:2]), qw), ValueError, "qx.row_sum is"),
+    ):
+        with pytest.raises(error, match=message):
+            integer_linear(*wrong)
+
+
+def test_operations_called_directly_check_what_they_read() -> None:
+    x, w, grad = torch.randn(20, 64), torch.randn(48, 64), torch.randn(20, 48)
+    qx, qw = quantize_activation(x), quantize_weight(w, symmetric=False)
+
+    def linear(bias: Tensor | None = None, of_x: dict[str, Tensor] | None = None, **of_w: Tensor) -> Tensor:
+        a, b = qx._replace(**(of_x or {})), qw._replace(**of_w)
+        return torch.ops.s2d.integer_linear(*a[:4], *b[:4], bias, 4, False, 4, False, torch.float32, "cpu")
+
+    def gradient(codes: Tensor, mask: Tensor) -> Tensor:
+        arguments = (grad, codes, qw.scale, qw.zero_point, mask, 64, 4, False, torch.float32, "cpu")
+        return torch.ops.s2d.straight_through_grad(*arguments)
+
+    def quantized(end: Tensor) -> object:
+        return torch.ops.s2d.quantize(x, end, end + 1, 4, False, "per_row", 0, "cpu")
+
+    for wrong, message in (
+        (lambda: linear(torch.zeros(3)), "bias"),
+        (lambda: linear(of_x={"scale": qx.scale[:3]}), "x_"),
+        (lambda: linear(of_x={"row_sum": qx.row_sum[:3]}), "x_row_sum"),
+        (lambda: linear(zero_point=qw.zero_point[:3]), "w_zero_point"),
+        (lambda: linear(codes=qw.codes[:, :8].contiguous()), "w_codes"),
+        (lambda: gradient(pack_codes(qw.codes)[:, :8], qx.mask), "codes"),
+        (lambda: gradient(pack_codes(qw.codes), qx.mask[:3]), "mask"),
+        (lambda: quantized(torch.zeros(3)), "minimum"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()

@@ -261,3 +261,24 @@ def test_refusals_leave_the_model_alone(tmp_path: Path) -> None:
             load_(other, path)
         assert {name: type(module) for name, module in other.named_modules()} == types
     assert fake_quant.is_patch_embedding(Vision().patch)
+
+
+def test_tensors_of_a_file_are_not_trusted(tmp_path: Path) -> None:
+    """They are read through raw pointers. The model stays as it was."""
+    path, changed = tmp_path / "model.safetensors", tmp_path / "changed.safetensors"
+    model = nn.Sequential(nn.Linear(24, 16), nn.Linear(16, 8))
+    quantize_(model, weight_symmetric=False)
+    export(model, path)
+    with safetensors.safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name, wrong in (
+        ("1.weight_zero_point", tensors["1.weight_zero_point"][:2]),
+        ("1.weight_zero_point", tensors["1.weight_zero_point"].long()),
+        ("1.weight_scale", tensors["1.weight_scale"].half()),
+        ("1.weight_codes", tensors["1.weight_codes"][:, :3].contiguous()),
+    ):
+        safetensors.torch.save_file(tensors | {name: wrong.clone()}, str(changed), metadata)
+        other = nn.Sequential(nn.Linear(24, 16), nn.Linear(16, 8))
+        with pytest.raises(ValueError, match=rf"the file has .* as {name[2:]} of '1', expected"):
+            load_(other, changed)
+        assert all(type(layer) is nn.Linear for layer in other)

@@ -139,6 +139,17 @@ def test_a_moved_model_takes_prepared_coefficients_along() -> None:
 
 
 @pytest.mark.parametrize("static", [False, True])
+def test_factors_stay_in_fp32_where_the_model_goes_to_less(static: bool) -> None:
+    model, v = spiked_model()
+    reg = S2D(model, interval=4, lead=2, static_factors=static)
+    train(model, reg, torch.optim.SGD(model.parameters(), lr=LR), v, range(5))
+    model.bfloat16()
+    train(model, reg, torch.optim.SGD(model.parameters(), lr=LR), v.bfloat16(), range(5, 14))
+    assert {t.dtype for key, t in reg.state_dict().items() if "basis" in key or "pending." in key} == {torch.float32}
+    reg.close()
+
+
+@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("capture", ["hooks", "graph"])
 def test_static_factors_and_captures_change_no_bit_when_the_model_moves(static: bool, capture: str) -> None:
     results = []

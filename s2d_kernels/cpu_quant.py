@@ -24,6 +24,14 @@ def _call(name: str, arguments: Any) -> None:
     run(workspace.data_ptr(), workspace.numel())
 
 
+def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """What the kernels read through a raw pointer must be what they take it for."""
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} has dtype {tensor.dtype}: impl='cpu' reads {dtype}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+
+
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -56,6 +64,8 @@ def _quantize_cpu(
     row_sum = x.new_empty((rows, groups), dtype=torch.int32)
     mask = x.new_empty((rows, (K + 7) // 8), dtype=torch.uint8)
     if minimum is not None and maximum is not None:
+        for name, end in (("minimum", minimum), ("maximum", maximum)):
+            _expect(name, end, (rows if granularity == "per_row" and end.numel() != 1 else 1,), torch.float32)
         minimum, maximum = (t.contiguous() for t in torch.broadcast_tensors(minimum, maximum))
     arguments = _native.Quantization(
         x=x.data_ptr(),
@@ -95,6 +105,15 @@ def _product(
     if x_scale.dtype != torch.float32 or w_scale.dtype != torch.float32:
         raise TypeError(f"operands quantized in {x_scale.dtype}: impl='cpu' takes fp32 scales, else impl='torch'")
     check_groups(w_scale, w_row_sum)
+    for name, operand, count in (("x", arguments[:4], groups), ("w", arguments[4:8], groups)):
+        codes, scale, zero_point, row_sum = operand
+        _expect(f"{name}_codes", codes, (len(codes), K), torch.int8)
+        _expect(f"{name}_zero_point", zero_point, tuple(scale.shape), torch.int32)
+        _expect(f"{name}_row_sum", row_sum, (len(codes), row_sum.shape[1] if name == "x" else count), torch.int32)
+    if x_scale.shape not in ((M, 1), (1, 1)):
+        raise ValueError(f"x_scale has shape {tuple(x_scale.shape)}, expected {(M, 1)} or (1, 1)")
+    if bias is not None and bias.shape != (N,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, expected {(N,)}")
     tensors = [t.contiguous() for t in arguments[:8]]
     if x_row_sum.shape[1] != groups:
         tensors[3] = row_sums(tensors[0], groups)
@@ -215,6 +234,11 @@ def digit_product(
 ) -> Tensor | None:
     """The arguments of the op `straight_through_grad`; None where grad * scale is not finite."""
     rows, depth = grad.shape
+    _expect("codes", codes, (depth, (K + 1) // 2 if bits <= 4 else K), torch.uint8 if bits <= 4 else torch.int8)
+    _expect("scale", scale, (depth if scale.numel() != 1 else 1, 1), torch.float32)
+    _expect("zero_point", zero_point, tuple(scale.shape), torch.int32)
+    _expect("mask", mask, (rows, (K + 7) // 8), torch.uint8)
+    scale = fixed_point.live_scale(codes, scale, zero_point, K, bits, symmetric)
     codes, scale, zero_point, mask = (t.contiguous() for t in (codes, scale, zero_point, mask))
     computed = out_dtype if out_dtype in DTYPES else torch.float32
     out = grad.new_empty((rows, K), dtype=computed)

@@ -441,9 +441,9 @@ def quantize_(
 
     The module objects stay the same ones: their hooks, ties, shared places and references from elsewhere go on working.
     Converted are modules of exactly the class `nn.Linear`, and of `nn.Conv2d` where stride = kernel. Subclasses are
-    not, since their forward may differ, nor are embeddings (a look-up, no product), output heads (last component of the
-    name lm_head, head, classifier, score, output_projection or embed_out; convert one with
-    `FakeQuantLinear.from_linear`), layers tied to an embedding, or projections of `nn.MultiheadAttention`, which uses
+    not, since their forward may differ, nor are embeddings (a look-up, no product), output heads (by the names of
+    `parameters.HEAD`, such as lm_head, classifier or head.fc; convert one with `FakeQuantLinear.from_linear`), layers
+    tied to an embedding, or projections of `nn.MultiheadAttention`, which uses
     their weights without calling them. What is skipped, and why, is in the result and in the log.
 
     Args:

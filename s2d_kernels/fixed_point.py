@@ -7,7 +7,7 @@ from torch import Tensor
 
 from s2d_kernels import ops, reference
 from s2d_kernels.int8_product import int8_digits_serve
-from s2d_kernels.quantizers import unpack_mask
+from s2d_kernels.quantizers import unpack_codes, unpack_mask
 
 _BASE = 254  # a remainder in -1/2..1/2 becomes a digit in -127..127
 
@@ -27,10 +27,27 @@ def digit_count(scale: Tensor, out_dtype: torch.dtype) -> int:
     touch has.
     """
     digits = 3 if out_dtype == torch.float32 and not ops.fp32_is_reduced(torch.device("cpu")) else 2
-    if scale.numel() < 2:
+    live = scale[scale > 0]
+    if live.numel() < 2:
         return digits
-    ratio = float(scale.max() / scale.median())
+    ratio = float(live.max() / live.median())
     return digits + (ratio > 2**3) + (ratio > 2**11)
+
+
+def live_scale(codes: Tensor, scale: Tensor, zero_point: Tensor, K: int, bits: int, symmetric: bool) -> Tensor:
+    """`scale` with 0 in the place of the 1 that a row of zeros has: its products are 0, its unit is not the others'.
+
+    Codes `[depth, K]`, two a byte for `bits` <= 4, scale and zero point `[depth, 1]` or `[1, 1]`.
+    """
+    if scale.numel() < 2:
+        return scale
+    (ones,) = (scale.flatten() == 1).nonzero(as_tuple=True)
+    if not len(ones):
+        return scale
+    rows = codes[ones]
+    if bits <= 4:
+        rows = unpack_codes(rows, K, symmetric)
+    return scale.index_fill(0, ones[(rows == zero_point[ones]).all(1)], 0.0)
 
 
 def product(factor: Tensor, scale: Tensor, values: Tensor, mask: Tensor, out_dtype: torch.dtype) -> Tensor | None:

@@ -169,11 +169,23 @@ def _check_operands(qx: QuantizedOperand, qw: QuantizedOperand) -> tuple[Quantiz
     if qx.scale.shape not in ((M, 1), (1, 1)):
         raise ValueError(f"qx.scale is {tuple(qx.scale.shape)}: activations have one a token [{M}, 1], or [1, 1]")
     check_groups(qw.scale, qw.row_sum)
+    qx, qw = _stored("qx", qx), _stored("qw", qw)
     groups = qw.row_sum.shape[1]
     check_accumulator_range(K // groups if groups else 0, (qx.bits, qx.symmetric), (qw.bits, qw.symmetric))
     if qx.row_sum.shape[1] != groups:
         qx = qx._replace(row_sum=row_sums(qx.codes, groups))
     return qx, qw
+
+
+def _stored(name: str, q: QuantizedOperand) -> QuantizedOperand:
+    """`q` in its storage dtypes, checked: the kernels read raw memory."""
+    if q.codes.dtype != torch.int8:
+        raise TypeError(f"{name}.codes has dtype {q.codes.dtype}: they are stored as int8, asymmetric 8-bit ones - 128")
+    if q.zero_point.shape != q.scale.shape:
+        raise ValueError(f"{name}.zero_point is {tuple(q.zero_point.shape)}, {name}.scale {tuple(q.scale.shape)}")
+    if q.row_sum.ndim != 2 or len(q.row_sum) != len(q.codes):
+        raise ValueError(f"{name}.row_sum is {tuple(q.row_sum.shape)}, expected [{len(q.codes)}, groups]")
+    return q._replace(zero_point=q.zero_point.to(torch.int32), row_sum=q.row_sum.to(torch.int32))
 
 
 def check_groups(scale: Tensor, row_sum: Tensor) -> None:

@@ -159,7 +159,9 @@ def attach_torchtitan(reg: S2D, optimizers: Any) -> None:
     Raises:
         TypeError, ValueError, NotImplementedError: as `S2D.attach`.
     """
-    reg.attach(optimizers, parts=list(optimizers.optimizers))
+    parts = list(optimizers.optimizers)
+    if not any(getattr(part, "regularizer", None) is reg for part in parts):
+        reg.attach(optimizers, parts=parts)
 
 
 def _attach(reg: S2D, optimizer: Any) -> bool:

@@ -286,9 +286,14 @@ def load_(model: nn.Module, path: str | Path) -> nn.Module:
             ours, theirs = (f"{tuple(t.shape)} {t.dtype}" for t in (mine, value))
             raise ValueError(f"{name!r} is {ours} in the model but {theirs} in the file: build and cast it likewise")
 
+    of_layer = {
+        name: {key: tensors[f"{name}.{key}" if name else key] for key in _keys(name, tensors)} for name in layers
+    }
+    for name, settings in layers.items():
+        _check_tensors(name, settings, of_layer[name])
     unpacked: dict[tuple[Any, ...], dict[str, Tensor]] = {}  # what layers share in the file they share in memory
     for name, settings in layers.items():
-        own = {key: tensors[f"{name}.{key}" if name else key] for key in _keys(name, tensors)}
+        own = of_layer[name]
         kind = PackedLinear if settings["kind"] == "linear" else PackedPatchEmbedding
         device = cast(Tensor, modules[name].weight).device
         shared = (device, settings["group_size"], *(id(own.get(key)) for key in _OPERAND))
@@ -312,6 +317,26 @@ def _unpack(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
     zero_point = torch.zeros_like(scale, dtype=torch.int32) if symmetric else tensors["weight_zero_point"]
     groups = columns // settings["group_size"] if settings["group_size"] else 1
     return {"codes": codes, "scale": scale, "zero_point": zero_point, "row_sum": row_sums(codes, groups)}
+
+
+def _check_tensors(name: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """A file is not trusted with shapes and dtypes: the kernels read raw memory."""
+    rows, columns, packed = settings["out_features"], settings["in_features"], settings["weight_bits"] <= 4
+    groups = columns // settings["group_size"] if settings["group_size"] else 1
+    one = settings["weight_granularity"] == "per_tensor"
+    dtype = torch.uint8 if packed else torch.int8
+    parameter = (1, 1) if one else (rows, groups)
+    expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
+        "weight_codes": ((rows, (columns + 1) // 2 if packed else columns), (dtype,)),
+        "weight_scale": (parameter, (torch.float32, torch.float64)),
+    }
+    if not settings["weight_symmetric"]:
+        expected["weight_zero_point"] = parameter, (torch.int32,)
+    for key, (shape, dtypes) in expected.items():
+        tensor = tensors.get(key)
+        if tensor is None or tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+            have = "nothing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
+            raise ValueError(f"the file has {have} as {key} of {name!r}, expected {shape} {dtypes[0]}: export it anew")
 
 
 def _keys(name: str, tensors: Mapping[str, Tensor]) -> list[str]:

@@ -17,10 +17,10 @@ from s2d_kernels import ops
 
 logger = logging.getLogger("s2d_kernels")
 
-# Modules that make outputs, with all they hold.
+# Modules that make outputs, the first few with all they hold. A `head` may be more: SigLIP's pools with attention.
 HEAD = re.compile(
-    r"(^|\.)(lm_head|head|head_dist|classifier|cls_classifier|distillation_classifier|score|qa_outputs|predictions"
-    r"|seq_relationship|output_projection|embed_out)(\.|$)"
+    r"(^|\.)((lm_head|classifier|predictions)(\.|$)|(head|head\.fc|head_dist|cls_classifier|distillation_classifier"
+    r"|score|qa_outputs|seq_relationship|output_projection|embed_out)$)"
 )
 # Projections whose row thirds are queries, keys and values.
 FUSED_QKV = re.compile(r"(^|[._])(qkv|qkv_proj|c_attn|wqkv|in_proj)$", re.IGNORECASE)

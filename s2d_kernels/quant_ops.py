@@ -88,11 +88,13 @@ def _grad_torch(
     symmetric: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:
+    packed = codes
     if bits <= 4:
         codes = unpack_codes(codes, K, symmetric)
     if scale.shape[1] == 1 and fixed_point.serves(grad, len(codes), code_span(bits, symmetric)):
         values = centred(codes, zero_point, symmetric, torch.int8)
-        product = fixed_point.product(grad, scale.mT, values, mask, out_dtype)
+        live = fixed_point.live_scale(packed, scale, zero_point, K, bits, symmetric)
+        product = fixed_point.product(grad, live.mT, values, mask, out_dtype)
         if product is not None:
             return product
     operand = centred(codes, zero_point, symmetric, scale.dtype)

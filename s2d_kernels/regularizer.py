@@ -567,12 +567,12 @@ class S2D:
         pending = None if self._pending is None else self._join_pending()
         for matrix in self._matrices:
             layer, like = self._layers[matrix.name], self._empty_layer(matrix)
-            layer.basis = moved(layer.basis, like.S)
+            layer.basis = moved(layer.basis, like.basis.S)
             layer.S, layer.S_at_snapshot = layer.S.to(like.S), layer.S_at_snapshot.to(like.S)
             layer.prepared = layer.kept = layer.change = None
             if pending is not None and matrix.name in pending:
                 fresh = pending[matrix.name]
-                pending[matrix.name] = fresh._replace(basis=moved(fresh.basis, like.S))
+                pending[matrix.name] = fresh._replace(basis=moved(fresh.basis, like.basis.S))
         self._built_for = self._place()
         self._side.move(self._built_for[0])
         self._pending = None if pending is None else _completed(self._side, pending)

@@ -22,7 +22,7 @@ int level() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512cd");
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-                    __builtin_cpu_supports("bmi2");
+                    __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("lzcnt");
   const int best = avx512 ? (__builtin_cpu_supports("avx512vnni") ? 3 : 2) : avx2 ? 1 : 0;
   return best < most ? best : most;
 #else

@@ -28,7 +28,8 @@ constexpr int64_t kPanel = 48 * 1024;  // fp32 numbers of a panel of rows: 192 K
 constexpr int64_t kChunk = 256;        // columns of factors made at once
 constexpr int64_t kLarge = 1 << 22;    // elements from which a matrix is all threads' work,
 constexpr int64_t kSlab = 1 << 20;     // in slabs of about so many,
-constexpr int64_t kMaxSlabs = 64;      // but not in more than these
+constexpr int64_t kMaxSlabs = 64;      // but not in more than these,
+constexpr int64_t kSlabBytes = 1 << 27;  // whose sums take no more than this
 constexpr int kOrthogonalizations = 3;
 constexpr int32_t kConverged = 0, kNotConverged = 1, kNonFinite = 2, kOverflow = 4;  // as s2d_kernels/svd.py has them
 
@@ -67,7 +68,9 @@ struct Problem {
     panel_rows = std::clamp<int64_t>(kPanel / ld, 12, 3072) / 6 * 6;
     panel_columns = std::clamp<int64_t>(3 * kPanel / d, 48, 384) / 48 * 48;
     in_place = layer.dtype == S2D_FLOAT32 && (by_columns || (stride_d == 1 && d == ld));
-    const int64_t parts = large() ? std::clamp<int64_t>(D * d / kSlab, 1, kMaxSlabs) : 1;
+    const int64_t of_slab = 8 * total * total + 4 * width * ld;  // bytes
+    const int64_t most = std::clamp<int64_t>(kSlabBytes / of_slab, 1, kMaxSlabs);
+    const int64_t parts = large() ? std::clamp<int64_t>(D * d / kSlab, 1, most) : 1;
     slab = rounded_up((D + parts - 1) / parts, by_columns ? panel_columns : panel_rows);
     slabs = (D + slab - 1) / slab;
   }
