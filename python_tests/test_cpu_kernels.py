@@ -315,3 +315,25 @@ def test_the_workspace_of_a_large_matrix_stays_small() -> None:
         needed = _native_cpu.SvdRun([layer], 2).workspace_bytes()
         total = width * reads
         assert 0 < needed < 3 * 4096 * total * 4 + 6 * total**2 * 8 + 8 * 4096 * width * 4 + 2**27 + 2**24
+
+
+FORK = """
+import os
+import torch
+from s2d_kernels import topk_svd
+torch.set_num_threads(2)
+weights = [torch.randn(300, 200), torch.randn(200, 300), torch.randn(2100, 2050)]
+torch.randn(512, 512) @ torch.randn(512, 512)  # OpenMP's threads exist
+before = topk_svd(weights, k=2, impl="cpu")
+child = os.fork()
+if child == 0:
+    after = topk_svd(weights, k=2, impl="cpu")
+    os._exit(not all(torch.equal(a.S, b.S) for a, b in zip(before, after)))
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="platform without fork")
+def test_a_forked_child_does_not_wait_for_threads_that_it_does_not_have() -> None:
+    done = subprocess.run([sys.executable, "-c", FORK], timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0

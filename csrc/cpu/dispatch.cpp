@@ -1,9 +1,14 @@
+#include <dlfcn.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include <atomic>
 
 #include "integer_kernels.h"
 #include "kernels.h"
 #include "s2d_cpu.h"
+#include "threads.h"
 
 namespace s2d_cpu {
 
@@ -47,7 +52,15 @@ const IntegerKernels& choose_integer() {
   return integer_baseline;
 }
 
+std::atomic<bool> forked{false};
+[[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
 }  // namespace
+
+Parallel openmp() {
+  static const Parallel found = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return forked ? nullptr : found;
+}
 
 const Kernels& kernels() {
   static const Kernels& chosen = choose();
