@@ -12,7 +12,8 @@ that a GradScaler has unscaled, and not at all in a step it skips. Lightning com
     torchtitan               in the container's step         no                 the checkpointer's `states`
 
 The decoupled form acts after the step everywhere, so clipping does not concern it. Where the optimizer is a
-`SpectralAdamW(regularizer=reg)`, its step applies the penalty itself, and only the state is looked after here.
+`SpectralAdamW(regularizer=reg)`, its step applies the penalty itself, and only the state is looked after here. Not so
+under torchtitan, whose container steps its optimizers once with zero gradients to create their state.
 """
 
 from __future__ import annotations
@@ -159,9 +160,7 @@ def attach_torchtitan(reg: S2D, optimizers: Any) -> None:
     Raises:
         TypeError, ValueError, NotImplementedError: as `S2D.attach`.
     """
-    parts = list(optimizers.optimizers)
-    if not any(getattr(part, "regularizer", None) is reg for part in parts):
-        reg.attach(optimizers, parts=parts)
+    reg.attach(optimizers, parts=list(optimizers.optimizers))
 
 
 def _attach(reg: S2D, optimizer: Any) -> bool:
