@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -65,12 +66,14 @@ def check_quantizer() -> None:
             low, high = -torch.rand(24), torch.rand(24)
             for granularity, given in (("per_row", (low, high)), ("per_row", None), ("per_tensor", None)):
                 arguments = (*(given or (None, None)), bits, symmetric, granularity, group_size)
-                expected = torch.ops.s2d.quantize(x, *arguments, "reference")
-                assert_same(torch.ops.s2d.quantize(x, *arguments, "cpu"), expected, (x.shape, arguments))
+                op = torch.ops.s2d.quantize_packed if arguments[2] <= 4 else torch.ops.s2d.quantize
+                expected = op(x, *arguments, "reference")
+                assert_same(op(x, *arguments, "cpu"), expected, (x.shape, arguments))
             if group_size:
                 arguments = (None, None, bits, symmetric, "per_group", group_size)
-                expected = torch.ops.s2d.quantize(x, *arguments, "reference")
-                assert_same(torch.ops.s2d.quantize(x, *arguments, "cpu"), expected, (x.shape, arguments))
+                op = torch.ops.s2d.quantize_packed if arguments[2] <= 4 else torch.ops.s2d.quantize
+                expected = op(x, *arguments, "reference")
+                assert_same(op(x, *arguments, "cpu"), expected, (x.shape, arguments))
 
 
 def check_products() -> None:
@@ -217,6 +220,24 @@ def test_bits_do_not_depend_on_threads() -> None:
             torch.set_num_threads(before)
         assert_same(results[1], results[0])
         assert_same(results[2], results[0])
+
+
+def test_calls_at_the_same_time_do_not_share_their_memory() -> None:
+    """A thread's memory is kept for its next call, unless it is much."""
+    operands = [(torch.randn(700, 160), torch.randn(96, 160)) for _ in range(4)]
+
+    def products(x: Tensor, w: Tensor) -> list[Tensor]:
+        qx, qw = quantize_activation(x, impl="cpu"), quantize_weight(w, impl="cpu")
+        return [integer_linear(qx, qw, impl="cpu") for _ in range(20)]
+
+    expected = [products(*pair)[0] for pair in operands]
+    with ThreadPoolExecutor(len(operands)) as pool:
+        for found, y in zip(pool.map(lambda pair: products(*pair), operands), expected, strict=True):
+            assert all(torch.equal(f, y) for f in found)
+    before = cpu_quant._workspace(100).data_ptr()
+    assert cpu_quant._workspace(50).data_ptr() == before
+    assert cpu_quant._workspace(cpu_quant.KEPT_BYTES + 1).data_ptr() != before
+    assert cpu_quant._workspace(50).data_ptr() == before
 
 
 def test_gradients_have_the_bits_of_the_torch_route() -> None:

@@ -79,12 +79,17 @@ def quantize(x: Tensor, device: torch.device, *arguments: object) -> tuple[Tenso
     if there is not x:
         there.copy_(x)
     ranges = [a if a is None else a.to(device) for a in arguments[:2]]
-    return torch.ops.s2d.quantize(there, *ranges, *arguments[2:], "cuda")
+    op = torch.ops.s2d.quantize_packed if arguments[2] <= 4 else torch.ops.s2d.quantize
+    return op(there, *ranges, *arguments[2:], "cuda")
 
 
 def check_quantizer(x: Tensor, device: torch.device, *arguments: object) -> None:
-    """(minimum, maximum, bits, symmetric, granularity, group_size); the reference's bits in every output."""
-    expected = torch.ops.s2d.quantize(x, *arguments, "reference")
+    """(minimum, maximum, bits, symmetric, granularity, group_size); the reference's bits in every output.
+
+    Up to 4 bits the packed codes are among these.
+    """
+    op = torch.ops.s2d.quantize_packed if arguments[2] <= 4 else torch.ops.s2d.quantize
+    expected = op(x, *arguments, "reference")
     assert_equal(quantize(x, device, *arguments), expected, (x.shape, x.stride(), x.dtype, *arguments))
 
 
@@ -201,16 +206,14 @@ def test_result_does_not_depend_on_thread_order(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_packed_codes_of_the_c_interface(symmetric: bool, device: torch.device) -> None:
-    """They come from the same pass, with or without the other optional outputs."""
+def test_packed_codes_are_optional(symmetric: bool, device: torch.device) -> None:
     for rows, K in ((5, 64), (3, 37), (2, 1), (1, 1100), (4, 8)):
-        x = torch.randn(rows, K, generator=torch.Generator().manual_seed(K)).to(device)
+        x = torch.randn(rows, K, generator=torch.Generator().manual_seed(K))
         for group_size in (0, 8) if K % 8 == 0 else (0,):
             kind = (None, None, 4, symmetric, "per_group" if group_size else "per_row", group_size)
-            packed, operand = cuda_quant.quantize_packed(x, *kind)
-            expected = torch.ops.s2d.quantize(x.cpu(), *kind, "reference")
-            assert_equal((packed.cpu(),), (quantizers.pack_codes(expected[0]),))
-            assert_equal(tuple(t.cpu() for t in operand), expected[1:])
+            *outputs, packed = quantize(x, device, *kind)
+            assert_equal((packed.cpu(),), (quantizers.pack_codes(outputs[0].cpu()),))
+            assert_equal(torch.ops.s2d.quantize(x.to(device), *kind, "cuda"), outputs)
 
 
 def test_what_the_kernels_do_not_take(device: torch.device) -> None:
@@ -218,6 +221,8 @@ def test_what_the_kernels_do_not_take(device: torch.device) -> None:
         quantize(torch.zeros(2, 8, dtype=torch.float64), device, None, None, 4, True, "per_row", 0)
     with pytest.raises(ValueError, match=r"group_size=9: impl='cuda' takes 8, 16"):
         quantize(torch.zeros(2, 9), device, None, None, 4, True, "per_group", 9)
+    with pytest.raises(ValueError, match="bits=5: codes of more than 4 bits are not packed"):
+        torch.ops.s2d.quantize_packed(torch.zeros(2, 8, device=device), None, None, 5, True, "per_row", 0, "cuda")
     assert "cuda" in ops.available("quantize")
     arguments = (None, None, 4, True, "per_group")
     supports = ops._SUPPORTS["quantize", "cuda"]

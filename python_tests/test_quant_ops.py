@@ -593,6 +593,8 @@ def test_opcheck(impl: str) -> None:
         if impl not in impls(args[0].dtype):
             continue
         torch.library.opcheck(torch.ops.s2d.quantize.default, (*args, impl))
+        if args[3] <= 4:
+            torch.library.opcheck(torch.ops.s2d.quantize_packed.default, (*args, impl))
     for group, granularity in ((None, "per_channel"), (9, "per_group")):
         qx = quantize_activation(x, group_size=group)
         qw = quantize_weight(w, granularity=granularity, group_size=group)

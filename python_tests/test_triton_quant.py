@@ -31,13 +31,17 @@ MISSING = f"Triton is missing: {triton_kernels.INSTALL_HINT}"
 
 
 def check_quantizer(x: Tensor, device: torch.device, *arguments: object) -> None:
-    """(minimum, maximum, bits, symmetric, granularity, group_size); the reference's bits in every output."""
-    expected = torch.ops.s2d.quantize(x, *arguments, "reference")
+    """(minimum, maximum, bits, symmetric, granularity, group_size); the reference's bits in every output.
+
+    Up to 4 bits the packed codes are among these.
+    """
+    op = torch.ops.s2d.quantize_packed if arguments[2] <= 4 else torch.ops.s2d.quantize
+    expected = op(x, *arguments, "reference")
     there = x if device.type == "cpu" else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
     if there is not x:
         there.copy_(x)
     ranges = [a if a is None else a.to(device) for a in arguments[:2]]
-    got = torch.ops.s2d.quantize(there, *ranges, *arguments[2:], "triton")
+    got = op(there, *ranges, *arguments[2:], "triton")
     assert_equal(got, expected, (x.shape, x.stride(), x.dtype, *arguments))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -11,16 +12,37 @@ from s2d_kernels import _native, _native_cpu, fixed_point, ops
 from s2d_kernels._native import DTYPES as DTYPE_CODES
 from s2d_kernels.int8_product import use_int8_product
 from s2d_kernels.integer_gemm import check_groups
-from s2d_kernels.quantizers import code_span, row_sums
+from s2d_kernels.quantizers import check_packable, code_span, row_sums
 
 # Fewer gain less than the packing of the weight costs.
 LEAST_ROWS = 512
 DTYPES = {getattr(torch, name): code for name, code in DTYPE_CODES.items()}
 
 
+# Memory of at most so many bytes is kept from call to call: the system clears what it gives anew, page by page, which
+# takes as long as the packing that is done in it.
+KEPT_BYTES = 2**24
+
+
+class _Kept(threading.local):
+    memory: Tensor | None = None
+
+
+_kept = _Kept()
+
+
+def _workspace(count: int) -> Tensor:
+    """`count` bytes of this thread's until its next call."""
+    if count > KEPT_BYTES:
+        return ops.aligned_bytes(count, torch.device("cpu"))
+    if _kept.memory is None or _kept.memory.numel() < count:
+        _kept.memory = ops.aligned_bytes(count, torch.device("cpu"))
+    return _kept.memory[:count]
+
+
 def _call(name: str, arguments: Any) -> None:
     run = _native_cpu.Call(name, arguments, torch.get_num_threads())
-    workspace = ops.aligned_bytes(run.workspace_bytes(), torch.device("cpu"))
+    workspace = _workspace(run.workspace_bytes())
     run(workspace.data_ptr(), workspace.numel())
 
 
@@ -40,8 +62,7 @@ def _supports_quantize(x: Tensor, *_: Any) -> bool:
     return x.dtype in DTYPES
 
 
-@ops.implements("quantize", "cpu", _supports_quantize)
-def _quantize_cpu(
+def _quantize(
     x: Tensor,
     minimum: Tensor | None,
     maximum: Tensor | None,
@@ -49,6 +70,8 @@ def _quantize_cpu(
     symmetric: bool,
     granularity: str,
     group_size: int,
+    *,
+    pack: bool,
 ) -> tuple[Tensor, ...]:
     """One pass: a row is read from memory once (twice per tensor). Rows may be strided; columns are made contiguous."""
     if x.dtype not in DTYPES:
@@ -63,6 +86,7 @@ def _quantize_cpu(
     zero_point = x.new_empty(scales, dtype=torch.int32)
     row_sum = x.new_empty((rows, groups), dtype=torch.int32)
     mask = x.new_empty((rows, (K + 7) // 8), dtype=torch.uint8)
+    packed = x.new_empty((rows, (K + 1) // 2), dtype=torch.uint8) if pack else None
     if minimum is not None and maximum is not None:
         for name, end in (("minimum", minimum), ("maximum", maximum)):
             _expect(name, end, (rows if granularity == "per_row" and end.numel() != 1 else 1,), torch.float32)
@@ -72,6 +96,7 @@ def _quantize_cpu(
         minimum=_address(minimum),
         maximum=_address(maximum),
         codes=codes.data_ptr(),
+        packed=_address(packed),
         scale=scale.data_ptr(),
         zero_point=zero_point.data_ptr(),
         row_sum=row_sum.data_ptr(),
@@ -88,7 +113,19 @@ def _quantize_cpu(
         granularity=_native.GRANULARITIES[granularity],
     )
     _call("s2d_cpu_quantize", arguments)
-    return codes, scale, zero_point, row_sum, mask
+    results = codes, scale, zero_point, row_sum, mask
+    return results if packed is None else (*results, packed)
+
+
+@ops.implements("quantize", "cpu", _supports_quantize)
+def _quantize_cpu(*arguments: Any) -> tuple[Tensor, ...]:
+    return _quantize(*arguments, pack=False)
+
+
+@ops.implements("quantize_packed", "cpu", _supports_quantize)
+def _quantize_packed_cpu(*arguments: Any) -> tuple[Tensor, ...]:
+    check_packable(arguments[3])
+    return _quantize(*arguments, pack=True)
 
 
 def _multiplies_bytes() -> bool:

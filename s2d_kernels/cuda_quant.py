@@ -10,6 +10,7 @@ from torch import Tensor
 from s2d_kernels import _native, ops
 from s2d_kernels.cuda_ops import DTYPES, current_stream
 from s2d_kernels.integer_gemm import check_groups
+from s2d_kernels.quantizers import check_packable
 
 # Compute capabilities whose tensor cores multiply 4-bit integers; later ones emulate it with 8-bit products.
 INT4_CAPABILITIES = ((8, 0), (8, 6), (8, 7), (8, 9))
@@ -50,8 +51,11 @@ def _enqueue(
     group_size: int,
     *,
     pack: bool,
-) -> tuple[Tensor | None, ...]:
-    """Codes, packed codes, scale, zero_point, row_sum, mask; of the first two the one that is not wanted is None."""
+) -> tuple[Tensor, ...]:
+    """Codes, scale, zero_point, row_sum, mask and, with `pack`, packed codes.
+
+    One launch that reads `x` once (twice where a row is longer than 16 384); two launches and reads per tensor.
+    """
     if x.dtype not in DTYPES:
         raise TypeError(f"x has dtype {x.dtype}: impl='cuda' quantizes fp32, bf16 and fp16, else impl='torch'")
     if not _supports(x, minimum, maximum, bits, symmetric, granularity, group_size):
@@ -59,7 +63,7 @@ def _enqueue(
     rows, K = x.shape
     groups = K // group_size if group_size else 1
     scales = {"per_row": (rows, 1), "per_tensor": (1, 1), "per_group": (rows, groups)}[granularity]
-    codes = None if pack else x.new_empty((rows, K), dtype=torch.int8)
+    codes = x.new_empty((rows, K), dtype=torch.int8)
     packed = x.new_empty((rows, (K + 1) // 2), dtype=torch.uint8) if pack else None
     scale = x.new_empty(scales, dtype=torch.float32)
     zero_point = x.new_empty(scales, dtype=torch.int32)
@@ -71,7 +75,7 @@ def _enqueue(
         x=x.data_ptr(),
         minimum=_address(minimum),
         maximum=_address(maximum),
-        codes=_address(codes),
+        codes=codes.data_ptr(),
         packed=_address(packed),
         scale=scale.data_ptr(),
         zero_point=zero_point.data_ptr(),
@@ -93,20 +97,19 @@ def _enqueue(
         needed = _native.quantize_workspace(arguments)
         workspace = ops.aligned_bytes(needed, x.device) if needed else None
         _native.quantize(arguments, (0, 0) if workspace is None else (workspace.data_ptr(), needed), stream)
-    return codes, packed, scale, zero_point, row_sum, mask
+    results = codes, scale, zero_point, row_sum, mask
+    return results if packed is None else (*results, packed)
 
 
 @ops.implements("quantize", "cuda", _supports)
-def _quantize_cuda(*arguments: Any) -> tuple[Tensor | None, ...]:
-    """One launch that reads `x` once (twice where a row is longer than 16 384); two launches and reads per tensor."""
-    codes, _, *rest = _enqueue(*arguments, pack=False)
-    return codes, *rest
+def _quantize_cuda(*arguments: Any) -> tuple[Tensor, ...]:
+    return _enqueue(*arguments, pack=False)
 
 
-def quantize_packed(*arguments: Any) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
-    """The op `quantize` for 2..4 bits with packed codes instead: those, and its other outputs."""
-    _, packed, *rest = _enqueue(*arguments, pack=True)
-    return packed, tuple(rest)
+@ops.implements("quantize_packed", "cuda", _supports)
+def _quantize_packed_cuda(*arguments: Any) -> tuple[Tensor, ...]:
+    check_packable(arguments[3])
+    return _enqueue(*arguments, pack=True)
 
 
 def _product(

@@ -30,8 +30,8 @@ from s2d_kernels.quantizers import (
     check_weight_groups,
     code_span,
     full_mask,
-    pack_codes,
     quantize_activation,
+    quantize_and_pack,
     quantize_operand,
     quantize_weight,
     unpack_codes,
@@ -114,26 +114,17 @@ class _Settings(NamedTuple):
     impl: str | None
 
 
-def _quantized_weight(
-    weight: Tensor, w_range: tuple[Tensor, Tensor] | tuple[None, None], s: _Settings
-) -> QuantizedOperand:
-    kind = (s.weight_bits, s.weight_symmetric, s.weight_granularity)
-    return quantize_operand(weight, w_range, *kind, s.group_size, s.impl)
+def _x_kind(s: _Settings) -> tuple[Any, ...]:
+    return s.act_bits, s.act_symmetric, s.act_granularity, s.group_size, s.impl
 
 
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    x_range: tuple[Tensor, Tensor] | tuple[None, None],
-    w_range: tuple[Tensor, Tensor] | tuple[None, None],
-    s: _Settings,
-) -> tuple[Tensor, QuantizedOperand, QuantizedOperand]:
-    qx = quantize_operand(x, x_range, s.act_bits, s.act_symmetric, s.act_granularity, s.group_size, s.impl)
-    qw = _quantized_weight(weight, w_range, s)
+def _w_kind(s: _Settings) -> tuple[Any, ...]:
+    return s.weight_bits, s.weight_symmetric, s.weight_granularity, s.group_size, s.impl
+
+
+def _product(qx: QuantizedOperand, qw: QuantizedOperand, bias: Tensor | None, s: _Settings) -> Tensor:
     kinds = (s.act_bits, s.act_symmetric, s.weight_bits, s.weight_symmetric)
-    y = torch.ops.s2d.integer_linear(*qx[:4], *qw[:4], bias, *kinds, s.out_dtype, s.impl)
-    return y, qx, qw
+    return torch.ops.s2d.integer_linear(*qx[:4], *qw[:4], bias, *kinds, s.out_dtype, s.impl)
 
 
 class _FakeQuantLinear(torch.autograd.Function):
@@ -154,15 +145,20 @@ class _FakeQuantLinear(torch.autograd.Function):
         w_max: Tensor | None,
         settings: _Settings,
     ) -> Tensor:
-        y, qx, _ = _forward(x, weight, bias, (x_min, x_max), (w_min, w_max), settings)  # type: ignore[arg-type]
         need_x, need_w, _ = ctx.needs_input_grad[:3]
+        codes = None
+        if need_w:
+            qx, codes = quantize_and_pack(x, (x_min, x_max), *_x_kind(settings))  # type: ignore[arg-type]
+        else:
+            qx = quantize_operand(x, (x_min, x_max), *_x_kind(settings))  # type: ignore[arg-type]
+        qw = quantize_operand(weight, (w_min, w_max), *_w_kind(settings))  # type: ignore[arg-type]
+        y = _product(qx, qw, bias, settings)
         saved: list[Tensor | None] = [None] * 7
         if need_x or need_w:
             saved[:3] = [weight, w_min, w_max]
         if need_x:  # grad_x = (g @ dq(W)) * mask_x
             saved[3] = qx.mask
         if need_w:  # grad_W = (g^T @ dq(x)) * mask_w
-            codes = pack_codes(qx.codes) if qx.bits <= 4 else qx.codes
             saved[4:] = [codes, qx.scale, qx.zero_point]
         ctx.save_for_backward(*saved)
         ctx.settings = settings
@@ -178,9 +174,8 @@ class _FakeQuantLinear(torch.autograd.Function):
         need_x, need_w, need_bias = ctx.needs_input_grad[:3]
         grad_x = grad_w = grad_bias = None
         if need_x or need_w:
-            qw = _quantized_weight(weight, (w_min, w_max), s)
+            qw, codes = quantize_and_pack(weight, (w_min, w_max), *_w_kind(s))
         if need_x:
-            codes = pack_codes(qw.codes) if qw.bits <= 4 else qw.codes
             grad_x = torch.ops.s2d.straight_through_grad(
                 grad_output, codes, qw.scale, qw.zero_point, x_mask, ctx.K, qw.bits, qw.symmetric, x_dtype, s.impl
             )
@@ -209,15 +204,15 @@ class _LearnedRangeLinear(torch.autograd.Function):
         settings: _Settings,
         grad_factor: float | None,
     ) -> Tensor:
-        y, qx, qw = _forward(x, weight, bias, (x_min, x_max), (w_min, w_max), settings)  # type: ignore[arg-type]
-        codes = [pack_codes(q.codes) if q.bits <= 4 else q.codes for q in (qx, qw)]
+        qx, x_codes = quantize_and_pack(x, (x_min, x_max), *_x_kind(settings))  # type: ignore[arg-type]
+        qw, w_codes = quantize_and_pack(weight, (w_min, w_max), *_w_kind(settings))  # type: ignore[arg-type]
         ctx.save_for_backward(
-            x, codes[0], qx.scale, qx.zero_point, qx.mask, x_min, x_max,
-            weight, codes[1], qw.scale, qw.zero_point, qw.mask, w_min, w_max,
+            x, x_codes, qx.scale, qx.zero_point, qx.mask, x_min, x_max,
+            weight, w_codes, qw.scale, qw.zero_point, qw.mask, w_min, w_max,
         )  # fmt: skip
         ctx.settings, ctx.grad_factor = settings, grad_factor
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
+        return _product(qx, qw, bias, settings)
 
     @staticmethod
     @once_differentiable
@@ -447,5 +442,6 @@ def fake_quant_linear(
     elif needs_grad and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         y = _FakeQuantLinear.apply(rows, weight, bias, *x_range, *w_range, settings)
     else:
-        y = _forward(rows, weight, bias, x_range, w_range, settings)[0]
+        qx = quantize_operand(rows, x_range, *_x_kind(settings))
+        y = _product(qx, quantize_operand(weight, w_range, *_w_kind(settings)), bias, settings)
     return y.reshape(*x.shape[:-1], N)

@@ -17,6 +17,7 @@ int64 matrices nor divides by a Python number with correct rounding.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -165,6 +166,32 @@ ops.define(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _quantize_fake,
 )
+ops.define(
+    "quantize_packed",
+    "Tensor x, Tensor? minimum, Tensor? maximum, int bits, bool symmetric, str granularity, SymInt group_size"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda x, *kind: (*_quantize_fake(x, *kind), x.new_empty((x.shape[0], (x.shape[1] + 1) // 2), dtype=torch.uint8)),
+)
+
+
+def check_packable(bits: int) -> None:
+    """Raise unless two codes fit a byte."""
+    if bits > 4:
+        raise ValueError(f"bits={bits}: codes of more than 4 bits are not packed two a byte")
+
+
+def _quantize_packed(impl: str) -> Callable[..., tuple[Tensor, ...]]:
+    def quantize_and_pack(x: Tensor, *kind: Any) -> tuple[Tensor, ...]:
+        """The outputs of the op `quantize`, and `pack_codes` of the first."""
+        check_packable(kind[2])
+        outputs = ops.implementation("quantize", impl)(x, *kind)
+        return *outputs, pack_codes(outputs[0])
+
+    return quantize_and_pack
+
+
+for _impl in ("reference", "torch"):
+    ops.implements("quantize_packed", _impl)(_quantize_packed(_impl))
 
 
 @ops.implements("quantize", "reference")
@@ -382,10 +409,26 @@ def quantize_operand(
     impl: str | None,
 ) -> QuantizedOperand:
     """`torch.ops.s2d.quantize` on checked arguments."""
-    codes, scale, zero_point, row_sum, mask = torch.ops.s2d.quantize(
-        x, *value_range, bits, symmetric, granularity, group_size, impl
-    )
-    return QuantizedOperand(codes, scale, zero_point, row_sum, mask, bits, symmetric)
+    outputs = torch.ops.s2d.quantize(x, *value_range, bits, symmetric, granularity, group_size, impl)
+    return QuantizedOperand._make((*outputs, bits, symmetric))
+
+
+def quantize_and_pack(
+    x: Tensor,
+    value_range: tuple[Tensor, Tensor] | tuple[None, None],
+    bits: int,
+    symmetric: bool,
+    granularity: str,
+    group_size: int,
+    impl: str | None,
+) -> tuple[QuantizedOperand, Tensor]:
+    """`quantize_operand`, and its codes as they are saved: two a byte where 4 bits hold them, else themselves."""
+    arguments = (x, *value_range, bits, symmetric, granularity, group_size, impl)
+    if bits > 4:
+        operand = QuantizedOperand._make((*torch.ops.s2d.quantize(*arguments), bits, symmetric))
+        return operand, operand.codes
+    *outputs, packed = torch.ops.s2d.quantize_packed(*arguments)
+    return QuantizedOperand._make((*outputs, bits, symmetric)), packed
 
 
 def quantize_activation(

@@ -126,6 +126,15 @@ void pack_bits(const uint8_t* inside, int64_t count, uint8_t* bits) {
   }
 }
 
+void pack_nibbles(const int8_t* __restrict codes, int64_t count, uint8_t* __restrict packed) {
+  for (int64_t i = 0; i < count / 2; ++i) {
+    uint16_t pair;  // little-endian: the first is the low byte
+    memcpy(&pair, codes + 2 * i, sizeof pair);
+    packed[i] = static_cast<uint8_t>((pair & 15) | (pair >> 4 & 240));
+  }
+  if (count % 2) packed[count / 2] = codes[count - 1] & 15;
+}
+
 inline uint32_t word_of(const int8_t* codes) {
 #if defined(__AVX512VNNI__)
   uint32_t word;
@@ -136,6 +145,45 @@ inline uint32_t word_of(const int8_t* codes) {
 #endif
 }
 
+#if defined(__AVX2__)
+constexpr int64_t kBlock = 8;  // words of as many rows are transposed at once
+
+inline __m256i words_of(const int8_t* codes) {
+#if defined(__AVX512VNNI__)
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+#else
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+#endif
+}
+
+// words[s * width + r] = word s of row r, plus the offset, of kBlock words of kBlock rows.
+inline void transpose_block(const int8_t* codes, int64_t stride, int64_t width, uint32_t flip, uint32_t* words) {
+  const __m256i flips = _mm256_set1_epi32(static_cast<int32_t>(flip));
+  __m256i of[kBlock], pairs[kBlock], fours[kBlock];
+#pragma GCC unroll 8
+  for (int r = 0; r < kBlock; ++r) of[r] = _mm256_xor_si256(words_of(codes + r * stride), flips);
+#pragma GCC unroll 4
+  for (int r = 0; r < kBlock; r += 2) {
+    pairs[r] = _mm256_unpacklo_epi32(of[r], of[r + 1]);      // words 0, 1 and 4, 5 of two rows
+    pairs[r + 1] = _mm256_unpackhi_epi32(of[r], of[r + 1]);  // words 2, 3 and 6, 7
+  }
+#pragma GCC unroll 2
+  for (int r = 0; r < kBlock; r += 4)
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      fours[r + 2 * half] = _mm256_unpacklo_epi64(pairs[r + half], pairs[r + 2 + half]);
+      fours[r + 2 * half + 1] = _mm256_unpackhi_epi64(pairs[r + half], pairs[r + 2 + half]);
+    }
+#pragma GCC unroll 4
+  for (int s = 0; s < 4; ++s) {
+    __m256i* const low = reinterpret_cast<__m256i*>(words + s * width);
+    __m256i* const high = reinterpret_cast<__m256i*>(words + (s + 4) * width);
+    _mm256_storeu_si256(low, _mm256_permute2x128_si256(fours[s], fours[s + 4], 0x20));
+    _mm256_storeu_si256(high, _mm256_permute2x128_si256(fours[s], fours[s + 4], 0x31));
+  }
+}
+#endif
+
 void pack(const int8_t* codes, int64_t stride, int64_t count, int64_t size, int64_t width, bool with_offset,
           uint32_t* words) {
   constexpr int64_t kRun = 64 / kStep;  // words of a cache line of codes
@@ -143,10 +191,21 @@ void pack(const int8_t* codes, int64_t stride, int64_t count, int64_t size, int6
   const int64_t whole = size / kStep;
   for (int64_t from = 0; from < whole; from += kRun) {
     const int64_t to = from + kRun < whole ? from + kRun : whole;
+    if (to + kRun < whole)
+      for (int64_t r = 0; r < count; ++r)  // too many rows for it to be foreseen
+        __builtin_prefetch(codes + r * stride + (to + kRun) * kStep);
+    int64_t transposed_rows = 0, transposed_to = from;
+#if defined(__AVX2__)
+    transposed_rows = count / kBlock * kBlock;
+    transposed_to += (to - from) / kBlock * kBlock;
+    for (int64_t r = 0; r < transposed_rows; r += kBlock)
+      for (int64_t s = from; s < transposed_to; s += kBlock)
+        transpose_block(codes + r * stride + s * kStep, stride, width, flip, words + s * width + r);
+#endif
     for (int64_t r = 0; r < count; ++r) {
       const int8_t* const row = codes + r * stride;
-      if (to + kRun < whole) __builtin_prefetch(row + (to + kRun) * kStep);  // too many rows for it to be foreseen
-      for (int64_t s = from; s < to; ++s) words[s * width + r] = word_of(row + s * kStep) ^ flip;
+      for (int64_t s = r < transposed_rows ? transposed_to : from; s < to; ++s)
+        words[s * width + r] = word_of(row + s * kStep) ^ flip;
     }
   }
   if (size % kStep)
@@ -160,6 +219,32 @@ void pack(const int8_t* codes, int64_t stride, int64_t count, int64_t size, int6
     for (int64_t r = count; r < width; ++r) words[s * width + r] = 0;
 }
 
+#if defined(__AVX512VNNI__)
+constexpr int kAcross = 16;  // columns worked on at once
+
+// Codes of kAcross columns of a row, plus `more`, modulo 2^8.
+inline __m128i codes_across(const uint8_t* codes, bool nibbles, __m128i sign, int32_t more) {
+  const __m128i less_sign = _mm_set1_epi8(static_cast<char>(more));
+  if (!nibbles) return _mm_add_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)), less_sign);
+  const __m128i low_half = _mm_set1_epi8(15);
+  const __m128i pairs = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
+  const __m128i seconds = _mm_and_si128(_mm_srli_epi16(pairs, 4), low_half);
+  const __m128i halves = _mm_unpacklo_epi8(_mm_and_si128(pairs, low_half), seconds);
+  return _mm_add_epi8(_mm_xor_si128(halves, sign), less_sign);
+}
+
+// A step's words of kAcross columns, of four rows.
+inline void interleave(const __m128i (&of)[4], uint32_t* words) {
+  const __m128i low[2] = {_mm_unpacklo_epi8(of[0], of[1]), _mm_unpacklo_epi8(of[2], of[3])};
+  const __m128i high[2] = {_mm_unpackhi_epi8(of[0], of[1]), _mm_unpackhi_epi8(of[2], of[3])};
+  __m128i* const out = reinterpret_cast<__m128i*>(words);
+  _mm_storeu_si128(out, _mm_unpacklo_epi16(low[0], low[1]));
+  _mm_storeu_si128(out + 1, _mm_unpackhi_epi16(low[0], low[1]));
+  _mm_storeu_si128(out + 2, _mm_unpacklo_epi16(high[0], high[1]));
+  _mm_storeu_si128(out + 3, _mm_unpackhi_epi16(high[0], high[1]));
+}
+#endif
+
 void pack_columns(const uint8_t* codes, int64_t stride, int64_t first_column, int64_t count, int64_t size,
                   const int32_t* zero_point, int64_t zero_point_stride, bool nibbles, bool is_signed,
                   uint32_t* words) {
@@ -167,26 +252,36 @@ void pack_columns(const uint8_t* codes, int64_t stride, int64_t first_column, in
   constexpr uint32_t kMask = (1u << (kBits - 1) << 1) - 1;
   const int32_t sign = nibbles && is_signed ? 8 : 0;
   const int64_t steps = (size + kStep - 1) / kStep;
+  const auto added = [&](int64_t row) {
+    return static_cast<int32_t>(kOffset) - (is_signed ? 0 : zero_point[row * zero_point_stride]);
+  };
+  const uint8_t* const start = codes + (nibbles ? first_column / 2 : first_column);  // kColumns is even
   for (int64_t s = 0; s < steps; ++s) {
     uint32_t* const out = words + s * kColumns;
+#if defined(__AVX512VNNI__)
+    if (count == kColumns && (s + 1) * kStep <= size) {
+      for (int64_t c = 0; c < kColumns; c += kAcross) {
+        __m128i of[kStep];
+        for (int64_t i = 0; i < kStep; ++i) {
+          const int64_t row = s * kStep + i;
+          of[i] = codes_across(start + row * stride + (nibbles ? c / 2 : c), nibbles,
+                               _mm_set1_epi8(static_cast<char>(sign)), added(row) - sign);
+        }
+        interleave(of, out + c);
+      }
+      continue;
+    }
+#endif
     memset(out, 0, kColumns * sizeof *out);
     for (int64_t i = 0; i < kStep && s * kStep + i < size; ++i) {
       const int64_t row = s * kStep + i;
-      const int32_t less = static_cast<int32_t>(kOffset) - (is_signed ? 0 : zero_point[row * zero_point_stride]);
+      const uint8_t* const line = start + row * stride;
       const int shift = static_cast<int>(i) * kBits;
-      if (nibbles) {
-        const uint8_t* const pairs = codes + row * stride + first_column / 2;  // kColumns is even
-        uint8_t halves[kColumns];
-        for (int64_t c = 0; c < count / 2; ++c) {
-          halves[2 * c] = pairs[c] & 15;
-          halves[2 * c + 1] = pairs[c] >> 4;
-        }
-        if (count % 2) halves[count - 1] = pairs[count / 2] & 15;
-        for (int64_t c = 0; c < count; ++c)
-          out[c] |= (static_cast<uint32_t>((halves[c] ^ sign) - sign + less) & kMask) << shift;
-      } else {
-        const int8_t* const line = reinterpret_cast<const int8_t*>(codes) + row * stride + first_column;
-        for (int64_t c = 0; c < count; ++c) out[c] |= (static_cast<uint32_t>(line[c] + less) & kMask) << shift;
+      uint8_t halves[kColumns];
+      for (int64_t c = 0; nibbles && c < count; ++c) halves[c] = c % 2 ? line[c / 2] >> 4 : line[c / 2] & 15;
+      for (int64_t c = 0; c < count; ++c) {
+        const int32_t code = nibbles ? (halves[c] ^ sign) - sign : static_cast<int8_t>(line[c]);
+        out[c] |= (static_cast<uint32_t>(code + added(row)) & kMask) << shift;
       }
     }
   }
@@ -266,7 +361,9 @@ void store_rows(const float* total, int64_t count, int64_t width, const float* b
   for (int64_t r = 0; r < count; ++r) {
     const float* row = total + r * kColumns;
     if (bias) {
-      for (int64_t c = 0; c < width; ++c) sum[c] = row[c] + bias[c];
+      float* const place = dtype == S2D_FLOAT32 ? static_cast<float*>(y) + r * stride : sum;
+      for (int64_t c = 0; c < width; ++c) place[c] = row[c] + bias[c];
+      if (dtype == S2D_FLOAT32) continue;
       row = sum;
     }
     narrow_row(row, width, y, dtype, r * stride);
@@ -405,9 +502,14 @@ void join(const int32_t* sums, int64_t places, int64_t count, int64_t width, con
   svec lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = 1 << i;
   for (int64_t r = 0; r < count; ++r) {
-    uint8_t bits[kColumns / 8 + 4] = {};
-    memcpy(bits, mask + r * mask_stride, static_cast<size_t>((width + 7) / 8));
-    float total[kColumns];
+    uint64_t bits = 0;
+    if (width == kColumns)
+      memcpy(&bits, mask + r * mask_stride, kColumns / 8);
+    else
+      memcpy(&bits, mask + r * mask_stride, static_cast<size_t>((width + 7) / 8));
+    float kept[kColumns];  // whole vectors of fp32 go where they belong at once
+    const bool direct = dtype == S2D_FLOAT32 && width % kLanes == 0;
+    float* const total = direct ? static_cast<float*>(out) + r * stride : kept;
     for (int64_t c = 0; c < width; c += kLanes) {
       const auto of_place = [&](int64_t place) {
         const uint32_t less = digit_sums[place * digit_sums_stride + r] * kOffset;
@@ -415,13 +517,11 @@ void join(const int32_t* sums, int64_t places, int64_t count, int64_t width, con
       };
       vec sum = of_place(places - 1);
       for (int64_t place = places - 2; place >= 0; --place) sum = sum * kPlace + of_place(place);
-      uint32_t word;
-      memcpy(&word, bits + c / 8, sizeof word);
-      word >>= c % 8;
-      const uvec inside = reinterpret_cast<uvec>((static_cast<int32_t>(word) & lane) != 0) & as_bits(1.f);
+      const int32_t word = static_cast<int32_t>(bits >> c);
+      const uvec inside = reinterpret_cast<uvec>((word & lane) != 0) & as_bits(1.f);
       store(total + c, sum * units[r] * reinterpret_cast<vec>(inside));
     }
-    narrow_row(total, width, out, dtype, r * stride);
+    if (!direct) narrow_row(total, width, out, dtype, r * stride);
   }
 }
 
@@ -433,7 +533,7 @@ void join(const int32_t* sums, int64_t places, int64_t count, int64_t width, con
 #define S2D_CPU_TEXT(name) S2D_CPU_TEXT_(name)
 static_assert(kRows <= kMostRows && kColumns <= kMostColumns && kColumns % 8 == 0, "buffers and mask bits");
 extern const IntegerKernels S2D_CPU_TABLE(S2D_CPU_NAME) = {
-    S2D_CPU_TEXT(S2D_CPU_NAME), kRows, kColumns, kStep,      kOffset,    range, codes_of,  pack_bits,   widen,
-    pack,                       pack_columns, tile, scale_sums, store_rows, weigh, digits_of, pack_digits, join};
+    S2D_CPU_TEXT(S2D_CPU_NAME), kRows, kColumns, kStep,      kOffset,    range, codes_of, pack_bits, pack_nibbles,
+    widen, pack, pack_columns, tile, scale_sums, store_rows, weigh, digits_of, pack_digits, join};
 
 }  // namespace s2d_cpu

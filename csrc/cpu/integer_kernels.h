@@ -57,6 +57,9 @@ struct IntegerKernels {
   // Eight of `inside` to a byte, the first in the lowest bit.
   void (*pack_bits)(const uint8_t* inside, int64_t count, uint8_t* bits);
 
+  // Codes of at most 4 bits two to a byte, the first in the low half.
+  void (*pack_nibbles)(const int8_t* codes, int64_t count, uint8_t* packed);
+
   void (*widen)(const void* x, int32_t dtype, int64_t count, int64_t stride, float* out);
 
   // Words [steps, width] of `count` <= width rows of `size` codes, zero beyond them; `offset` is added to each code.

@@ -27,6 +27,12 @@ T* carve(char** memory, int64_t count) {
   return start;
 }
 
+// Fetches what a tile will write while its sums are computed.
+void fetch_to_write(char* out, int64_t rows, int64_t row_bytes, int64_t stride_bytes) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t at = 0; at < row_bytes; at += 64) __builtin_prefetch(out + r * stride_bytes + at, 1);
+}
+
 // A product [rows, columns] over words of depth, as items: some rows, which the thread packs into its own memory, times
 // some panels of columns, which are packed before. Few rows are packed several times, for several threads.
 struct Items {
@@ -152,6 +158,9 @@ class Product {
       x_zero[r] = p_.groups ? static_cast<uint32_t>(p_.x_zero_point[at]) : 0;
       x_scale[r] = p_.x_scale ? p_.x_scale[at] : 0.f;
     }
+    const int64_t bytes = p_.out_dtype == S2D_FLOAT32 ? 4 : 2;
+    char* const out = p_.y ? static_cast<char*>(p_.y) + (top * p_.N + left) * bytes : nullptr;
+    if (out) fetch_to_write(out, count, width * bytes, p_.N * bytes);
     if (!p_.groups) std::fill(total, total + kMostRows * kMostColumns, 0.f);
     for (int64_t group = 0; group < p_.groups; ++group) {
       kernels_.tile(x + group * group_words_ * kernels_.rows,
@@ -164,9 +173,8 @@ class Product {
         memcpy(p_.accumulator + (group * p_.M + top + r) * p_.N + left, sums + r * kernels_.columns,
                static_cast<size_t>(width) * sizeof *sums);
     }
-    if (!p_.y) return;
+    if (!out) return;
     const float* const bias = p_.bias ? static_cast<const float*>(p_.bias) + left : nullptr;
-    char* const out = static_cast<char*>(p_.y) + (top * p_.N + left) * (p_.out_dtype == S2D_FLOAT32 ? 4 : 2);
     kernels_.store(total, count, width, bias, out, p_.out_dtype, p_.N);
   }
 
@@ -285,12 +293,14 @@ class Gradient {
     int32_t sums[kMostPlaces * kMostRows * kMostColumns];
     const int64_t start = panel * kernels_.rows, left = j * kernels_.columns;
     const int64_t count = std::min(kernels_.rows, g_.rows - top), width = std::min(kernels_.columns, g_.cols - left);
+    const int64_t bytes = g_.out_dtype == S2D_FLOAT32 ? 4 : 2;
+    char* const out = static_cast<char*>(g_.out) + (top * g_.cols + left) * bytes;
+    fetch_to_write(out, count, width * bytes, g_.cols * bytes);
     for (int64_t place = 0; place < g_.places; ++place)
       kernels_.tile(packed.words + (start * g_.places + place * kernels_.rows) * words_,
                     columns_ + j * words_ * kernels_.columns, words_, count, width,
                     sums + place * kMostRows * kernels_.columns);
     const int64_t mask_stride = (g_.cols + 7) / 8;
-    char* const out = static_cast<char*>(g_.out) + (top * g_.cols + left) * (g_.out_dtype == S2D_FLOAT32 ? 4 : 2);
     kernels_.join(sums, g_.places, count, width, packed.digit_sums + start, items_.chunk, packed.units + start,
                   g_.mask + top * mask_stride + left / 8, mask_stride, out, g_.out_dtype, g_.cols);
   }

@@ -49,7 +49,7 @@ bool valid(const s2d_quantization& q) {
   const bool sums = q.rows && (q.cols || !q.group_size);
   const bool scales = q.granularity == S2D_PER_TENSOR || (q.granularity == S2D_PER_ROW ? q.rows > 0 : sums);
   return (!scales || (q.scale && q.zero_point)) && (!sums || q.row_sum) &&
-         (!q.rows || !q.cols || (q.x && q.codes && q.mask));
+         (!q.rows || !q.cols || (q.x && q.codes && q.mask)) && !(q.packed && q.bits > 4);
 }
 
 float as_number(int32_t ordered) {
@@ -163,6 +163,7 @@ class Work {
           kernels_.codes(x + at, plan_.piece_size, rounding, codes + at, inside + at);
     }
     kernels_.pack_bits(inside, q_.cols, q_.mask + row * ((q_.cols + 7) / 8));
+    if (q_.packed) kernels_.pack_nibbles(codes, q_.cols, q_.packed + row * ((q_.cols + 1) / 2));
   }
 
   const Plan& plan_;

@@ -36,8 +36,8 @@ int s2d_cpu_add_penalty_grad(const s2d_penalty_layer* layers, int32_t count, int
 int s2d_cpu_adamw(const s2d_adamw_layer* layers, int32_t count, const s2d_adamw_group* groups, int32_t group_count,
                   const s2d_adamw_options* options, int32_t threads);
 
-/* As s2d_quantize, of any group_size; `codes` and `mask` are not null, `packed` is not written. Workspaces of this and
- * of what follows are aligned to 256 bytes, and results do not depend on `threads`. */
+/* As s2d_quantize, of any group_size; `codes` and `mask` are not null. Workspaces of this and of what follows are
+ * aligned to 256 bytes, and results do not depend on `threads`. */
 size_t s2d_cpu_quantize_workspace(const s2d_quantization* quantization, int32_t threads);
 int s2d_cpu_quantize(const s2d_quantization* quantization, int32_t threads, void* workspace, size_t workspace_bytes);
 

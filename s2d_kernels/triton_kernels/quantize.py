@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from s2d_kernels import ops, reference
-from s2d_kernels.quantizers import code_shift
+from s2d_kernels.quantizers import check_packable, code_shift
 from s2d_kernels.triton_kernels.common import (
     Variant,
     check_device,
@@ -136,10 +136,15 @@ def _encode(
     shift: tl.tensor,
     codes: tl.tensor,
     mask: tl.tensor,
+    packed: tl.tensor,
+    PACK: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ) -> tl.tensor:
-    """Stores the codes and mask bits of a tile; returns the stored codes, 0 outside. Parameters broadcast to `x`."""
+    """Stores the codes and mask bits of a tile; returns the stored codes, 0 outside. Parameters broadcast to `x`.
+
+    With PACK the codes also two a byte, the first in the low half.
+    """
     q = _nearest(tl.div_rn(tl.where(good, x, 0.0), scale + tl.zeros_like(x))) + zero
     code = tl.minimum(tl.maximum(q, quant_min.to(tl.float32)), quant_max.to(tl.float32))
     kept = (code == q) & good
@@ -154,6 +159,13 @@ def _encode(
     width = (cols + 7) // 8
     here = (i < rows)[:, None] & (col // 8 + places < width)[None, :]
     tl.store(mask + i[:, None] * width + col // 8 + places[None, :], byte.to(tl.uint8), mask=here)
+    if PACK:
+        halves = (stored & 15).reshape(ROWS, COLS // 2, 2) << (4 * tl.arange(0, 2))[None, None, :]
+        pairs = tl.sum(halves, 2)
+        places = col // 2 + tl.arange(0, COLS // 2)
+        width = (cols + 1) // 2
+        here = (i < rows)[:, None] & (places < width)[None, :]
+        tl.store(packed + i[:, None] * width + places[None, :], pairs.to(tl.uint8), mask=here)
     return stored
 
 
@@ -186,6 +198,7 @@ def _quantize_rows(
     zero_point: tl.tensor,
     row_sum: tl.tensor,
     mask: tl.tensor,
+    packed: tl.tensor,
     rows: tl.tensor,
     cols: tl.tensor,
     row_stride: tl.tensor,
@@ -197,6 +210,7 @@ def _quantize_rows(
     shift: tl.tensor,
     SYMMETRIC: tl.constexpr,
     GIVEN: tl.constexpr,
+    PACK: tl.constexpr,
     PER_TENSOR: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -242,8 +256,9 @@ def _quantize_rows(
     divisor, zero, good = divisor[:, None], zero[:, None], good[:, None]
     total = tl.zeros((ROWS,), tl.int32)
     stored = _encode(
-        tile, divisor, zero, good, i, start, rows, cols, quant_min, quant_max, shift, codes, mask, ROWS, COLS
-    )
+        tile, divisor, zero, good, i, start, rows, cols, quant_min, quant_max, shift,
+        codes, mask, packed, PACK, ROWS, COLS,
+    )  # fmt: skip
     if GROUP > 0:
         _store_group_sums(stored, row_sum, i, start, rows, cols, GROUP, ROWS, COLS)
     else:
@@ -253,8 +268,9 @@ def _quantize_rows(
         while col < cols:
             more = _load(x, i, col, rows, cols, row_stride, col_stride, COLS, INTERPRETED)
             stored = _encode(
-                more, divisor, zero, good, i, col, rows, cols, quant_min, quant_max, shift, codes, mask, ROWS, COLS
-            )
+                more, divisor, zero, good, i, col, rows, cols, quant_min, quant_max, shift,
+                codes, mask, packed, PACK, ROWS, COLS,
+            )  # fmt: skip
             if GROUP > 0:
                 _store_group_sums(stored, row_sum, i, col, rows, cols, GROUP, ROWS, COLS)
             else:
@@ -274,6 +290,7 @@ def _quantize_groups(
     zero_point: tl.tensor,
     row_sum: tl.tensor,
     mask: tl.tensor,
+    packed: tl.tensor,
     rows: tl.tensor,
     cols: tl.tensor,
     row_stride: tl.tensor,
@@ -285,6 +302,7 @@ def _quantize_groups(
     shift: tl.tensor,
     SYMMETRIC: tl.constexpr,
     GIVEN: tl.constexpr,
+    PACK: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -315,8 +333,9 @@ def _quantize_groups(
     zero = (zero[:, :, None] + spread).reshape(ROWS, COLS)
     good = (good[:, :, None].to(tl.float32) + spread).reshape(ROWS, COLS) != 0.0
     stored = _encode(
-        tile, divisor, zero, good, i, col, rows, cols, quant_min, quant_max, shift, codes, mask, ROWS, COLS
-    )
+        tile, divisor, zero, good, i, col, rows, cols, quant_min, quant_max, shift,
+        codes, mask, packed, PACK, ROWS, COLS,
+    )  # fmt: skip
     _store_group_sums(stored, row_sum, i, col, rows, cols, GROUP, ROWS, COLS)
 
 
@@ -372,8 +391,7 @@ def _supports(
     return x.dtype in DTYPES and (group_size in (0, *GROUP_SIZES) or x.shape[1] == 0)
 
 
-@ops.implements("quantize", "triton", _supports)
-def _quantize_triton(
+def _quantize(
     x: Tensor,
     minimum: Tensor | None,
     maximum: Tensor | None,
@@ -381,6 +399,8 @@ def _quantize_triton(
     symmetric: bool,
     granularity: str,
     group_size: int,
+    *,
+    pack: bool,
 ) -> tuple[Tensor, ...]:
     """One launch that reads `x` once, twice where a row is longer than `LONGEST`; per tensor two launches and reads."""
     check_device(x.device)
@@ -396,7 +416,8 @@ def _quantize_triton(
     zero_point = x.new_empty(scales, dtype=torch.int32)
     row_sum = x.new_empty((rows, groups), dtype=torch.int32)
     mask = x.new_empty((rows, (K + 7) // 8), dtype=torch.uint8)
-    results = codes, scale, zero_point, row_sum, mask
+    packed = x.new_empty((rows, (K + 1) // 2), dtype=torch.uint8) if pack else mask
+    results = (codes, scale, zero_point, row_sum, mask) + ((packed,) if pack else ())
     per_tensor = granularity == "per_tensor"
     if (rows == 0 and not per_tensor) or (K == 0 and granularity == "per_group"):
         return results
@@ -411,14 +432,14 @@ def _quantize_triton(
     # A pointer that nobody reads stands where there is no range and there are no partial ones.
     ends = (minimum, maximum) if given else (scale, scale)
     # A whole row's sum is written also where K = 0 leaves no group that could hold it.
-    outputs = codes, scale, zero_point, row_sum if groups else row_sum.new_empty(rows), mask
+    outputs = codes, scale, zero_point, row_sum if groups else row_sum.new_empty(rows), mask, packed
     with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
         if granularity == "per_group":
             tile_rows, tile_cols, warps = _tile(min(K, SMALLEST_TILE), group_size)
             across = -(-K // tile_cols)
             _quantize_groups[(across * -(-rows // tile_rows),)](
                 x, *ends, *outputs, *layout, range_stride, across, *limits, SYMMETRIC=symmetric, GIVEN=given,
-                GROUP=group_size, ROWS=tile_rows, COLS=tile_cols, INTERPRETED=interpreted(), num_warps=warps,
+                PACK=pack, GROUP=group_size, ROWS=tile_rows, COLS=tile_cols, INTERPRETED=interpreted(), num_warps=warps,
                 **LAUNCH,
             )  # fmt: skip
             return results
@@ -436,10 +457,21 @@ def _quantize_triton(
                 )  # fmt: skip
         _quantize_rows[(max(-(-rows // tile_rows), 1),)](
             x, *ends, partials, *outputs, *layout, range_stride, parts, *limits, SYMMETRIC=symmetric, GIVEN=given,
-            PER_TENSOR=per_tensor, GROUP=group_size if K else 0, ROWS=tile_rows, COLS=tile_cols, ONCE=tile_cols >= K,
-            PARTIALS=PARTIALS, INTERPRETED=interpreted(), num_warps=warps, **LAUNCH,
+            PACK=pack, PER_TENSOR=per_tensor, GROUP=group_size if K else 0, ROWS=tile_rows, COLS=tile_cols,
+            ONCE=tile_cols >= K, PARTIALS=PARTIALS, INTERPRETED=interpreted(), num_warps=warps, **LAUNCH,
         )  # fmt: skip
     return results
+
+
+@ops.implements("quantize", "triton", _supports)
+def _quantize_triton(*arguments: Any) -> tuple[Tensor, ...]:
+    return _quantize(*arguments, pack=False)
+
+
+@ops.implements("quantize_packed", "triton", _supports)
+def _quantize_packed_triton(*arguments: Any) -> tuple[Tensor, ...]:
+    check_packable(arguments[3])
+    return _quantize(*arguments, pack=True)
 
 
 def variants() -> list[Variant]:
@@ -450,13 +482,13 @@ def variants() -> list[Variant]:
         element = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
         types = {
             **{"x": f"*{element}", "minimum": "*fp32", "maximum": "*fp32", "partials": "*fp32", "codes": "*i8"},
-            **{"scale": "*fp32", "zero_point": "*i32", "row_sum": "*i32", "mask": "*u8"},
+            **{"scale": "*fp32", "zero_point": "*i32", "row_sum": "*i32", "mask": "*u8", "packed": "*u8"},
             **dict.fromkeys(("rows", "cols", "row_stride", "range_stride", "parts", "across", "tiles"), "i32"),
             **dict.fromkeys(("quant_min", "quant_max", "shift"), "i32"),
         }
         tile_rows, tile_cols, warps = _tile(cols)
         small_rows, small_cols, small_warps = _tile(SMALLEST_TILE, group)
-        flags = {"SYMMETRIC": False, "GIVEN": False}
+        flags = {"SYMMETRIC": False, "GIVEN": False, "PACK": True}
         tall = {
             "ROWS": tile_rows,
             "COLS": tile_cols,
@@ -466,7 +498,7 @@ def variants() -> list[Variant]:
             "GROUP": 0,
         }
         small = {"ROWS": small_rows, "COLS": small_cols}
-        read, written = dtype.itemsize * rows * cols, rows * cols + rows * cols // 8
+        read, written = dtype.itemsize * rows * cols, rows * cols + rows * cols // 2 + rows * cols // 8
         for kernel, constants, kernel_warps, elements, moved in (
             (_quantize_rows, flags | tall, warps, tile_rows * tile_cols, read + written),
             (_quantize_groups, flags | small | {"GROUP": group}, small_warps, small_rows * small_cols, read + written),
