@@ -610,8 +610,9 @@ def test_with_s2d_it_equals_the_calls_by_hand(mode: str, clip: float | None) -> 
     assert reg.layers[0].k_target > 0
     plain, other = trained(mode, fused=False, steps=9)[0], spiked()[0]
     for ours, expected, start in zip(together.parameters(), apart.parameters(), other.parameters(), strict=True):
-        moved = (expected - start).abs().max()
-        assert (ours - expected).abs().max() <= 1e-4 * moved
+        assert (expected - start).abs().max() > 0.01 * expected.abs().max()
+        # 9 steps round p, some numbers before it in another order
+        assert (ours - expected).abs().max() <= 9 * torch.finfo(torch.float32).eps * expected.abs().max()
     if clip is not None:
         assert not torch.allclose(plain[0].weight, together[0].weight, rtol=1e-5)
     reg.close()

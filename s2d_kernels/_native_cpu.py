@@ -80,19 +80,20 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 
 
 @cache
-def _newest() -> Path:
+def _newest() -> tuple[Path, bool]:
+    """The newest build, or where one belongs, and whether there is one."""
     installed = ROOT / "lib" / "libs2d_cpu.so"
     built = [ROOT.parent / "build" / folder / "libs2d_cpu.so" for folder in ("cpu", "native")]  # in a source tree
     found = [path for path in (installed, *built) if path.is_file()]
-    return max(found, key=lambda path: path.stat().st_mtime, default=installed)
+    return max(found, key=lambda path: path.stat().st_mtime, default=installed), bool(found)
 
 
 def library_path() -> Path:
     """Where the library is looked for: the newest build that was there at the first call."""
     if os.environ.get("S2D_CPU_LIBRARY"):
         return Path(os.environ["S2D_CPU_LIBRARY"])
-    path = _newest()
-    if not path.is_file():
+    path, there = _newest()
+    if not there:
         _newest.cache_clear()  # it may be built yet
     return path
 

@@ -87,9 +87,9 @@ int32_t codes_of(const float* __restrict x, int64_t count, const Rounding& round
   if (!(scale > 0)) {
     memset(codes, -shift, static_cast<size_t>(count));
     memset(inside, 0, static_cast<size_t>(count));
-    return static_cast<int32_t>(count) * -shift;
+    return static_cast<int32_t>(static_cast<uint32_t>(count) * static_cast<uint32_t>(-shift));
   }
-  int32_t sum = 0;
+  uint32_t sum = 0;  // modulo 2^32, as everybody's
   for (int64_t i = 0; i < count; ++i) {
     float ratio = x[i] / scale;
     ratio = ratio > -512.f ? ratio : -512.f;  // clamped codes stay clamped
@@ -99,9 +99,9 @@ int32_t codes_of(const float* __restrict x, int64_t count, const Rounding& round
     const int32_t code = above < highest ? above : highest;
     codes[i] = static_cast<int8_t>(code - shift);
     inside[i] = code == raw;
-    sum += code - shift;
+    sum += static_cast<uint32_t>(code - shift);
   }
-  return sum;
+  return static_cast<int32_t>(sum);
 }
 
 void pack_bits(const uint8_t* inside, int64_t count, uint8_t* bits) {
