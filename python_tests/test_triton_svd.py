@@ -345,6 +345,9 @@ def run_ratios(device: torch.device) -> None:
         assert got.status == CONVERGED, index
         ratios = lapack_ratios(weight, got.U[:, :k], got.S[:k], got.Vh[:k], got.residual[:k])
         assert all(value < LIMIT for value in ratios.values()), (index, ratios)
+    rank_one = torch.outer(torch.arange(1.0, 18.0), torch.arange(1.0, 13.0)).to(device)
+    (got,) = solve(problem([rank_one], k=1, b=2, reads=2))
+    assert not got.S[1:].any(), got.S  # zeros, not what the products were rounded by
 
 
 # From each singular value to the next: the same, a gap of 1e-3, slow, fast, a huge outlier, nothing more.
