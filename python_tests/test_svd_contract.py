@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from emulated import build_emulated
-from helpers import decaying_spectrum, matrix_with_spectrum
+from helpers import decaying_spectrum, lapack_ratios, matrix_with_spectrum
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +14,14 @@ from s2d_kernels.svd import CONVERGED, NON_FINITE
 
 EPS = torch.finfo(torch.float32).eps
 LIMIT = 30.0
+# Those that hold however few the reads: a Ritz value never exceeds the singular value, and what is stated is true.
+STRUCTURAL_RATIOS = (
+    "above the truth",
+    "orthogonality of U",
+    "orthogonality of V",
+    "residual of the other side",
+    "stated residual",
+)
 
 
 def check_spike(impl: str, device: torch.device) -> None:
@@ -77,28 +85,21 @@ def check_properties(impl: str, device: torch.device, examples: int) -> None:
         cold = topk_svd(weights, k=ks, seed=seed, reads=reads, impl=impl)
         warm = topk_svd(weights, k=ks, warm=cold, seed=seed + 1, impl=impl)
         for weight, kind, k, *results in zip(weights, kinds, ks, cold, warm, strict=True):
-            A = weight.double().cpu()
             if kind == "broken":
                 assert all(r.status == NON_FINITE and not any(t.any() for t in r.basis) for r in results)
                 continue
-            truth = torch.linalg.svdvals(A)
-            unit = float(truth[0]) * max(A.shape) * EPS or 1.0
+            truth = torch.linalg.svdvals(weight.double().cpu())
+            unit = float(truth[0]) * max(weight.shape) * EPS or 1.0
             for result in results:
-                U, S, Vh, residual = (tensor.double().cpu() for tensor in result[:4])
+                S = result.S.double().cpu()
                 assert (S[:-1] >= S[1:]).all()
-                assert ((S - truth[:k]) / unit).max() < LIMIT  # a Ritz value never exceeds the singular value
-                kept = S > 1e-3 * float(truth[0])
-                for vectors in (U.mT[kept], Vh[kept]):
-                    identity = torch.eye(len(vectors), dtype=torch.float64)
-                    assert (vectors @ vectors.mT - identity).norm() / (max(A.shape) * EPS) < LIMIT
-                left, right = (A.mT @ U - Vh.mT * S).norm(dim=0), (A @ Vh.mT - U * S).norm(dim=0)
-                stated, other = (left, right) if A.shape[0] >= A.shape[1] else (right, left)
-                assert (other[kept] / unit < LIMIT).all()
-                assert ((stated - residual).abs()[kept] / unit < LIMIT).all()
+                ratios = lapack_ratios(weight, *result[:4])
+                for name in STRUCTURAL_RATIOS:
+                    assert ratios[name] < LIMIT, (name, ratios)
                 if kind == "zero" or (kind == "rank one" and reads != 1):
                     assert result.status == CONVERGED
                 if (kind == "rank one" and reads != 1) or (kind == "decaying" and result.status == CONVERGED):
-                    assert ((S - truth[:k]).abs() / unit).max() < LIMIT + 2e-4 / (max(A.shape) * EPS)
+                    assert ((S - truth[:k]).abs() / unit).max() < LIMIT + 2e-4 / (max(weight.shape) * EPS)
                 assert float(result.missed) >= float(truth[k] if k < len(truth) else 0) * (1 - 1e-3) - unit * LIMIT
 
     run()
@@ -115,6 +116,6 @@ def test_contract(name: str, impl: str, device: torch.device, monkeypatch: pytes
         build_emulated()
         monkeypatch.setenv("S2D_NATIVE", "emulated")
     if impl == "triton" and device.type == "cpu":
-        pytest.skip("a minute a matrix in Triton's interpreter: test_triton_svd.py has a few; --device cuda has all")
+        pytest.skip("too slow in Triton's interpreter: test_triton_svd.py has both for narrow blocks")
     where = torch.device("cpu") if impl == "cpu" else device
     CHECKS[name](impl, where, *([EXAMPLES[impl]] if name == "properties" else []))
