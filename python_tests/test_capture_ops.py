@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from emulated import build_emulated
+from interpreting import save_time
 from torch import Tensor
 
 from s2d_kernels import triton_kernels
@@ -177,6 +178,7 @@ def test_bad_arguments() -> None:
 
 
 if __name__ == "__main__":
+    save_time()
     for run in sys.argv[1:]:
         torch.manual_seed(0)
         print(run, flush=True)

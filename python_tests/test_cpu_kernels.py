@@ -275,11 +275,15 @@ def test_who_takes_what_when_nothing_is_asked_for(monkeypatch: pytest.MonkeyPatc
         topk_svd(weights[:1], k=2, impl="cpu")
 
 
-def test_bad_starts_are_refused() -> None:
+@pytest.mark.parametrize("impl", ["torch", "cpu"])
+def test_bad_starts_are_refused(impl: str) -> None:
     weight = torch.randn(20, 9)
     for start, k in ((torch.randn(4, 8), 2), (torch.randn(4, 9).double(), 2), (torch.randn(4, 9), 5)):
         with pytest.raises(ValueError, match=r"starts\[0\].* does not fit weights\[0\]"):
-            torch.ops.s2d.topk_svd([weight], [start], [k], [3], "cpu")
+            torch.ops.s2d.topk_svd([weight], [start], [k], [3], impl)
+    with pytest.raises(ValueError, match=r"reads\[0\]=1 of 4 rows find k=4 triplets and nothing to bound"):
+        torch.ops.s2d.topk_svd([weight], [torch.randn(4, 9)], [4], [1], impl)
+    torch.ops.s2d.topk_svd([weight], [torch.eye(9)], [9], [1], impl)  # nothing is left that could be missed
     torch.library.opcheck(torch.ops.s2d.topk_svd.default, ([weight], [torch.randn(4, 9)], [2], [2], "cpu"))
 
 

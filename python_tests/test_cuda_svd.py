@@ -483,6 +483,8 @@ def test_large_widths_and_what_is_not_supported(form: int, device: torch.device)
         svd([weight.double()], device, k=1)
     with pytest.raises(ValueError, match=r"starts\[0\] \(4, 9\) .* does not fit weights\[0\] \(80, 72\)"):
         torch.ops.s2d.topk_svd([weight.to(device)], [torch.ones(4, 9, device=device)], [1], [2], "cuda")
+    with pytest.raises(ValueError, match=r"reads\[0\]=1 of 4 rows find k=4 triplets"):
+        torch.ops.s2d.topk_svd([weight.to(device)], [torch.ones(4, 72, device=device)], [4], [1], "cuda")
     with pytest.raises(ValueError, match="these sizes are not supported"):
         svd([torch.zeros(2200, 2100)], device, k=1)
     assert not cuda_svd._supports([weight.double()], [weight[:1]], [1], [1])

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from emulated import build_emulated
+from interpreting import save_time
 from torch import Tensor, nn
 
 from s2d_kernels import S2D, SpectralAdamW, triton_kernels
@@ -681,6 +682,7 @@ def test_a_step_that_the_scaler_skips_does_not_count(mode: str) -> None:
 
 
 if __name__ == "__main__":
+    save_time()
     for run in sys.argv[1:]:
         torch.manual_seed(0)
         print(run, flush=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from emulated import build_emulated
+from interpreting import save_time
 from torch import Tensor
 
 from s2d_kernels import S2D, add_penalty_grad_, reference, triton_kernels
@@ -154,6 +155,7 @@ def test_s2d_reports_a_coefficient_that_overflows(caplog: pytest.LogCaptureFixtu
 
 
 if __name__ == "__main__":
+    save_time()
     for run in sys.argv[1:]:
         torch.manual_seed(0)
         print(run, flush=True)

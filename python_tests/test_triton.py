@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreting import save_time
 from torch import Tensor
 
 from s2d_kernels import ops, triton_kernels
@@ -290,5 +291,6 @@ def test_tables_on_the_device_are_copied_only_when_their_content_is_new(count: i
 
 
 if __name__ == "__main__":
+    save_time()
     torch.manual_seed(0)
     RUNS[sys.argv[1]](torch.device("cpu"))

@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from interpreting import save_time
 from test_cuda_quant import FLOATS, KINDS, SIZES, assert_equal, check_hard_quotients, operands, values
 from torch import Tensor
 
@@ -317,6 +318,7 @@ def test_compiled_arithmetic_is_that_of_the_definition(name: str, architecture: 
 
 
 if __name__ == "__main__":
+    save_time()
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -424,6 +424,8 @@ def run_operator(device: torch.device) -> None:
         solve(double)
     with pytest.raises(ValueError, match=r"starts\[1\] \(2, 8\) .* does not fit weights\[1\] \(9, 18\)"):
         solve(given._replace(starts=[given.starts[0], given.starts[1][:, :8]]))
+    with pytest.raises(ValueError, match=r"reads\[1\]=1 of 2 rows find k=2 triplets and nothing to bound"):
+        solve(given._replace(reads=[2, 1]))
     large = problem([torch.zeros(900, 900, device=device)], b=32, reads=20)
     assert not svd._supports(*large)
     with pytest.raises(ValueError, match="order 640"):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from s2d_kernels import _native_cpu, ops
 from s2d_kernels._native import DTYPES, SvdLayer
-from s2d_kernels.svd import FAILURE_PROBABILITY, TOLERANCE
+from s2d_kernels.svd import FAILURE_PROBABILITY, TOLERANCE, check_start
 
 _DTYPES = {getattr(torch, name): code for name, code in DTYPES.items()}
 
@@ -34,16 +34,11 @@ def _topk_svd_cpu(
     kept = []  # alive until the work is done
     for index, (weight, start, k, passes) in enumerate(zip(weights, starts, ks, reads, strict=True)):
         (m, n), b = weight.shape, start.shape[0]
-        d = min(m, n)
         if weight.dtype not in _DTYPES:
             raise TypeError(
                 f"weights[{index}] has dtype {weight.dtype}: impl='cpu' takes fp32, bf16 and fp16, else impl='torch'"
             )
-        if start.shape != (b, d) or not 1 <= k <= b <= d or start.dtype != torch.float32:
-            raise ValueError(
-                f"starts[{index}] {tuple(start.shape)} {start.dtype} with k={k} does not fit weights[{index}] "
-                f"{(m, n)}: it must be fp32 [b, {d}] with k <= b <= {d}"
-            )
+        check_start(index, weight, start, k, passes)
         if weight.device.type != "cpu" or start.device.type != "cpu":
             raise ValueError(f"weights[{index}] is on {weight.device}, its start on {start.device}: expected the CPU")
         start = start.contiguous()
@@ -63,7 +58,7 @@ def _topk_svd_cpu(
                 dtype=_DTYPES[weight.dtype],
                 width=b,
                 k=k,
-                reads=min(passes, d),  # from d / b on, one pass is exact
+                reads=min(passes, m, n),  # from d / b on, one pass is exact
             )
         )
     run = _native_cpu.SvdRun(layers, torch.get_num_threads())

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from s2d_kernels import _native, ops
 from s2d_kernels.cuda_ops import DTYPES, current_stream
-from s2d_kernels.svd import FAILURE_PROBABILITY, TOLERANCE, block_krylov
+from s2d_kernels.svd import FAILURE_PROBABILITY, TOLERANCE, block_krylov, check_start
 
 # `team` of s2d_svd_layer, of every matrix: 0 lets the library choose, -1 streams all, a number is that of blocks.
 TEAM = 0
@@ -88,12 +88,7 @@ def _topk_svd_cuda(
             raise TypeError(
                 f"weights[{index}] has dtype {weight.dtype}: impl='cuda' takes fp32, bf16 and fp16, else impl='torch'"
             )
-        start = starts[index]
-        if start.shape[1:] != (min(weight.shape),) or start.dtype != torch.float32 or start.device != weight.device:
-            raise ValueError(
-                f"starts[{index}] {tuple(start.shape)} {start.dtype} on {start.device} does not fit weights[{index}] "
-                f"{tuple(weight.shape)} on {weight.device}: it must be fp32 [b, {min(weight.shape)}] on the same device"
-            )
+        check_start(index, weight, starts[index], ks[index], reads[index])
         if weight.device != weights[0].device:
             raise ValueError(f"weights[{index}] is on {weight.device}, but weights[0] on {weights[0].device}")
     table = _Table(weights, starts, ks, reads, max_sms)

@@ -16,6 +16,7 @@ from s2d_kernels.svd import (
     OVERFLOW,
     TOLERANCE,
     block_krylov,
+    check_start,
     working_dtype,
 )
 
@@ -50,6 +51,7 @@ def _topk_svd_torch(
 ) -> list[Tensor]:
     buckets: dict[tuple[object, ...], list[int]] = {}
     for index, weight in enumerate(weights):
+        check_start(index, weight, starts[index], ks[index], reads[index])
         kind: tuple[object, ...] = (tuple(weight.shape), weight.dtype, starts[index].shape[0], ks[index], reads[index])
         if weight.device.type == "cpu" and (weight.shape[0] % 16 or weight.shape[1] % 16 or starts[index].shape[0] % 4):
             # MKL's bits depend on the alignment of each slice of a batch, and these slices would not be aligned.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from s2d_kernels import ops
-from s2d_kernels.svd import block_krylov
+from s2d_kernels.svd import block_krylov, check_start
 from s2d_kernels.triton_kernels import blocks, matrices, ritz
 from s2d_kernels.triton_kernels.common import TABLES, VECTOR_BYTES, Variant, check_device, interpreted, tl
 from s2d_kernels.triton_kernels.matrices import Matrix
@@ -295,11 +295,7 @@ def _topk_svd_triton(
                 f"impl='triton' solves eigenproblems up to order {LARGEST_ORDER}, {count} reads with {start.shape[0]} "
                 f"columns make one of order {order} for weights[{index}]: use fewer reads or impl='torch'"
             )
-        if start.shape[1] != min(weight.shape) or start.dtype != torch.float32 or start.device != weight.device:
-            raise ValueError(
-                f"starts[{index}] {tuple(start.shape)} {start.dtype} on {start.device} does not fit weights[{index}] "
-                f"{tuple(weight.shape)} on {weight.device}: it must be fp32 [b, {min(weight.shape)}] on the same device"
-            )
+        check_start(index, weight, start, ks[index], count)
         groups.setdefault(weight.dtype, []).append(index)
     flat: list[Tensor] = [torch.empty(0)] * (6 * len(weights))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
