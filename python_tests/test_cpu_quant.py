@@ -203,9 +203,9 @@ def test_subnormal_numbers_are_kept_where_the_process_flushes_them() -> None:
 
 
 def test_bits_do_not_depend_on_threads() -> None:
-    """Sizes that are worth several threads, with fewer rows than these, and with more."""
+    """Sizes that are worth several threads: few rows, many columns, many rows (the last in portions)."""
     before = torch.get_num_threads()
-    for M, N, K in ((3, 1100, 700), (700, 60, 70), (130, 190, 300)):
+    for M, N, K in ((3, 1100, 700), (700, 60, 70), (130, 1900, 300)):
         x, w, g = torch.randn(M, K), torch.randn(N, K), torch.randn(M, N)
         results = []
         try:
@@ -214,8 +214,10 @@ def test_bits_do_not_depend_on_threads() -> None:
                 qx = quantize_activation(x, granularity="per_tensor", impl="cpu")
                 qw = quantize_weight(w, impl="cpu")
                 kinds = (qw.scale, qw.zero_point, qx.mask, K, 4, True, torch.float32)
-                grad = cpu_quant.digit_product(g, pack_codes(qw.codes), *kinds)
-                results.append([*qx[:5], *qw[:5], integer_linear(qx, qw, impl="cpu"), grad])
+                of_x = cpu_quant.digit_product(g, pack_codes(qw.codes), *kinds)
+                kinds = (qx.scale, qx.zero_point, qw.mask, K, 4, False, torch.float32)
+                of_w = cpu_quant.digit_product(g.mT, pack_codes(qx.codes), *kinds)
+                results.append([*qx[:5], *qw[:5], integer_linear(qx, qw, impl="cpu"), of_x, of_w])
         finally:
             torch.set_num_threads(before)
         assert_same(results[1], results[0])

@@ -34,9 +34,10 @@ void fetch_to_write(char* out, int64_t rows, int64_t row_bytes, int64_t stride_b
 }
 
 // A product [rows, columns] over words of depth, as items: some rows, which the thread packs into its own memory, times
-// some panels of columns, which are packed before. Few rows are packed several times, for several threads.
+// some panels of columns, which are packed before. Few rows are packed several times, for several threads; of many the
+// last ones are taken by less, so that no thread waits long for another.
 struct Items {
-  int64_t rows, column_panels, chunk, chunks, panels_each, splits;
+  int64_t rows, column_panels, chunk, last_chunk, whole, chunks, panels_each, splits;
 
   Items(const IntegerKernels& kernels, int64_t rows_in, int64_t columns, int64_t words_of_row, int32_t threads)
       : rows(rows_in), column_panels(parts(columns, kernels.columns)) {
@@ -47,6 +48,9 @@ struct Items {
     const int64_t wanted = threads == 1 ? 1 : parts(kItemsPerThread * threads, chunks);
     panels_each = std::max<int64_t>(parts(column_panels, wanted), 1);
     splits = parts(column_panels, panels_each);
+    whole = threads == 1 || wanted > 1 ? chunks : std::max<int64_t>(rows / chunk - threads, 0);
+    last_chunk = parts(chunk, kItemsPerThread * kernels.rows) * kernels.rows;
+    if (whole < chunks) chunks = whole + parts(rows - whole * chunk, last_chunk);
   }
 
   int32_t count() const { return static_cast<int32_t>(chunks * splits); }
@@ -54,8 +58,9 @@ struct Items {
   // pack(top, count) makes panels of the rows from `top` on, tile(top, panel, j) works on the `panel`-th of them.
   template <typename Pack, typename Tile>
   void work(int64_t item, int64_t rows_of_panel, const Pack& pack, const Tile& tile) const {
-    const int64_t top = item % chunks * chunk, first = item / chunks * panels_each;
-    const int64_t here = std::min(chunk, rows - top);
+    const int64_t place = item % chunks, first = item / chunks * panels_each;
+    const int64_t top = std::min(place, whole) * chunk + std::max<int64_t>(place - whole, 0) * last_chunk;
+    const int64_t here = std::min(place < whole ? chunk : last_chunk, rows - top);
     if (!pack(top, here)) return;
     for (int64_t j = first; j < std::min(column_panels, first + panels_each); ++j)
       for (int64_t panel = 0; panel * rows_of_panel < here; ++panel) tile(top + panel * rows_of_panel, panel, j);
