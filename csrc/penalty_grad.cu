@@ -61,15 +61,15 @@ __device__ __forceinline__ uint32_t upper_by_chance(float value, uint32_t random
   return bits + ((bits & 0x7fffffffu) < 0x7f7f0000u ? random : 0u);
 }
 __device__ __forceinline__ bf16 rounded_by_chance(float value, uint32_t row_key, int64_t col) {
-  const uint32_t random = random_pair(row_key, col / 2);
-  return half_of<bf16>(upper_by_chance(value, col % 2 ? random >> 16 : random & 0xffffu), 1);
+  const uint32_t random = random_pair(row_key, col >> 1);
+  return half_of<bf16>(upper_by_chance(value, col & 1 ? random >> 16 : random & 0xffffu), 1);
 }
 // 8 adjacent columns from an even one on.
 __device__ __forceinline__ uint4 pack_by_chance(const float (&values)[kPer16<bf16>], uint32_t row_key, int64_t col) {
   uint32_t word[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint32_t random = random_pair(row_key, col / 2 + i);
+    const uint32_t random = random_pair(row_key, (col >> 1) + i);
     const uint32_t lower = upper_by_chance(values[2 * i], random & 0xffffu);
     const uint32_t upper = upper_by_chance(values[2 * i + 1], random >> 16);
     word[i] = lower >> 16 | (upper & 0xffff0000u);
@@ -103,7 +103,6 @@ __device__ __forceinline__ void add_tile(const Layer& layer, uint32_t tile, int 
       if (r < height) packed[r] = load_16(grad + r * layer.grad_stride);
     }
   }
-  [[maybe_unused]] const uint32_t key = kByChance ? key_of(*layer.device_seed) : 0;
   stage_scaled_u<kThreads>(layer, tile_row, rank, scaled);
   __syncthreads();
 
@@ -132,6 +131,7 @@ __device__ __forceinline__ void add_tile(const Layer& layer, uint32_t tile, int 
         for (int e = 0; e < N; ++e) sum[r][e] = fmaf(u[r], v[e], sum[r][e]);
       }
     }
+    [[maybe_unused]] const uint32_t key = kByChance ? key_of(*layer.device_seed) : 0;
 #pragma unroll
     for (int r = 0; r < kRowsPerWarp; ++r) {
       if (r >= height) break;
@@ -148,7 +148,9 @@ __device__ __forceinline__ void add_tile(const Layer& layer, uint32_t tile, int 
     return;
   }
   // Rows that are not aligned, and the last columns of aligned ones: the same sums in the same order.
-#pragma unroll 2
+  [[maybe_unused]] const uint32_t key = kByChance ? key_of(*layer.device_seed) : 0;
+  // By chance two at a time would need more registers than three blocks a multiprocessor leave.
+#pragma unroll(kByChance ? 1 : 2)
   for (int e = 0; e < N; ++e) {
     const int col = e * step;
     if (col >= width) break;
