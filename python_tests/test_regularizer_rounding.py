@@ -166,11 +166,19 @@ def test_what_is_caught_up_in_weights_and_copies_is_rounded_alike(monkeypatch: p
         compared.append(torch.equal(captured["0.weight"].weight, weight) and not torch.equal(weight, before))
         return refreshed(captured, *arguments, **keywords)
 
+    add: Callable = regularizer.add_penalty_grad_
+    seeds: list[list[int]] = []
     monkeypatch.setattr(regularizer, "compute_refresh", compute)
+    monkeypatch.setattr(
+        regularizer, "add_penalty_grad_", lambda *a, **k: (seeds.append(k["seed"].tolist()), add(*a, **k))
+    )
     assert state["pending_step"] == 9
     train(model, reg, optimizer, v, range(15, 16), task=0.0)
     reg.close()
     assert compared == [True]
+    weights, copies, decay = seeds
+    assert weights == copies
+    assert decay != weights  # of the same step: numbers used twice on one element would be no chance
 
 
 def test_what_is_not_rounded_so_is_refused() -> None:
