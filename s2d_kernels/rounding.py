@@ -109,7 +109,10 @@ def stochastically_rounded(x: Tensor, keys: Tensor) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """mix of `reference.rounding_bits`, of int32 bits: their products wrap, their shifts repeat the sign."""
-    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
-    x = (x ^ ((x >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
-    return x ^ ((x >> 16) & 0xFFFF)
+    """mix of `reference.rounding_bits`, in place, of int32 bits: their products wrap, their shifts repeat the sign."""
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    x *= 0x7FEB352D
+    x ^= (x >> 15).bitwise_and_(0x1FFFF)
+    x *= 0x846CA68B - 2**32
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    return x
