@@ -168,7 +168,7 @@ CUDA_KERNELS = {
         traffic=lambda _: (2 * 4 * 4096**2 + 4 * 3 * (2 * 4096 + 1), 7 * 4096**2 + 3 * 4096),
     ),
     # The aligned path, in a thread: as above for bf16; a word's random number has two products and three shifts.
-    mangled("add_penalty_grad_by_chance"): Declared(
+    mangled("add_penalty_grad_stochastic"): Declared(
         threads=256,
         dynamic_shared=0,
         instructions={

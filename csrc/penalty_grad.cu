@@ -3,7 +3,7 @@
 //
 // Memory-bound for the ranks in use: each gradient element is read and written once, 16 bytes an access where the
 // layer's alignment allows; Vh and U come from L2. Sums are formed in fp32, i ascending, and rounded once to the
-// gradient's type, to the nearest or (bf16) by chance; one that is 0 or not finite changes no bit of it.
+// gradient's type, to the nearest or (bf16) stochastically; one that is 0 or not finite changes no bit of it.
 #include "low_rank.cuh"
 
 namespace s2d {
@@ -56,22 +56,22 @@ __device__ __forceinline__ uint32_t random_pair(uint32_t row_key, int64_t half) 
   return mixed(row_key ^ static_cast<uint32_t>(half));
 }
 // The bf16 below or above in magnitude, as the upper 16 bits; `random` has 16. From the largest bf16 on always below.
-__device__ __forceinline__ uint32_t upper_by_chance(float value, uint32_t random) {
+__device__ __forceinline__ uint32_t stochastic_upper(float value, uint32_t random) {
   const uint32_t bits = __float_as_uint(value);
   return bits + ((bits & 0x7fffffffu) < 0x7f7f0000u ? random : 0u);
 }
-__device__ __forceinline__ bf16 rounded_by_chance(float value, uint32_t row_key, int64_t col) {
+__device__ __forceinline__ bf16 stochastically_rounded(float value, uint32_t row_key, int64_t col) {
   const uint32_t random = random_pair(row_key, col >> 1);
-  return half_of<bf16>(upper_by_chance(value, col & 1 ? random >> 16 : random & 0xffffu), 1);
+  return half_of<bf16>(stochastic_upper(value, col & 1 ? random >> 16 : random & 0xffffu), 1);
 }
 // 8 adjacent columns from an even one on.
-__device__ __forceinline__ uint4 pack_by_chance(const float (&values)[kPer16<bf16>], uint32_t row_key, int64_t col) {
+__device__ __forceinline__ uint4 pack_stochastic(const float (&values)[kPer16<bf16>], uint32_t row_key, int64_t col) {
   uint32_t word[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const uint32_t random = random_pair(row_key, (col >> 1) + i);
-    const uint32_t lower = upper_by_chance(values[2 * i], random & 0xffffu);
-    const uint32_t upper = upper_by_chance(values[2 * i + 1], random >> 16);
+    const uint32_t lower = stochastic_upper(values[2 * i], random & 0xffffu);
+    const uint32_t upper = stochastic_upper(values[2 * i + 1], random >> 16);
     word[i] = lower >> 16 | (upper & 0xffff0000u);
   }
   return make_uint4(word[0], word[1], word[2], word[3]);
@@ -79,7 +79,7 @@ __device__ __forceinline__ uint4 pack_by_chance(const float (&values)[kPer16<bf1
 
 // One tile [kTileRows, kTileCols]: a warp owns kRowsPerWarp rows, a lane kPer16 columns, adjacent where rows are
 // aligned.
-template <typename T, bool kByChance = false>
+template <typename T, bool kStochastic = false>
 __device__ __forceinline__ void add_tile(const Layer& layer, uint32_t tile, int rank, ScaledU& scaled) {
   constexpr int N = kPer16<T>;
   const int lane = threadIdx.x % kWarpSize, first_within = threadIdx.x / kWarpSize * kRowsPerWarp;
@@ -131,7 +131,7 @@ __device__ __forceinline__ void add_tile(const Layer& layer, uint32_t tile, int 
         for (int e = 0; e < N; ++e) sum[r][e] = fmaf(u[r], v[e], sum[r][e]);
       }
     }
-    [[maybe_unused]] const uint32_t key = kByChance ? key_of(*layer.device_seed) : 0;
+    [[maybe_unused]] const uint32_t key = kStochastic ? key_of(*layer.device_seed) : 0;
 #pragma unroll
     for (int r = 0; r < kRowsPerWarp; ++r) {
       if (r >= height) break;
@@ -139,8 +139,8 @@ __device__ __forceinline__ void add_tile(const Layer& layer, uint32_t tile, int 
       unpack<T>(packed[r], values);
 #pragma unroll
       for (int e = 0; e < N; ++e) values[e] += usable_sum(sum[r][e]);
-      if constexpr (kByChance) {
-        store_16(grad + r * layer.grad_stride, pack_by_chance(values, row_key_of(first_row + r, key), first_col));
+      if constexpr (kStochastic) {
+        store_16(grad + r * layer.grad_stride, pack_stochastic(values, row_key_of(first_row + r, key), first_col));
       } else {
         store_16(grad + r * layer.grad_stride, pack<T>(values));
       }
@@ -148,9 +148,9 @@ __device__ __forceinline__ void add_tile(const Layer& layer, uint32_t tile, int 
     return;
   }
   // Rows that are not aligned, and the last columns of aligned ones: the same sums in the same order.
-  [[maybe_unused]] const uint32_t key = kByChance ? key_of(*layer.device_seed) : 0;
-  // By chance two at a time would need more registers than three blocks a multiprocessor leave.
-#pragma unroll(kByChance ? 1 : 2)
+  [[maybe_unused]] const uint32_t key = kStochastic ? key_of(*layer.device_seed) : 0;
+  // Random numbers of two at a time would need more registers than three blocks a multiprocessor leave.
+#pragma unroll(kStochastic ? 1 : 2)
   for (int e = 0; e < N; ++e) {
     const int col = e * step;
     if (col >= width) break;
@@ -169,9 +169,9 @@ __device__ __forceinline__ void add_tile(const Layer& layer, uint32_t tile, int 
     }
 #pragma unroll
     for (int r = 0; r < kRowsPerWarp; ++r) {
-      if constexpr (kByChance) {
+      if constexpr (kStochastic) {
         if (r < height) {
-          grad[r * layer.grad_stride + col] = rounded_by_chance(to_float(element[r]) + usable_sum(sum[r]),
+          grad[r * layer.grad_stride + col] = stochastically_rounded(to_float(element[r]) + usable_sum(sum[r]),
                                                                 row_key_of(first_row + r, key), first_col + col);
         }
       } else {
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kThreads, 3) add_penalty_grad(S2D_GRID_CONSTAN
 }
 
 // Of bf16 layers with a seed.
-__global__ void __launch_bounds__(kThreads, 3) add_penalty_grad_by_chance(S2D_GRID_CONSTANT(Table) table) {
+__global__ void __launch_bounds__(kThreads, 3) add_penalty_grad_stochastic(S2D_GRID_CONSTANT(Table) table) {
   S2D_SHARED(float, scaled, [S2D_MAX_RANK][kTileRows]);
   const uint32_t tile = blockIdx.x;
   const int index = last_not_above(table.first_tile, table.count, tile);
@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kThreads, 3) add_penalty_grad_by_chance(S2D_GR
 }
 
 bool is_empty(const s2d_penalty_layer& layer) { return layer.rank == 0 || layer.rows == 0 || layer.cols == 0; }
-bool by_chance(const s2d_penalty_layer& layer) { return layer.device_seed && layer.dtype == S2D_BFLOAT16; }
+bool is_stochastic(const s2d_penalty_layer& layer) { return layer.device_seed && layer.dtype == S2D_BFLOAT16; }
 
 bool is_valid(const s2d_penalty_layer& layer) {
   if (layer.rows < 0 || layer.cols < 0 || layer.rank < 0 || layer.rank > S2D_MAX_RANK || layer.dtype < S2D_FLOAT32 ||
@@ -257,34 +257,34 @@ Layer table_row(const s2d_penalty_layer& layer) {
 
 constexpr int64_t kMaxTiles = 0x7fffffff;  // the grid's limit
 
-int launch_table(const Table& table, bool chance, s2d_stream stream) {
+int launch_table(const Table& table, bool stochastic, s2d_stream stream) {
   if (table.count == 0) return S2D_OK;
-  return launch(chance ? add_penalty_grad_by_chance : add_penalty_grad,
+  return launch(stochastic ? add_penalty_grad_stochastic : add_penalty_grad,
                 {dim3(table.first_tile[table.count]), dim3(kThreads)}, stream, table);
 }
 
-// The layers that are rounded by chance, or the others.
-int launch_layers(const s2d_penalty_layer* layers, int32_t count, bool chance, s2d_stream stream) {
+// The layers that are rounded stochastically, or the others.
+int launch_layers(const s2d_penalty_layer* layers, int32_t count, bool stochastic, s2d_stream stream) {
   Table table{};
   for (int32_t i = 0; i < count; ++i) {
-    if (is_empty(layers[i]) || by_chance(layers[i]) != chance) continue;
+    if (is_empty(layers[i]) || is_stochastic(layers[i]) != stochastic) continue;
     const int64_t tiles = divide_up(layers[i].rows, kTileRows) * tiles_across(layers[i]);
     if (table.count == kMaxLayers || table.first_tile[table.count] + tiles > kMaxTiles) {
-      if (const int status = launch_table(table, chance, stream)) return status;
+      if (const int status = launch_table(table, stochastic, stream)) return status;
       table.count = 0;
     }
     table.layers[table.count] = table_row(layers[i]);
     table.first_tile[table.count + 1] = table.first_tile[table.count] + static_cast<uint32_t>(tiles);
     ++table.count;
   }
-  return launch_table(table, chance, stream);
+  return launch_table(table, stochastic, stream);
 }
 
 }  // namespace
 
 int load_penalty_grad() {
   const int status = load(add_penalty_grad);
-  return status ? status : load(add_penalty_grad_by_chance);
+  return status ? status : load(add_penalty_grad_stochastic);
 }
 
 }  // namespace s2d
@@ -299,7 +299,7 @@ int s2d_add_penalty_grad(const s2d_penalty_layer* layers, int32_t count, void*, 
     }
   }
   bool some = false;
-  for (int32_t i = 0; i < count; ++i) some = some || by_chance(layers[i]);
+  for (int32_t i = 0; i < count; ++i) some = some || is_stochastic(layers[i]);
   if (const int status = launch_layers(layers, count, false, stream)) return status;
   return some ? launch_layers(layers, count, true, stream) : S2D_OK;
 }

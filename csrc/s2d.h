@@ -58,7 +58,7 @@ typedef struct s2d_penalty_layer {
   const float* coefficients;  /* [>= rank], read on the device */
   const int32_t* device_rank; /* null, or one integer read on the device; min(rank, *device_rank) components count */
   const int64_t* device_seed; /* null: to the nearest; else one integer read on the device, with which bf16 is rounded
-                                 by chance as reference.py's `rounding_bits` says. Not for fp16; fp32 needs none */
+                                 stochastically as reference.py's `rounding_bits` says. Not for fp16; fp32 needs none */
   int64_t rows, cols;
   int64_t grad_stride, u_row_stride, u_col_stride, vh_stride;
   int32_t rank;
@@ -66,7 +66,7 @@ typedef struct s2d_penalty_layer {
 } s2d_penalty_layer;
 
 /* Adds the penalty gradient of all layers in as few launches as the parameter space allows (one up to 300 layers, and
- * one more where some are rounded by chance and others are not).
+ * one more where some are rounded stochastically and others are not).
  * `layers` is host memory, read before the call returns. Needs no workspace. Layers of rank 0 cost nothing. The layers
  * of one call must not share elements of their gradients: blocks that run at once would lose each other's sums. */
 int s2d_add_penalty_grad(const s2d_penalty_layer* layers, int32_t count, void* workspace, size_t workspace_bytes,

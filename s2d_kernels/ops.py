@@ -263,7 +263,7 @@ define(
 )
 
 # --- add_penalty_grad_: grads[i] += U[i] diag(coefficients[i]) Vh[i] over the first ranks[i] (default all) components
-# seeds: int64 [layers], with which bf16 gradients are rounded by chance; None rounds all to the nearest.
+# seeds: int64 [layers], with which bf16 gradients are rounded stochastically; None rounds all to the nearest.
 
 define(
     "add_penalty_grad_",

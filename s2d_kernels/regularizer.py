@@ -280,14 +280,19 @@ class S2D:
                 power=self.power,
                 ranks=own,
                 impl=self.impl,
-                **self._chance(indices),
+                **self._stochastic_rounding(indices),
             )
         else:
             layers = [self._layers[self._matrices[index].name] for index in indices]
             coefficients = [layer.coefficients(self.strength * grad_scale, self.power) for layer in layers]
             ranks = [layer.rank for layer in layers]
             add_penalty_grad_(
-                grads, factors, ranks=ranks, coefficients=coefficients, impl=self.impl, **self._chance(indices)
+                grads,
+                factors,
+                ranks=ranks,
+                coefficients=coefficients,
+                impl=self.impl,
+                **self._stochastic_rounding(indices),
             )
         for (matrix, grad), rows in zip(touched, grads, strict=True):
             matrix.write_back(grad, rows)
@@ -297,7 +302,7 @@ class S2D:
         if self._seeds is not None:
             self._seeds.draw(self.step, use)
 
-    def _chance(self, places: Sequence[int]) -> dict[str, Any]:
+    def _stochastic_rounding(self, places: Sequence[int]) -> dict[str, Any]:
         """Arguments of `add_penalty_grad_` for the matrices at these places."""
         return {} if self._seeds is None else {"rounding": self.rounding, "seed": self._seeds.of(places)}
 
@@ -447,7 +452,7 @@ class S2D:
                 [layer.factors(layer.rank) for _, layer, _ in changes],
                 coefficients=[change for _, _, change in changes],
                 impl=self.impl,
-                **self._chance([self._places[matrix.name] for matrix, _, _ in changes]),
+                **self._stochastic_rounding([self._places[matrix.name] for matrix, _, _ in changes]),
             )
 
     def attach(self, optimizer: torch.optim.Optimizer, *, parts: Sequence[torch.optim.Optimizer] | None = None) -> None:

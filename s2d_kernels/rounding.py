@@ -90,7 +90,7 @@ def check_seeds(grads: Sequence[Tensor], seeds: Tensor | None) -> None:
 
 def row_keys(seed: Tensor, rows: int) -> Tensor:
     """mix(i ^ key) of `reference.rounding_bits` for the rows, as int32 bits `[rows]`; `seed` is one int64."""
-    lower, upper = seed.view(torch.int32) if seed.ndim else seed[None].view(torch.int32)
+    lower, upper = seed.reshape(1).view(torch.int32)
     key = _mix(lower ^ _mix(upper ^ (0x9E3779B9 - 2**32)))
     return _mix(torch.arange(rows, dtype=torch.int32, device=seed.device) ^ key)
 

@@ -57,8 +57,8 @@ struct Kernels {
                   double* out, int64_t ldo);
 
   // Rows of a gradient of an s2d_dtype, `stride` apart: G[r, j] += sum_i left[r, i] right[i, j] in fp32, rounded once to
-  // the dtype. A sum that is 0 or not finite changes no bit. With a `seed` bf16 is rounded by chance; the first row is
-  // then row `first` of the matrix.
+  // the dtype. A sum that is 0 or not finite changes no bit. With a `seed` bf16 is rounded stochastically; the first
+  // row is then row `first` of the matrix.
   void (*add_low_rank)(void* G, int32_t dtype, int64_t stride, int64_t rows, int64_t cols, const float* left,
                        const float* right, int64_t ldr, int64_t rank, const int64_t* seed, int64_t first);
 

@@ -227,11 +227,11 @@ inline uvec mixed(uvec x) {
 constexpr uint32_t kLane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 template <int R>
-struct ByChance {
+struct Stochastic {
   uvec key[R];
   uint16_t random[R][2 * kWidth];  // one mixed word has those of two columns
 
-  ByChance(const int64_t* seed, int64_t row) {
+  Stochastic(const int64_t* seed, int64_t row) {
     const uint64_t bits = static_cast<uint64_t>(*seed);
     const uvec layer =
         mixed(words(static_cast<uint32_t>(bits)) ^ mixed(words(static_cast<uint32_t>(bits >> 32) ^ 0x9e3779b9u)));
@@ -307,7 +307,7 @@ void add_low_rank(void* G, int32_t dtype, int64_t stride, int64_t rows, int64_t 
   if (dtype == S2D_FLOAT16) return add(static_cast<Half*>(G));
   Bfloat* const typed = static_cast<Bfloat*>(G);
   if (!seed) return add(typed);
-  add_rows<ByChance<kAddRows>, ByChance<1>>(typed, stride, rows, cols, left, right, ldr, rank, seed, first);
+  add_rows<Stochastic<kAddRows>, Stochastic<1>>(typed, stride, rows, cols, left, right, ldr, rank, seed, first);
 }
 
 // The rule in registers.

@@ -87,7 +87,7 @@ def _random(row: tl.tensor, i: tl.tensor, j: tl.tensor) -> tl.tensor:
 
 
 @jit()
-def _by_chance(x: tl.tensor, random: tl.tensor) -> tl.tensor:
+def _stochastic(x: tl.tensor, random: tl.tensor) -> tl.tensor:
     """fp32 to bf16 as `reference.stochastically_rounded`, with the 16 lower bits of uint32 `random`."""
     bits = x.to(tl.uint32, bitcast=True)
     bits += tl.where((bits & 0x7FFFFFFF) < 0x7F7F0000, random & 0xFFFF, 0)
@@ -105,7 +105,7 @@ def _update_tile(
     BLOCK_COLS: tl.constexpr,
     VECTOR: tl.constexpr,
     INTERPRETED: tl.constexpr,
-    BY_CHANCE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     ALIGNED: tl.constexpr,
 ) -> None:
     """One tile of the layer whose table row is given.
@@ -172,9 +172,9 @@ def _update_tile(
         # In the place of 0 and of what is not finite -0, which changes no bit: -0 + 0 would.
         usable = (tl.abs(total) < float("inf")) & (total != 0.0)
         total = tl.where(usable, total, zero * -1.0)
-        if BY_CHANCE:
+        if STOCHASTIC:
             random = _random(row, (first_row + i).to(tl.uint32), (first_col + j).to(tl.uint32))
-            rounded = _by_chance(wide + total, random)
+            rounded = _stochastic(wide + total, random)
         else:
             rounded = narrow(wide + total, GRAD, INTERPRETED)
         tl.store(place, rounded, mask=inside)
@@ -193,15 +193,15 @@ def _add_low_rank(
     VECTOR: tl.constexpr,
     FIELDS: tl.constexpr,
     INTERPRETED: tl.constexpr,
-    BY_CHANCE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
 ) -> None:
     """All layers of one dtype: program p updates tile p - first_tile of the last layer with first_tile <= p."""
     tile = tl.program_id(0).to(tl.int64)
     row = find_row(table, layers, FIELDS, 0, tile)
     if tl.load(row + 15) != 0:
-        _update_tile(row, tile, GRAD, SUM, UNROLL, BLOCK_ROWS, BLOCK_COLS, VECTOR, INTERPRETED, BY_CHANCE, True)
+        _update_tile(row, tile, GRAD, SUM, UNROLL, BLOCK_ROWS, BLOCK_COLS, VECTOR, INTERPRETED, STOCHASTIC, True)
     else:
-        _update_tile(row, tile, GRAD, SUM, UNROLL, BLOCK_ROWS, BLOCK_COLS, VECTOR, INTERPRETED, BY_CHANCE, False)
+        _update_tile(row, tile, GRAD, SUM, UNROLL, BLOCK_ROWS, BLOCK_COLS, VECTOR, INTERPRETED, STOCHASTIC, False)
 
 
 def _layer(first_tile: int, grad: Tensor, U: Tensor, Vh: Tensor, coefficients: Tensor) -> Layer:
@@ -252,7 +252,7 @@ def _block_rows(dtype: torch.dtype) -> int:
     return VECTORS * 32 * WARPS * VECTOR_BYTES // dtype.itemsize // BLOCK_COLS
 
 
-def _constants(dtype: torch.dtype, *, by_chance: bool = False) -> dict[str, Any]:
+def _constants(dtype: torch.dtype, *, stochastic: bool = False) -> dict[str, Any]:
     """The compile-time arguments for gradients of `dtype`: one binary each, whatever the shapes and ranks."""
     return {
         "GRAD": getattr(tl, str(dtype).removeprefix("torch.")),
@@ -263,7 +263,7 @@ def _constants(dtype: torch.dtype, *, by_chance: bool = False) -> dict[str, Any]
         "VECTOR": VECTOR_BYTES // dtype.itemsize,
         "FIELDS": FIELDS,
         "INTERPRETED": interpreted(),
-        "BY_CHANCE": by_chance,
+        "STOCHASTIC": stochastic,
     }
 
 
@@ -309,7 +309,7 @@ def _add_triton(
         for (dtype, _), layers in launches.items():
             table = TABLES.get(np.array(layers, dtype=np.int64), device)
             tiles = layers[-1].first_tile + _tiles(layers[-1], dtype)
-            constants = _constants(dtype, by_chance=seeds is not None and dtype == torch.bfloat16)
+            constants = _constants(dtype, stochastic=seeds is not None and dtype == torch.bfloat16)
             _add_low_rank[(tiles,)](table, len(layers), **constants, num_warps=WARPS, num_stages=1)
 
 
@@ -325,15 +325,15 @@ def variants() -> list[Variant]:
         (torch.float64, "DFMA"),
         (torch.bfloat16, "IMAD"),  # the products of the random numbers
     ):
-        by_chance = arithmetic == "IMAD"
-        constants = _constants(dtype, by_chance=by_chance)
+        stochastic = arithmetic == "IMAD"
+        constants = _constants(dtype, stochastic=stochastic)
         words, packed = VECTORS * VECTOR_BYTES // 4, arithmetic.startswith("F2FP")
         elements = VECTORS * VECTOR_BYTES // dtype.itemsize
         sum_bytes = max(4, dtype.itemsize)
         factor_bytes = sum_bytes * k * (m + n + 1)
         found.append(
             Variant(
-                name=f"add_low_rank<{constants['GRAD']}{', by chance' if by_chance else ''}>",
+                name=f"add_low_rank<{constants['GRAD']}{', stochastic' if stochastic else ''}>",
                 kernel=_add_low_rank,
                 signature={"table": "*i64", "layers": "i32", **dict.fromkeys(constants, "constexpr")},
                 constants=constants,
