@@ -167,6 +167,20 @@ CUDA_KERNELS = {
         shape="[4096, 4096] fp32, k=3",
         traffic=lambda _: (2 * 4 * 4096**2 + 4 * 3 * (2 * 4096 + 1), 7 * 4096**2 + 3 * 4096),
     ),
+    # The aligned path, in a thread: as above for bf16; a word's random number has two products and three shifts.
+    mangled("add_penalty_grad_stochastic"): Declared(
+        threads=256,
+        dynamic_shared=0,
+        instructions={
+            "LDG.128.!CONSTANT": 4,
+            "LDG.128.CONSTANT": 2,
+            "STG.128": 4,
+            "IMAD": 4 * 4 * 2,
+            "SHF.R.U32": 4 * 4 * 3,
+        },
+        shape="[4096, 4096] bf16, k=3",
+        traffic=lambda _: (2 * 2 * 4096**2 + 4 * 3 * (2 * 4096 + 1), 7 * 4096**2 + 3 * 4096),
+    ),
     mangled("adamw"): Declared(
         threads=128,
         dynamic_shared=0,

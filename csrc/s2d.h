@@ -17,7 +17,7 @@ extern "C" {
 #pragma GCC visibility push(default)
 
 /* Raised with every change of a signature or struct below; the loader refuses another value. */
-#define S2D_ABI_VERSION 4
+#define S2D_ABI_VERSION 5
 
 /* The stream type without CUDA's headers: a cudaStream_t is a pointer to this. */
 typedef struct CUstream_st* s2d_stream;
@@ -25,7 +25,7 @@ typedef struct CUstream_st* s2d_stream;
 typedef enum s2d_status {
   S2D_OK = 0,
   S2D_BAD_ARGUMENT = 1,   /* a negative size, a null or misaligned pointer, an unknown dtype, a rank outside
-                             0..S2D_MAX_RANK, rows of a gradient that share elements */
+                             0..S2D_MAX_RANK, rows of a gradient that share elements, a seed for fp16 */
   S2D_BAD_WORKSPACE = 2,  /* workspace smaller than the query says, or not 256-byte aligned */
   S2D_NO_KERNEL = 3,      /* the library holds no code for this device */
   S2D_UNSUPPORTED = 5,    /* sizes the kernels do not take on this device; see the operation */
@@ -57,13 +57,16 @@ typedef struct s2d_penalty_layer {
   const float* Vh;            /* [>= rank, cols], row stride vh_stride, columns contiguous */
   const float* coefficients;  /* [>= rank], read on the device */
   const int32_t* device_rank; /* null, or one integer read on the device; min(rank, *device_rank) components count */
+  const int64_t* device_seed; /* null: to the nearest; else one integer read on the device, with which bf16 is rounded
+                                 stochastically as reference.py's `rounding_bits` says. Not for fp16; fp32 needs none */
   int64_t rows, cols;
   int64_t grad_stride, u_row_stride, u_col_stride, vh_stride;
   int32_t rank;
   int32_t dtype;              /* s2d_dtype of grad */
 } s2d_penalty_layer;
 
-/* Adds the penalty gradient of all layers in as few launches as the parameter space allows (one up to ~300 layers).
+/* Adds the penalty gradient of all layers in as few launches as the parameter space allows (one up to 300 layers, and
+ * one more where some are rounded stochastically and others are not).
  * `layers` is host memory, read before the call returns. Needs no workspace. Layers of rank 0 cost nothing. The layers
  * of one call must not share elements of their gradients: blocks that run at once would lose each other's sums. */
 int s2d_add_penalty_grad(const s2d_penalty_layer* layers, int32_t count, void* workspace, size_t workspace_bytes,

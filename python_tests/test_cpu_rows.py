@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import test_optim
 import test_penalty_contract
+import test_stochastic_rounding
 import torch
 from emulated import build_cpu
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def check_the_contracts() -> None:
-    for module in (test_optim, test_penalty_contract):
+    for module in (test_optim, test_penalty_contract, test_stochastic_rounding):
         for name, run in module.RUNS.items():
             if name != "run_operator_checks":  # of the schema
                 run("cpu", CPU)

@@ -33,6 +33,7 @@ C_TYPES = {
     "void*": ctypes.c_void_p,
     "const float*": ctypes.c_void_p,
     "const int32_t*": ctypes.c_void_p,
+    "const int64_t*": ctypes.c_void_p,
     "s2d_stream": ctypes.c_void_p,
     "float*": ctypes.c_void_p,
     "int32_t*": ctypes.c_void_p,

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 GRANULARITIES = {"per_row": 0, "per_tensor": 1, "per_group": 2}
 MAX_RANK = 64
@@ -33,6 +33,7 @@ class PenaltyLayer(ctypes.Structure):
         ("Vh", c_void_p),
         ("coefficients", c_void_p),
         ("device_rank", c_void_p),
+        ("device_seed", c_void_p),
         ("rows", c_int64),
         ("cols", c_int64),
         ("grad_stride", c_int64),

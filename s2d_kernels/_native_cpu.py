@@ -27,7 +27,7 @@ from s2d_kernels._native import (
     open_library,
 )
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 MAX_THREADS = 256
 CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_vnni")
 BUILD_HINT = "build it with `make cpu`, or `pip install -e .` where CMake and GCC >= 11 or Clang are found"

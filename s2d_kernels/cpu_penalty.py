@@ -12,10 +12,16 @@ from s2d_kernels.penalty_tables import penalty_tables, supports_penalty
 
 @ops.implements("add_penalty_grad_", "cpu", supports_penalty)
 def _add_cpu(
-    grads: list[Tensor], Us: list[Tensor], Vhs: list[Tensor], coefficients: list[Tensor], ranks: Tensor | None
+    grads: list[Tensor],
+    Us: list[Tensor],
+    Vhs: list[Tensor],
+    coefficients: list[Tensor],
+    ranks: Tensor | None,
+    *,
+    seeds: Tensor | None = None,
 ) -> None:
     """Partly overlapping gradients are not supported."""
-    check_layers(grads, Us, Vhs, coefficients, ranks)
-    tables, _kept = penalty_tables(grads, Us, Vhs, coefficients, ranks)
+    check_layers(grads, Us, Vhs, coefficients, ranks, seeds)
+    tables, _kept = penalty_tables(grads, Us, Vhs, coefficients, ranks, seeds)
     for table in tables:
         _native_cpu.add_penalty_grad(table, torch.get_num_threads())

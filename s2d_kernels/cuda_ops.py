@@ -52,13 +52,19 @@ ops.declare_problem("cuda", _problem)
 
 @ops.implements("add_penalty_grad_", "cuda", supports_penalty)
 def _add_cuda(
-    grads: list[Tensor], Us: list[Tensor], Vhs: list[Tensor], coefficients: list[Tensor], ranks: Tensor | None
+    grads: list[Tensor],
+    Us: list[Tensor],
+    Vhs: list[Tensor],
+    coefficients: list[Tensor],
+    ranks: Tensor | None,
+    *,
+    seeds: Tensor | None = None,
 ) -> None:
     """One launch; a second one for a gradient that is given twice. Partly overlapping gradients are not supported."""
-    check_layers(grads, Us, Vhs, coefficients, ranks)
+    check_layers(grads, Us, Vhs, coefficients, ranks, seeds)
     context, stream = current_stream(grads[0])
     # What was converted lives until the launch is enqueued; its memory is reused on the same stream only.
-    launches, _kept = penalty_tables(grads, Us, Vhs, coefficients, ranks)
+    launches, _kept = penalty_tables(grads, Us, Vhs, coefficients, ranks, seeds)
     with context:
         for layers in launches:
             _native.add_penalty_grad(layers, stream)

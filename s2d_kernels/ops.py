@@ -144,7 +144,7 @@ def define(op: str, signature: str, fake: Callable[..., Any], *, option: str = "
     """Register the op `s2d::<op>` with a trailing `str? impl=None`; `fake` takes the arguments before it.
 
     The first argument is a tensor or a list of tensors, whose device is asked for the implementation. `option` is a
-    keyword-only argument of the op and of its implementations, which changes no result.
+    keyword-only argument of the op and of its implementations, which do without it by default.
     """
     arguments, returns = signature.split(" -> ")
     mutated = [place for place, argument in enumerate(arguments.split(",")) if "!)" in argument]
@@ -263,11 +263,13 @@ define(
 )
 
 # --- add_penalty_grad_: grads[i] += U[i] diag(coefficients[i]) Vh[i] over the first ranks[i] (default all) components
+# seeds: int64 [layers], with which bf16 gradients are rounded stochastically; None rounds all to the nearest.
 
 define(
     "add_penalty_grad_",
     "Tensor(a!)[] grads, Tensor[] U, Tensor[] Vh, Tensor[] coefficients, Tensor? ranks -> ()",
     lambda *_: None,
+    option="Tensor? seeds=None",
 )
 
 # --- PCDR: bounds [layers, 2, k_max] from the factors, or the ratios themselves [layers, k_max], fp64 ---------------

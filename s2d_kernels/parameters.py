@@ -203,7 +203,7 @@ def check_one_device(matrices: Sequence[Matrix]) -> None:
 
 
 def log_selection(
-    model: nn.Module, matrices: Sequence[Matrix], decisions: Sequence[ParameterDecision], *, decoupled: bool
+    model: nn.Module, matrices: Sequence[Matrix], decisions: Sequence[ParameterDecision], *, warn_of_rounding: bool
 ) -> None:
     """Log each decision at INFO, and warn of a model with nothing to penalize or with weights that round decay away."""
     for decision in decisions:
@@ -216,10 +216,10 @@ def log_selection(
             type(model).__name__,
         )
     low = [m.name for m in matrices if m.parameter.dtype in (torch.bfloat16, torch.float16)]
-    if low and decoupled:
+    if low and warn_of_rounding:
         logger.warning(
             "S2D decoupled: %d matrices (first: %s) are in bf16 or fp16, which rounds most of a small decay away: "
-            "keep fp32 weights",
+            "keep fp32 weights, or in bf16 use rounding='stochastic'",
             len(low),
             low[0],
         )

@@ -8,7 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from s2d_kernels import ops
+from s2d_kernels import ops, reference
+from s2d_kernels.rounding import (
+    check_rounding,
+    check_seeds,
+    layer_seeds,
+    refuse_fp16,
+    row_keys,
+    stochastically_rounded,
+)
 from s2d_kernels.svd import NON_FINITE, OVERFLOW, TopkSVD
 
 # Below this product of the largest elements of both sides no sum over a rank overflows fp32.
@@ -54,6 +62,8 @@ def add_penalty_grad_(
     power: float = 2.0,
     ranks: Sequence[int] | Tensor | None = None,
     coefficients: Sequence[Tensor] | None = None,
+    rounding: str = "nearest",
+    seed: int | Tensor | None = None,
     impl: str | None = None,
 ) -> None:
     """Add strength * U_r diag(s_r^power) Vh_r to each gradient, in place (gradient of eq. 6; algorithm 1, line 20).
@@ -67,21 +77,38 @@ def add_penalty_grad_(
             its device. Default all. Layers of rank 0 given as ints cost nothing.
         coefficients: per layer a tensor `[k]` used instead of strength * s^power (the decoupled form passes
             s_new - s_old and the weights as `grads`).
+        rounding: of bf16 gradients, "nearest" or "stochastic": up or down with probabilities by which the expectation
+            is the fp32 sum, so that sums of many additions below bf16's resolution come out right. fp32 and fp64
+            gradients have nothing to round.
+        seed: of "stochastic", which needs one: an int64 tensor `[layers]` on the gradients' device, one of `[1]`, or an
+            int of 0..2^63 - 1; layer i then has seed + i 0x9e3779b97f4a7c15 modulo 2^64. Give another one at each
+            call. A captured CUDA graph reads a tensor at each replay: increment one of `[layers]` in place between
+            replays, else each draws the same numbers, as it does from an int.
         impl: "reference", "torch", "cpu", "triton" or "cuda", as far as installed; None chooses.
 
     Raises:
         TypeError: an element is no dense floating tensor.
-        ValueError: lists of different lengths, shapes that do not fit, a rank outside 0..k. Nothing is written then.
+        ValueError: lists of different lengths, shapes that do not fit, a rank outside 0..k; "stochastic" without a
+            seed or with an fp16 gradient, a seed without it. Nothing is written then.
 
     A component whose strength * s^power is not finite counts as 0, and an element of the sum that is 0 or not finite
     changes no bit of the gradient (with impl="torch" a -0 may become 0); `penalty_status` tells which layers that
     concerns.
 
     Accuracy: the sum is formed in fp32 (fp64 for fp64) and rounded once to the gradient's dtype. With impl="torch" it
-        is a matrix product, which `torch.set_float32_matmul_precision` may reduce.
-    Determinism: same inputs give the same bits.
+        is a matrix product, which `torch.set_float32_matmul_precision` may reduce. A finite sum never becomes infinite
+        by "stochastic": above the largest bf16 number it becomes that.
+    Determinism: same inputs give the same bits. The random numbers are functions of the layer's seed, the row and the
+        column alone (`reference.rounding_bits`), on every implementation the same.
     """
     strength, power = ops.check_number("strength", strength), ops.check_number("power", power)
+    stochastic = check_rounding(rounding)
+    if stochastic != (seed is not None):
+        raise ValueError(
+            "rounding='stochastic' needs seed=, another one at each call"
+            if stochastic
+            else f"seed={seed!r} belongs to rounding='stochastic'"
+        )
     grads = ops.check_tensor_list("grads", grads, ndim=2)
     ops.check_same_length(grads=grads, factors=factors)
     device_ranks = None
@@ -116,6 +143,9 @@ def add_penalty_grad_(
                 )
         for name, tensor in (("U", factor.U), ("S", factor.S), ("Vh", factor.Vh)):
             ops.check_tensor(f"factors[{index}].{name}", tensor, device=device)
+        if stochastic:
+            refuse_fp16(f"grads[{index}]", grad)
+    seeds = layer_seeds(seed, len(grads), grads[0].device) if stochastic and grads else None
     cs = (
         penalty_coefficients([factor.S for factor in factors], strength=strength, power=power)
         if coefficients is None
@@ -138,7 +168,9 @@ def add_penalty_grad_(
         device_ranks = device_ranks.to(gs[0].device, torch.int32)
         if len(places) < len(grads):
             device_ranks = torch.stack([device_ranks[place] for place in places])
-    torch.ops.s2d.add_penalty_grad_(gs, Us, Vhs, cs, device_ranks, impl)
+    if seeds is not None and len(places) < len(grads):
+        seeds = torch.stack([seeds[place] for place in places])
+    torch.ops.s2d.add_penalty_grad_(gs, Us, Vhs, cs, device_ranks, impl, seeds=seeds)
 
 
 def _overlaps(matrix: Tensor) -> bool:
@@ -153,9 +185,11 @@ def check_layers(
     Vhs: Sequence[Tensor],
     coefficients: Sequence[Tensor],
     ranks: Tensor | None,
+    seeds: Tensor | None = None,
 ) -> None:
     """For the implementations that read raw pointers: what does not fit must not get that far."""
     ops.check_same_length(grads=grads, U=Us, Vh=Vhs, coefficients=coefficients)
+    check_seeds(grads, seeds)
     device = grads[0].device
     for index, (grad, U, Vh, c) in enumerate(zip(grads, Us, Vhs, coefficients, strict=True)):
         ops.check_tensor(f"grads[{index}]", grad, ndim=2, device=device)
@@ -272,20 +306,40 @@ def added(grad: Tensor, low_rank: LowRank) -> Tensor:
 
 @ops.implements("add_penalty_grad_", "reference")
 def _add_reference(
-    grads: list[Tensor], Us: list[Tensor], Vhs: list[Tensor], coefficients: list[Tensor], ranks: Tensor | None
+    grads: list[Tensor],
+    Us: list[Tensor],
+    Vhs: list[Tensor],
+    coefficients: list[Tensor],
+    ranks: Tensor | None,
+    *,
+    seeds: Tensor | None = None,
 ) -> None:
-    for grad, U, Vh, c in zip(grads, Us, Vhs, masked(coefficients, ranks), strict=True):
-        grad.copy_(added(grad, LowRank(U.double() * c.double(), Vh.double(), True)))
+    check_seeds(grads, seeds)
+    for index, (grad, U, Vh, c) in enumerate(zip(grads, Us, Vhs, masked(coefficients, ranks), strict=True)):
+        total = added(grad, LowRank(U.double() * c.double(), Vh.double(), True))
+        if seeds is not None and grad.dtype == torch.bfloat16:
+            total = reference.stochastically_rounded(total.float(), seeds[index])
+        grad.copy_(total)
 
 
 @ops.implements("add_penalty_grad_", "torch")
 def _add_torch(
-    grads: list[Tensor], Us: list[Tensor], Vhs: list[Tensor], coefficients: list[Tensor], ranks: Tensor | None
+    grads: list[Tensor],
+    Us: list[Tensor],
+    Vhs: list[Tensor],
+    coefficients: list[Tensor],
+    ranks: Tensor | None,
+    *,
+    seeds: Tensor | None = None,
 ) -> None:
-    low_ranks = screened([grad.dtype for grad in grads], Us, Vhs, masked(coefficients, ranks), split=True)
-    for grad, low_rank in zip(grads, low_ranks, strict=True):
+    check_seeds(grads, seeds)
+    low_ranks = screened([grad.dtype for grad in grads], Us, Vhs, masked(coefficients, ranks), split=seeds is None)
+    for index, (grad, low_rank) in enumerate(zip(grads, low_ranks, strict=True)):
         if low_rank is None:
             continue
+        keys = None
+        if seeds is not None and grad.dtype == torch.bfloat16:
+            keys = row_keys(seeds[index], grad.shape[0])
         left, right, guarded = low_rank
         if not guarded and grad.dtype == left.dtype:
             grad.addmm_(left, right)
@@ -294,4 +348,5 @@ def _add_torch(
         rows = max(1, BLOCK_ELEMENTS // max(grad.shape[1], 1))
         for first in range(0, grad.shape[0], rows):
             block = grad[first : first + rows]
-            block.copy_(added(block, LowRank(left[first : first + rows], right, guarded)))
+            total = added(block, LowRank(left[first : first + rows], right, guarded))
+            block.copy_(total if keys is None else stochastically_rounded(total, keys[first : first + rows]))

@@ -27,7 +27,12 @@ def supports_penalty(
 
 
 def penalty_tables(
-    grads: list[Tensor], Us: list[Tensor], Vhs: list[Tensor], coefficients: list[Tensor], ranks: Tensor | None
+    grads: list[Tensor],
+    Us: list[Tensor],
+    Vhs: list[Tensor],
+    coefficients: list[Tensor],
+    ranks: Tensor | None,
+    seeds: Tensor | None,
 ) -> tuple[list[list[_native.PenaltyLayer]], list[tuple[Tensor, ...]]]:
     """One table a launch, a second one for a gradient that is given twice; and the tensors to keep alive meanwhile."""
     kept: list[tuple[Tensor, ...]] = []
@@ -36,6 +41,9 @@ def penalty_tables(
     if ranks is not None:
         ranks = ranks.contiguous()
         kept.append((ranks,))
+    if seeds is not None:
+        seeds = seeds.contiguous()
+        kept.append((seeds,))
     for index, (grad, U, Vh, c) in enumerate(zip(grads, Us, Vhs, coefficients, strict=True)):
         operands = U.float(), Vh.float(), c.float().contiguous()
         if operands[1].stride(1) != 1 and operands[1].shape[1] > 1:
@@ -45,12 +53,12 @@ def penalty_tables(
         earlier[grad.data_ptr()] += 1
         if time == len(tables):
             tables.append([])
-        tables[time].append(_layer(index, grad, *operands, ranks))
+        tables[time].append(_layer(index, grad, *operands, ranks, seeds))
     return tables, kept
 
 
 def _layer(
-    index: int, grad: Tensor, U: Tensor, Vh: Tensor, coefficients: Tensor, ranks: Tensor | None
+    index: int, grad: Tensor, U: Tensor, Vh: Tensor, coefficients: Tensor, ranks: Tensor | None, seeds: Tensor | None
 ) -> _native.PenaltyLayer:
     """One row of the pointer table; the tensors must outlive the enqueueing."""
     if grad.dtype not in DTYPES:
@@ -67,6 +75,7 @@ def _layer(
         Vh=Vh.data_ptr(),
         coefficients=coefficients.data_ptr(),
         device_rank=None if ranks is None else ranks.data_ptr() + 4 * index,
+        device_seed=None if seeds is None else seeds.data_ptr() + 8 * index,
         rows=grad.shape[0],
         cols=grad.shape[1],
         grad_stride=grad.stride(0),

@@ -73,6 +73,45 @@ def decoupled_update(weight: Tensor, *, lr: float, rank: int, strength: float, p
     return weight + (U * change) @ Vh
 
 
+def rounding_bits(seed: int | Tensor, rows: int, cols: int) -> Tensor:
+    """The random numbers 0..65535 of stochastic rounding, int64 `[rows, cols]`; `seed` is an int64.
+
+    A function of the seed, the row i and the column j alone. In words of 32 bits, `^` being exclusive or:
+
+        mix(x):  x ^= x >> 16;  x *= 0x7feb352d;  x ^= x >> 15;  x *= 0x846ca68b;  x ^= x >> 16     ("lowbias32")
+        key    = mix(seed[0:32] ^ mix(seed[32:64] ^ 0x9e3779b9))
+        pair   = mix(j / 2 ^ mix(i ^ key))
+        number = the lower half of `pair` where j is even, the upper half where it is odd
+
+    i and j / 2 count modulo 2^32. Two columns share what is mixed, since a rounding takes 16 bits.
+    """
+    word = 0xFFFFFFFF
+
+    def mix(x: Tensor) -> Tensor:
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            x = ((x ^ (x >> shift)) * factor) & word
+        return x ^ (x >> 16)
+
+    s = torch.as_tensor(seed, dtype=torch.int64)
+    i, j = (torch.arange(size, device=s.device) for size in (rows, cols))
+    key = mix((s & word) ^ mix(((s >> 32) & word) ^ 0x9E3779B9))
+    pair = mix(((j >> 1) & word) ^ mix((i & word) ^ key)[:, None])
+    return torch.where(j % 2 == 0, pair & 0xFFFF, pair >> 16)
+
+
+def stochastically_rounded(x: Tensor, seed: int | Tensor) -> Tensor:
+    """fp32 `x [m, n]` in bf16, each element one of its two neighbours, at random with the expectation `x`.
+
+    (u + r) & 0xffff0000, of the element's bits u and its number r of `rounding_bits`: the larger magnitude has the
+    probability (u & 0xffff) / 2^16, the element's place between the two. What bf16 has exactly stays. From the largest
+    bf16 on r is 0: no finite number becomes infinite, infinities and NaN stay what they are.
+    """
+    bits = x.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    r = torch.where((bits & 0x7FFFFFFF) < 0x7F7F0000, rounding_bits(seed, *x.shape).to(x.device), 0)
+    upper = (bits + r) >> 16
+    return torch.where(upper < 2**15, upper, upper - 2**16).to(torch.int16).view(torch.bfloat16)
+
+
 def strength_for_half_life(sigma: float, lr_sum: float, *, power: float = 2.0) -> float:
     """Decay strength that halves a singular value `sigma` while the learning rates add up to `lr_sum`.
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,7 @@ from s2d_kernels.parameters import (
 )
 from s2d_kernels.penalty import add_penalty_grad_
 from s2d_kernels.refresh import compute_refresh, log_arrival
+from s2d_kernels.rounding import StepSeeds, check_rounding, refuse_fp16
 from s2d_kernels.scheduler import Pending, SideStream
 from s2d_kernels.selection import PCDR
 from s2d_kernels.svd import CONVERGED, STATUS_NAMES, SVDBasis
@@ -83,7 +85,11 @@ class S2D:
         lead: steps between the start of a refresh and its use, 0 <= lead < interval.
         select: (regex, penalize) pairs on parameter names, first match wins; see `parameters.find_matrices`.
         splits: regex -> row counts of fused projections.
-        seed: seed of the random columns of the SVD.
+        seed: seed of the random columns of the SVD, and of stochastic rounding.
+        rounding: of decays of bf16 weights, or in the coupled form of sums with bf16 gradients: "nearest", or
+            "stochastic", by which decays far below the resolution of bf16 act as they should in expectation (see
+            `add_penalty_grad_`). The random numbers depend on `seed`, the step and the matrix alone. Not for fp16, nor
+            with `SpectralAdamW`.
         capture: "hooks", installed on refresh steps only, on which a compiled model runs eagerly; or "graph", an
             operation that stays in the model, for CUDA graphs and models that shall not leave their compiled code: move
             the model and load the weights, build S2D, then compile.
@@ -113,7 +119,8 @@ class S2D:
         layers: list of `LayerReport`, after the first arrival.
 
     Under Adam-type optimizers the coupled form hardly depends on `strength`, because Adam normalizes it away: use
-    mode="decoupled" there. Parameters in bf16 or fp16 round away changes below their resolution.
+    mode="decoupled" there. Parameters in bf16 or fp16 round away changes below their resolution, those in bf16 not with
+    rounding="stochastic".
     """
 
     def __init__(
@@ -130,6 +137,7 @@ class S2D:
         select: Sequence[tuple[str, bool]] = (),
         splits: Mapping[str, Sequence[int]] | None = None,
         seed: int = 0,
+        rounding: str = "nearest",
         capture: str = "hooks",
         asynchronous: bool = True,
         snapshot: bool = True,
@@ -165,12 +173,13 @@ class S2D:
         self.interval = ops.check_integer("interval", interval, low=1)
         self.lead = ops.check_integer("lead", lead, low=0, high=self.interval - 1)
         self.seed, self.impl = ops.check_integer("seed", seed, low=0), impl
+        self.rounding, stochastic = rounding, check_rounding(rounding)
         self.max_sms = None if max_sms is None else ops.check_integer("max_sms", max_sms, low=1)
         self.step = 0
         self.decisions: list[ParameterDecision]
         self._matrices, self.decisions = find_matrices(model, k_max=k_max, select=select, splits=splits)
         check_one_device(self._matrices)
-        log_selection(model, self._matrices, self.decisions, decoupled=mode == "decoupled")
+        log_selection(model, self._matrices, self.decisions, warn_of_rounding=mode == "decoupled" and not stochastic)
         if static_factors and mode != "coupled":
             raise ValueError("static_factors=True belongs to mode='coupled': the decoupled form acts outside of graphs")
         if capture == "graph" and not snapshot:
@@ -181,6 +190,9 @@ class S2D:
         self._side = SideStream(device, asynchronous=asynchronous)
         ranks = torch.zeros(len(self._matrices), dtype=torch.int32, device=device)
         self._static_ranks = ranks if static_factors else None
+        self._places = {matrix.name: place for place, matrix in enumerate(self._matrices)}
+        self._seeds = StepSeeds(self.seed, len(self._matrices), device) if stochastic else None
+        self._check_dtypes()
         self._capture: ActivationCapture | GraphCapture
         if capture == "graph":  # the decoupled form changes the weights before it asks for the capture
             self._capture = GraphCapture(self._matrices, copy_at_start=mode == "decoupled")
@@ -242,6 +254,7 @@ class S2D:
                 return
             self._arrive_if_due()
             self._check_deviation(rates)
+            self._draw()
             self._add_factors(grad_scale)
         self._end_step()
 
@@ -261,15 +274,37 @@ class S2D:
             static = self._static_ranks
             own = static if len(indices) == len(static) else torch.stack([static[index] for index in indices])
             add_penalty_grad_(
-                grads, factors, strength=self.strength * grad_scale, power=self.power, ranks=own, impl=self.impl
+                grads,
+                factors,
+                strength=self.strength * grad_scale,
+                power=self.power,
+                ranks=own,
+                impl=self.impl,
+                **self._stochastic_rounding(indices),
             )
         else:
             layers = [self._layers[self._matrices[index].name] for index in indices]
             coefficients = [layer.coefficients(self.strength * grad_scale, self.power) for layer in layers]
             ranks = [layer.rank for layer in layers]
-            add_penalty_grad_(grads, factors, ranks=ranks, coefficients=coefficients, impl=self.impl)
+            add_penalty_grad_(
+                grads,
+                factors,
+                ranks=ranks,
+                coefficients=coefficients,
+                impl=self.impl,
+                **self._stochastic_rounding(indices),
+            )
         for (matrix, grad), rows in zip(touched, grads, strict=True):
             matrix.write_back(grad, rows)
+
+    def _draw(self, use: int = 0) -> None:
+        """The random numbers of this step's rounding."""
+        if self._seeds is not None:
+            self._seeds.draw(self.step, use)
+
+    def _stochastic_rounding(self, places: Sequence[int]) -> dict[str, Any]:
+        """Arguments of `add_penalty_grad_` for the matrices at these places."""
+        return {} if self._seeds is None else {"rounding": self.rounding, "seed": self._seeds.of(places)}
 
     @property
     def refresh_due(self) -> bool:
@@ -293,6 +328,7 @@ class S2D:
         if self.refresh_due:
             raise ValueError(f"step {self.step} is a refresh step: run it without the graph, so that hooks see it")
         self._arrive_if_due()
+        self._draw()
         self._end_step()
 
     def decay_(self, lr: float | Mapping[str, float]) -> None:
@@ -392,24 +428,31 @@ class S2D:
     def _fuse(self, optimizer: torch.optim.Optimizer) -> None:
         """Leave the calls to the step of an optimizer that applies the penalties itself, until `detach` or `close`."""
         self._check_callable(type(optimizer).__name__)
+        if self._seeds is not None:
+            raise ValueError(
+                f"{type(optimizer).__name__} rounds to the nearest: with S2D(rounding='stochastic') use "
+                "torch.optim.AdamW and attach(optimizer)"
+            )
         self._check_supported()
         ensure_eager()
         self._handles = [fuse(self, optimizer)]
 
-    def _change_weights(self, changes: Sequence[tuple[Matrix, LayerState, Tensor]]) -> None:
+    def _change_weights(self, changes: Sequence[tuple[Matrix, LayerState, Tensor]], *, use: int = 0) -> None:
         """W += U diag(change) Vh of each layer's decided components."""
         weights = [matrix.rows(matrix.parameter.detach()) for matrix, _, _ in changes]
-        self._add_changes([(rows, layer, c) for rows, (_, layer, c) in zip(weights, changes, strict=True)])
+        self._draw(use)
+        self._add_changes(weights, changes)
         for (matrix, _, _), rows in zip(changes, weights, strict=True):
             matrix.write_back(matrix.parameter.detach(), rows)
 
-    def _add_changes(self, changes: Sequence[tuple[Tensor, LayerState, Tensor]]) -> None:
+    def _add_changes(self, weights: Sequence[Tensor], changes: Sequence[tuple[Matrix, LayerState, Tensor]]) -> None:
         if changes:
             add_penalty_grad_(
-                [rows for rows, _, _ in changes],
+                weights,
                 [layer.factors(layer.rank) for _, layer, _ in changes],
                 coefficients=[change for _, _, change in changes],
                 impl=self.impl,
+                **self._stochastic_rounding([self._places[matrix.name] for matrix, _, _ in changes]),
             )
 
     def attach(self, optimizer: torch.optim.Optimizer, *, parts: Sequence[torch.optim.Optimizer] | None = None) -> None:
@@ -578,6 +621,9 @@ class S2D:
         self._pending = None if pending is None else _completed(self._side, pending)
         if self._static_ranks is not None:
             self._static_ranks = self._static_ranks.to(self._built_for[0])
+        if self._seeds is not None:
+            self._seeds.move(self._built_for[0])
+            self._check_dtypes()
 
     def _arm(self) -> None:
         if self.step % self.interval == 0 and self._matrices:
@@ -611,9 +657,10 @@ class S2D:
             if self.mode == "decoupled":  # the copies of this step's weights are from before what is caught up here
                 late = self._catch_up(before)
                 changes = [(m, self._layers[m.name], late[m.name]) for m in self._matrices if m.name in late]
-                self._change_weights(changes)
+                self._change_weights(changes, use=1)
                 copies = [m.name for m in self._matrices if m.name in captured and captured[m.name].apart(m)]
-                self._add_changes([(captured[m.name].weight, at, c) for m, at, c in changes if m.name in copies])
+                copied_too = [change for change in changes if change[0].name in copies]
+                self._add_changes([captured[m.name].weight for m, _, _ in copied_too], copied_too)
         bases: dict[str, SVDBasis | None] = {}
         for name, layer in self._layers.items():
             layer.S_at_snapshot, layer.missed_lr = layer.S.clone(), 0.0
@@ -738,6 +785,11 @@ class S2D:
         if self._capture.seen:
             check_gradients_kept(self._matrices)
         return True
+
+    def _check_dtypes(self) -> None:
+        if self._seeds is not None:
+            for matrix in self._matrices:
+                refuse_fp16(f"parameter {matrix.name!r}", matrix.parameter)
 
     def _check_supported(self) -> None:
         """What the constructor checks of processes and parameters, again: trainers change them after it."""

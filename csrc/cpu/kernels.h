@@ -57,9 +57,10 @@ struct Kernels {
                   double* out, int64_t ldo);
 
   // Rows of a gradient of an s2d_dtype, `stride` apart: G[r, j] += sum_i left[r, i] right[i, j] in fp32, rounded once to
-  // the dtype. A sum that is 0 or not finite changes no bit.
+  // the dtype. A sum that is 0 or not finite changes no bit. With a `seed` bf16 is rounded stochastically; the first
+  // row is then row `first` of the matrix.
   void (*add_low_rank)(void* G, int32_t dtype, int64_t stride, int64_t rows, int64_t cols, const float* left,
-                       const float* right, int64_t ldr, int64_t rank);
+                       const float* right, int64_t ldr, int64_t rank, const int64_t* seed, int64_t first);
 
   // One step in fp32 arithmetic, each result rounded once to the s2d_dtype of all four tensors. An element of the penalty
   // that is 0 or not finite changes no bit. The bits of an element depend on nothing else in the call.

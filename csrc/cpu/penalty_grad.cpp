@@ -26,7 +26,7 @@ int64_t pieces(const s2d_penalty_layer& layer) {
 
 bool valid(const s2d_penalty_layer& layer) {
   const bool sizes = layer.rows >= 0 && layer.cols >= 0 && layer.rank >= 0 && layer.rank <= S2D_MAX_RANK &&
-                     layer.dtype >= S2D_FLOAT32 && layer.dtype <= S2D_FLOAT16;
+                     layer.dtype >= S2D_FLOAT32 && layer.dtype <= S2D_FLOAT16 && !(layer.device_seed && layer.dtype == S2D_FLOAT16);
   const bool nothing = layer.rank == 0 || layer.rows == 0 || layer.cols == 0;
   const bool pointers = layer.grad && layer.U && layer.Vh && layer.coefficients;
   return sizes && (nothing || (pointers && (layer.rows == 1 || layer.grad_stride >= layer.cols)));
@@ -40,7 +40,8 @@ void work_on(const s2d_penalty_layer& layer, int64_t piece) {
     for (int64_t i = 0; i < rank; ++i)
       left[r * rank + i] = layer.U[(first + r) * layer.u_row_stride + i * layer.u_col_stride] * layer.coefficients[i];
   char* const start = static_cast<char*>(layer.grad) + first * layer.grad_stride * (layer.dtype == S2D_FLOAT32 ? 4 : 2);
-  kernels().add_low_rank(start, layer.dtype, layer.grad_stride, rows, layer.cols, left, layer.Vh, layer.vh_stride, rank);
+  kernels().add_low_rank(start, layer.dtype, layer.grad_stride, rows, layer.cols, left, layer.Vh, layer.vh_stride, rank,
+                         layer.device_seed, first);
 }
 
 }  // namespace

@@ -207,44 +207,107 @@ inline void add_sum(Half* G, vec sum) {
   store(G, result);
 }
 
+// The two ways to round. They are told of the columns from j on, j ascending by kWidth, before sums of these are added.
+struct ToTheNearest {
+  ToTheNearest(const int64_t*, int64_t) {}
+  void columns(int64_t) {}
+  template <typename T>
+  void add(T* G, int, int64_t, vec sum) const {
+    add_sum(G, sum);
+  }
+};
+
+// The random numbers are those that reference.py's `rounding_bits` defines.
+inline uvec words(uint32_t x) { return x - uvec{}; }
+inline uvec mixed(uvec x) {
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+constexpr uint32_t kLane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+template <int R>
+struct Stochastic {
+  uvec key[R];
+  uint16_t random[R][2 * kWidth];  // one mixed word has those of two columns
+
+  Stochastic(const int64_t* seed, int64_t row) {
+    const uint64_t bits = static_cast<uint64_t>(*seed);
+    const uvec layer =
+        mixed(words(static_cast<uint32_t>(bits)) ^ mixed(words(static_cast<uint32_t>(bits >> 32) ^ 0x9e3779b9u)));
+    for (int r = 0; r < R; ++r) key[r] = mixed(layer ^ words(static_cast<uint32_t>(row + r)));
+  }
+  void columns(int64_t j) {
+    if (j & kWidth) return;
+    const uvec halves = words(static_cast<uint32_t>(j / 2)) + *reinterpret_cast<const uvec*>(kLane);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const uvec pairs = mixed(key[r] ^ halves);
+      memcpy(random[r], &pairs, sizeof pairs);
+    }
+  }
+  void add(Bfloat* G, int r, int64_t j, vec sum) const {
+    const uvec bits = bits_of(load(G) + sum);
+    // From the largest bf16 on to the one below, which is no infinity.
+    const uvec below = reinterpret_cast<uvec>((bits & ~kSign) < 0x7f7f0000u);
+    const svec result = upper(bits + (widened(random[r] + (j & kWidth)) & below));
+    svec* const place = reinterpret_cast<svec*>(G);
+    const uvec added = usable(sum);
+    if (all(added)) {
+      *place = result;
+      return;
+    }
+    const svec mask = upper(added);
+    *place = (result & mask) | (*place & ~mask);
+  }
+};
+
 // R rows together, so that they share the columns of `right`.
-template <int R, typename T>
+template <int R, typename T, typename Rounding>
 inline void add_tile(T* G, int64_t stride, int64_t cols, const float* left, const float* right, int64_t ldr,
-                     int64_t rank) {
+                     int64_t rank, Rounding rounding) {
   vec sum[R];
   int64_t j = 0;
   for (; j + kWidth <= cols; j += kWidth) {
     products<R, false>(left, right + j, ldr, rank, kWidth, sum);
+    rounding.columns(j);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       __builtin_prefetch(G + (R + r) * stride + j, 1);  // the rows of the next tile
-      add_sum(G + r * stride + j, sum[r]);
+      rounding.add(G + r * stride + j, r, j, sum[r]);
     }
   }
   if (j == cols) return;
   products<R, true>(left, right + j, ldr, rank, cols - j, sum);
+  rounding.columns(j);
   for (int r = 0; r < R; ++r) {
     T some[kWidth] = {};
     memcpy(some, G + r * stride + j, (cols - j) * sizeof(T));
-    add_sum(some, sum[r]);
+    rounding.add(some, r, j, sum[r]);
     memcpy(G + r * stride + j, some, (cols - j) * sizeof(T));
   }
 }
 
-template <typename T>
+template <typename Several, typename One, typename T>
 void add_rows(T* G, int64_t stride, int64_t rows, int64_t cols, const float* left, const float* right, int64_t ldr,
-              int64_t rank) {
+              int64_t rank, const int64_t* seed, int64_t first) {
   int64_t r = 0;
   for (; r + kAddRows <= rows; r += kAddRows)
-    add_tile<kAddRows>(G + r * stride, stride, cols, left + r * rank, right, ldr, rank);
-  for (; r < rows; ++r) add_tile<1>(G + r * stride, stride, cols, left + r * rank, right, ldr, rank);
+    add_tile<kAddRows>(G + r * stride, stride, cols, left + r * rank, right, ldr, rank, Several(seed, first + r));
+  for (; r < rows; ++r)
+    add_tile<1>(G + r * stride, stride, cols, left + r * rank, right, ldr, rank, One(seed, first + r));
 }
 
 void add_low_rank(void* G, int32_t dtype, int64_t stride, int64_t rows, int64_t cols, const float* left,
-                  const float* right, int64_t ldr, int64_t rank) {
-  if (dtype == S2D_FLOAT32) return add_rows(static_cast<float*>(G), stride, rows, cols, left, right, ldr, rank);
-  if (dtype == S2D_BFLOAT16) return add_rows(static_cast<Bfloat*>(G), stride, rows, cols, left, right, ldr, rank);
-  add_rows(static_cast<Half*>(G), stride, rows, cols, left, right, ldr, rank);
+                  const float* right, int64_t ldr, int64_t rank, const int64_t* seed, int64_t first) {
+  const auto add = [=](auto* typed) {
+    add_rows<ToTheNearest, ToTheNearest>(typed, stride, rows, cols, left, right, ldr, rank, seed, first);
+  };
+  if (dtype == S2D_FLOAT32) return add(static_cast<float*>(G));
+  if (dtype == S2D_FLOAT16) return add(static_cast<Half*>(G));
+  Bfloat* const typed = static_cast<Bfloat*>(G);
+  if (!seed) return add(typed);
+  add_rows<Stochastic<kAddRows>, Stochastic<1>>(typed, stride, rows, cols, left, right, ldr, rank, seed, first);
 }
 
 // The rule in registers.

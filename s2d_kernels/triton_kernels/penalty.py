@@ -38,6 +38,7 @@ class Layer(NamedTuple):
     """One row of the device table, all int64; the kernels read the fields by their position.
 
     grad `[rows, cols]` += left `[rows, rank]` diag(coefficients `[rank]`) right `[rank, cols]`; strides in elements.
+    `transposed` tells that rows and columns have changed places.
     """
 
     first_tile: int
@@ -57,9 +58,40 @@ class Layer(NamedTuple):
     rank: int
     aligned: int
     device_rank: int
+    device_seed: int
+    transposed: int
 
 
 FIELDS = len(Layer._fields)
+
+
+@jit()
+def _mixed(x: tl.tensor) -> tl.tensor:
+    """mix of `reference.rounding_bits`, of uint32."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@jit()
+def _random(row: tl.tensor, i: tl.tensor, j: tl.tensor) -> tl.tensor:
+    """`reference.rounding_bits` of rows i and columns j, in the lower halves of uint32, of a layer's table row."""
+    seed = tl.load(tl.load(row + 17).to(tl.pointer_type(tl.int64)))
+    transposed = tl.load(row + 18) != 0
+    key = _mixed(seed.to(tl.uint32) ^ _mixed((seed >> 32).to(tl.uint32) ^ 0x9E3779B9))
+    # What each dimension has of the word that is mixed for an element, and of the place of its half.
+    of_rows = tl.where(transposed, i >> 1, _mixed(i ^ key))
+    of_cols = tl.where(transposed, _mixed(j ^ key), j >> 1)
+    half = tl.where(transposed, i & 1, 0)[:, None] + tl.where(transposed, 0, j & 1)[None, :]
+    return _mixed(of_rows[:, None] ^ of_cols[None, :]) >> (half * 16)
+
+
+@jit()
+def _stochastic(x: tl.tensor, random: tl.tensor) -> tl.tensor:
+    """fp32 to bf16 as `reference.stochastically_rounded`, with the 16 lower bits of uint32 `random`."""
+    bits = x.to(tl.uint32, bitcast=True)
+    bits += tl.where((bits & 0x7FFFFFFF) < 0x7F7F0000, random & 0xFFFF, 0)
+    return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @jit()
@@ -73,6 +105,7 @@ def _update_tile(
     BLOCK_COLS: tl.constexpr,
     VECTOR: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     ALIGNED: tl.constexpr,
 ) -> None:
     """One tile of the layer whose table row is given.
@@ -139,7 +172,12 @@ def _update_tile(
         # In the place of 0 and of what is not finite -0, which changes no bit: -0 + 0 would.
         usable = (tl.abs(total) < float("inf")) & (total != 0.0)
         total = tl.where(usable, total, zero * -1.0)
-        tl.store(place, narrow(wide + total, GRAD, INTERPRETED), mask=inside)
+        if STOCHASTIC:
+            random = _random(row, (first_row + i).to(tl.uint32), (first_col + j).to(tl.uint32))
+            rounded = _stochastic(wide + total, random)
+        else:
+            rounded = narrow(wide + total, GRAD, INTERPRETED)
+        tl.store(place, rounded, mask=inside)
 
 
 # Not specialized: one layer or a multiple of 16 would be a compilation of its own.
@@ -155,19 +193,21 @@ def _add_low_rank(
     VECTOR: tl.constexpr,
     FIELDS: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
 ) -> None:
     """All layers of one dtype: program p updates tile p - first_tile of the last layer with first_tile <= p."""
     tile = tl.program_id(0).to(tl.int64)
     row = find_row(table, layers, FIELDS, 0, tile)
     if tl.load(row + 15) != 0:
-        _update_tile(row, tile, GRAD, SUM, UNROLL, BLOCK_ROWS, BLOCK_COLS, VECTOR, INTERPRETED, True)
+        _update_tile(row, tile, GRAD, SUM, UNROLL, BLOCK_ROWS, BLOCK_COLS, VECTOR, INTERPRETED, STOCHASTIC, True)
     else:
-        _update_tile(row, tile, GRAD, SUM, UNROLL, BLOCK_ROWS, BLOCK_COLS, VECTOR, INTERPRETED, False)
+        _update_tile(row, tile, GRAD, SUM, UNROLL, BLOCK_ROWS, BLOCK_COLS, VECTOR, INTERPRETED, STOCHASTIC, False)
 
 
 def _layer(first_tile: int, grad: Tensor, U: Tensor, Vh: Tensor, coefficients: Tensor) -> Layer:
     """The table row of a layer; the operands already have the dtype of the sum."""
-    if grad.shape[1] == 1 or (grad.shape[0] > 1 and grad.stride(0) < grad.stride(1)):
+    transposed = grad.shape[1] == 1 or (grad.shape[0] > 1 and grad.stride(0) < grad.stride(1))
+    if transposed:
         # The transposed equation, so that neighbouring threads have neighbouring addresses.
         grad, U, Vh = grad.T, Vh.T, U.T
     rows, cols, rank = *grad.shape, len(coefficients)
@@ -199,6 +239,8 @@ def _layer(first_tile: int, grad: Tensor, U: Tensor, Vh: Tensor, coefficients: T
         rank=rank,
         aligned=int(aligned),
         device_rank=0,
+        device_seed=0,
+        transposed=int(transposed),
     )
 
 
@@ -210,7 +252,7 @@ def _block_rows(dtype: torch.dtype) -> int:
     return VECTORS * 32 * WARPS * VECTOR_BYTES // dtype.itemsize // BLOCK_COLS
 
 
-def _constants(dtype: torch.dtype) -> dict[str, Any]:
+def _constants(dtype: torch.dtype, *, stochastic: bool = False) -> dict[str, Any]:
     """The compile-time arguments for gradients of `dtype`: one binary each, whatever the shapes and ranks."""
     return {
         "GRAD": getattr(tl, str(dtype).removeprefix("torch.")),
@@ -221,6 +263,7 @@ def _constants(dtype: torch.dtype) -> dict[str, Any]:
         "VECTOR": VECTOR_BYTES // dtype.itemsize,
         "FIELDS": FIELDS,
         "INTERPRETED": interpreted(),
+        "STOCHASTIC": stochastic,
     }
 
 
@@ -231,6 +274,8 @@ def _add_triton(
     Vhs: Sequence[Tensor],
     coefficients: Sequence[Tensor],
     ranks: Tensor | None,
+    *,
+    seeds: Tensor | None = None,
 ) -> None:
     """One launch a dtype.
 
@@ -239,8 +284,9 @@ def _add_triton(
     """
     device = grads[0].device
     check_device(device)
-    check_layers(grads, Us, Vhs, coefficients, ranks)
+    check_layers(grads, Us, Vhs, coefficients, ranks, seeds)
     ranks = None if ranks is None else ranks.contiguous()
+    seeds = None if seeds is None else seeds.contiguous()
     earlier: Counter[int] = Counter()
     launches: dict[tuple[torch.dtype, int], list[Layer]] = {}
     # Operands that had to be converted must live until the launch is enqueued.
@@ -256,12 +302,15 @@ def _add_triton(
         earlier[address] += 1
         first_tile = layers[-1].first_tile + _tiles(layers[-1], grad.dtype) if layers else 0
         rank_address = 0 if ranks is None else ranks.data_ptr() + ranks.element_size() * index
-        layers.append(_layer(first_tile, grad, *operands)._replace(device_rank=rank_address))
+        seed_address = 0 if seeds is None else seeds.data_ptr() + seeds.element_size() * index
+        row = _layer(first_tile, grad, *operands)
+        layers.append(row._replace(device_rank=rank_address, device_seed=seed_address))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for (dtype, _), layers in launches.items():
             table = TABLES.get(np.array(layers, dtype=np.int64), device)
             tiles = layers[-1].first_tile + _tiles(layers[-1], dtype)
-            _add_low_rank[(tiles,)](table, len(layers), **_constants(dtype), num_warps=WARPS, num_stages=1)
+            constants = _constants(dtype, stochastic=seeds is not None and dtype == torch.bfloat16)
+            _add_low_rank[(tiles,)](table, len(layers), **constants, num_warps=WARPS, num_stages=1)
 
 
 def variants() -> list[Variant]:
@@ -274,15 +323,17 @@ def variants() -> list[Variant]:
         (torch.bfloat16, "F2FP.BF16"),
         (torch.float16, "F2FP.!BF16"),
         (torch.float64, "DFMA"),
+        (torch.bfloat16, "IMAD"),  # the products of the random numbers
     ):
-        constants = _constants(dtype)
+        stochastic = arithmetic == "IMAD"
+        constants = _constants(dtype, stochastic=stochastic)
         words, packed = VECTORS * VECTOR_BYTES // 4, arithmetic.startswith("F2FP")
         elements = VECTORS * VECTOR_BYTES // dtype.itemsize
         sum_bytes = max(4, dtype.itemsize)
         factor_bytes = sum_bytes * k * (m + n + 1)
         found.append(
             Variant(
-                name=f"add_low_rank<{constants['GRAD']}>",
+                name=f"add_low_rank<{constants['GRAD']}{', stochastic' if stochastic else ''}>",
                 kernel=_add_low_rank,
                 signature={"table": "*i64", "layers": "i32", **dict.fromkeys(constants, "constexpr")},
                 constants=constants,
@@ -290,7 +341,7 @@ def variants() -> list[Variant]:
                 warps=WARPS,
                 stages=1,
                 # Of the aligned path, in a thread: the gradient (evicted first), the components' factors, one rounding
-                # a word or one multiply-add an element and component.
+                # a word, or one multiply-add an element and component, or two products of a random number an element.
                 instructions={
                     "LDG.128.EF": VECTORS,
                     "LDG.128.!EF": UNROLL * sum_bytes // dtype.itemsize,
