@@ -270,30 +270,16 @@ class S2D:
                 touched.append((matrix, grad))
         if not grads:
             return
+        options = self._stochastic_rounding(indices)
         if self._static_ranks is not None:
             static = self._static_ranks
-            own = static if len(indices) == len(static) else torch.stack([static[index] for index in indices])
-            add_penalty_grad_(
-                grads,
-                factors,
-                strength=self.strength * grad_scale,
-                power=self.power,
-                ranks=own,
-                impl=self.impl,
-                **self._stochastic_rounding(indices),
-            )
+            options["ranks"] = static if len(indices) == len(static) else torch.stack([static[i] for i in indices])
+            options |= {"strength": self.strength * grad_scale, "power": self.power}
         else:
             layers = [self._layers[self._matrices[index].name] for index in indices]
-            coefficients = [layer.coefficients(self.strength * grad_scale, self.power) for layer in layers]
-            ranks = [layer.rank for layer in layers]
-            add_penalty_grad_(
-                grads,
-                factors,
-                ranks=ranks,
-                coefficients=coefficients,
-                impl=self.impl,
-                **self._stochastic_rounding(indices),
-            )
+            options["coefficients"] = [layer.coefficients(self.strength * grad_scale, self.power) for layer in layers]
+            options["ranks"] = [layer.rank for layer in layers]
+        add_penalty_grad_(grads, factors, impl=self.impl, **options)
         for (matrix, grad), rows in zip(touched, grads, strict=True):
             matrix.write_back(grad, rows)
 

@@ -26,7 +26,8 @@ int64_t pieces(const s2d_penalty_layer& layer) {
 
 bool valid(const s2d_penalty_layer& layer) {
   const bool sizes = layer.rows >= 0 && layer.cols >= 0 && layer.rank >= 0 && layer.rank <= S2D_MAX_RANK &&
-                     layer.dtype >= S2D_FLOAT32 && layer.dtype <= S2D_FLOAT16 && !(layer.device_seed && layer.dtype == S2D_FLOAT16);
+                     layer.dtype >= S2D_FLOAT32 && layer.dtype <= S2D_FLOAT16 &&
+                     !(layer.device_seed && layer.dtype == S2D_FLOAT16);
   const bool nothing = layer.rank == 0 || layer.rows == 0 || layer.cols == 0;
   const bool pointers = layer.grad && layer.U && layer.Vh && layer.coefficients;
   return sizes && (nothing || (pointers && (layer.rows == 1 || layer.grad_stride >= layer.cols)));

@@ -28,7 +28,8 @@ size_t s2d_cpu_topk_svd_workspace(const s2d_svd_layer* layers, int32_t count, in
 int s2d_cpu_topk_svd(const s2d_svd_layer* layers, int32_t count, int32_t threads, float tolerance,
                      double failure_probability, void* workspace, size_t workspace_bytes);
 
-/* As s2d_add_penalty_grad, with `device_rank` and `device_seed` in host memory. Layers may not share elements of their gradients. */
+/* As s2d_add_penalty_grad, with `device_rank` and `device_seed` in host memory. Layers may not share elements of their
+ * gradients. */
 int s2d_cpu_add_penalty_grad(const s2d_penalty_layer* layers, int32_t count, int32_t threads);
 
 /* As s2d_adamw, with all numbers in host memory, any number of groups, and bias corrections in fp64. No two layers may
