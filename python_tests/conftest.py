@@ -10,6 +10,8 @@ import pytest
 import torch
 from emulated import build_cpu
 
+from s2d_kernels import cpu_quant
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="device of the tests: cpu or cuda")
@@ -50,7 +52,8 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """Uninitialized memory holds NaN, so that reading it shows."""
+    """Uninitialized memory holds NaN, so that reading it shows; none is kept from call to call."""
+    cpu_quant.KEPT_BYTES = 0
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

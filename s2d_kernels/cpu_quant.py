@@ -19,8 +19,8 @@ LEAST_ROWS = 512
 DTYPES = {getattr(torch, name): code for name, code in DTYPE_CODES.items()}
 
 
-# Memory of at most so many bytes is kept from call to call: the system clears what it gives anew, page by page, which
-# takes as long as the packing that is done in it.
+# Memory of at most so many bytes is kept from call to call, once for each thread that calls: the system clears what it
+# gives anew, page by page, which takes as long as the packing that is done in it.
 KEPT_BYTES = 2**24
 
 

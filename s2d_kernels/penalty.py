@@ -78,12 +78,13 @@ def add_penalty_grad_(
         coefficients: per layer a tensor `[k]` used instead of strength * s^power (the decoupled form passes
             s_new - s_old and the weights as `grads`).
         rounding: of bf16 gradients, "nearest" or "stochastic": up or down with probabilities by which the expectation
-            is the fp32 sum, so that sums of many additions below bf16's resolution come out right. fp32 and fp64
-            gradients have nothing to round.
+            is the fp32 sum, so that many additions below bf16's resolution come out right, down to about 2^-22 of an
+            element; below 2^-25 the fp32 sum itself loses them. fp32 and fp64 gradients have nothing to round.
         seed: of "stochastic", which needs one: an int64 tensor `[layers]` on the gradients' device, one of `[1]`, or an
             int of 0..2^63 - 1; layer i then has seed + i 0x9e3779b97f4a7c15 modulo 2^64. Give another one at each
-            call. A captured CUDA graph reads a tensor at each replay: increment one of `[layers]` in place between
-            replays, else each draws the same numbers, as it does from an int.
+            call. A captured CUDA graph reads a tensor at each replay: change it in place between replays, else each
+            draws the same numbers, as it does from an int. impl="triton" can be captured only with a contiguous one of
+            `[layers]`, and with no layer of rank 0 given as an int.
         impl: "reference", "torch", "cpu", "triton" or "cuda", as far as installed; None chooses.
 
     Raises:

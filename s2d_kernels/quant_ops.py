@@ -173,9 +173,10 @@ class _FakeQuantLinear(torch.autograd.Function):
         weight, w_min, w_max, x_mask, *x_operand = ctx.saved_tensors
         need_x, need_w, need_bias = ctx.needs_input_grad[:3]
         grad_x = grad_w = grad_bias = None
-        if need_x or need_w:
-            qw, codes = quantize_and_pack(weight, (w_min, w_max), *_w_kind(s))
+        if need_w and not need_x:
+            qw = quantize_operand(weight, (w_min, w_max), *_w_kind(s))
         if need_x:
+            qw, codes = quantize_and_pack(weight, (w_min, w_max), *_w_kind(s))
             grad_x = torch.ops.s2d.straight_through_grad(
                 grad_output, codes, qw.scale, qw.zero_point, x_mask, ctx.K, qw.bits, qw.symmetric, x_dtype, s.impl
             )

@@ -87,9 +87,9 @@ class S2D:
         splits: regex -> row counts of fused projections.
         seed: seed of the random columns of the SVD, and of stochastic rounding.
         rounding: of decays of bf16 weights, or in the coupled form of sums with bf16 gradients: "nearest", or
-            "stochastic", by which decays far below the resolution of bf16 act as they should in expectation (see
-            `add_penalty_grad_`). The random numbers depend on `seed`, the step and the matrix alone. Not for fp16, nor
-            with `SpectralAdamW`.
+            "stochastic", by which decays below the resolution of bf16 act as they should in expectation (how far below:
+            see `add_penalty_grad_`). The random numbers depend on `seed`, the step and the matrix alone. Not for fp16,
+            nor with `SpectralAdamW`.
         capture: "hooks", installed on refresh steps only, on which a compiled model runs eagerly; or "graph", an
             operation that stays in the model, for CUDA graphs and models that shall not leave their compiled code: move
             the model and load the weights, build S2D, then compile.

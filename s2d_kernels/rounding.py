@@ -61,21 +61,27 @@ class StepSeeds:
         self._seed = seed
         self._offsets = torch.arange(count, device=device).mul_(STEP)
         self._seeds = self._offsets.clone()
+        self._some: tuple[tuple[int, ...], Tensor, Tensor] | None = None  # places, the same on the device, their seeds
 
     def draw(self, step: int, use: int = 0) -> None:
         """Those of one use of random numbers in a step, in the place of the ones before."""
-        base = np.random.SeedSequence((self._seed, step, use)).generate_state(1, np.uint64)[0] >> np.uint64(1)
+        words = np.random.SeedSequence(self._seed, spawn_key=(step, use)).generate_state(1, np.uint64)
+        base = words[0] >> np.uint64(1)
         torch.add(self._offsets, int(base), out=self._seeds)
 
     def of(self, places: Sequence[int]) -> Tensor:
-        """int64 `[places]`; of all of them in order the memory itself, which captured graphs read."""
+        """int64 `[places]`, in the same memory as long as the places are the same: captured graphs read it."""
         if len(places) == len(self._seeds):
             return self._seeds
-        return torch.stack([self._seeds[place] for place in places])
+        if self._some is None or self._some[0] != tuple(places):
+            chosen = torch.tensor(places, device=self._seeds.device)
+            self._some = tuple(places), chosen, self._seeds[chosen]
+        _, chosen, seeds = self._some
+        return torch.index_select(self._seeds, 0, chosen, out=seeds)
 
     def move(self, device: torch.device) -> None:
         """Go on on another device."""
-        self._offsets, self._seeds = self._offsets.to(device), self._seeds.to(device)
+        self._offsets, self._seeds, self._some = self._offsets.to(device), self._seeds.to(device), None
 
 
 def check_seeds(grads: Sequence[Tensor], seeds: Tensor | None) -> None:

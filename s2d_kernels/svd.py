@@ -42,14 +42,16 @@ FAILURE_PROBABILITY = 1e-3
 def check_start(index: int, weight: Tensor, start: Tensor, k: int, reads: int) -> None:
     """Raise for a start that no implementation of the operator can begin with."""
     d, dtype = min(weight.shape), working_dtype(weight)
-    b = start.shape[0]
+    b = len(start) if start.ndim else 0
     if start.shape != (b, d) or not 1 <= k <= b <= d or start.dtype != dtype or start.device != weight.device:
         raise ValueError(
             f"starts[{index}] {tuple(start.shape)} {start.dtype} on {start.device} with k={k} does not fit "
             f"weights[{index}] {tuple(weight.shape)} on {weight.device}: it must be {dtype} [b, {d}] on the same "
-            f"device, k <= b <= {d}"
+            f"device, 1 <= k <= b <= {d}"
         )
-    if reads < 1 or k == b * reads < d:
+    if reads < 1:
+        raise ValueError(f"reads[{index}]={reads} must be at least 1")
+    if k == b * reads < d:
         raise ValueError(
             f"reads[{index}]={reads} of {b} rows find k={k} triplets and nothing to bound the others by: take more"
         )

@@ -488,7 +488,7 @@ def variants() -> list[Variant]:
         }
         tile_rows, tile_cols, warps = _tile(cols)
         small_rows, small_cols, small_warps = _tile(SMALLEST_TILE, group)
-        flags = {"SYMMETRIC": False, "GIVEN": False, "PACK": True}
+        flags = {"SYMMETRIC": False, "GIVEN": False, "PACK": False}
         tall = {
             "ROWS": tile_rows,
             "COLS": tile_cols,
@@ -498,11 +498,18 @@ def variants() -> list[Variant]:
             "GROUP": 0,
         }
         small = {"ROWS": small_rows, "COLS": small_cols}
-        read, written = dtype.itemsize * rows * cols, rows * cols + rows * cols // 2 + rows * cols // 8
+        read, written = dtype.itemsize * rows * cols, rows * cols + rows * cols // 8
         for kernel, constants, kernel_warps, elements, moved in (
             (_quantize_rows, flags | tall, warps, tile_rows * tile_cols, read + written),
             (_quantize_groups, flags | small | {"GROUP": group}, small_warps, small_rows * small_cols, read + written),
             (_tensor_range, small | {"PARTIALS": PARTIALS}, small_warps, small_rows * small_cols, read),
+            (
+                _quantize_rows,
+                flags | tall | {"PACK": True},
+                warps,
+                tile_rows * tile_cols,
+                read + written + rows * cols // 2,
+            ),
         ):
             names = kernel.arg_names
             constants = constants | {"col_stride": 1, "INTERPRETED": False}
@@ -510,7 +517,7 @@ def variants() -> list[Variant]:
             per_thread = elements // (32 * kernel_warps)
             found.append(
                 Variant(
-                    name=f"{kernel.__name__.lstrip('_')}<{element}>",
+                    name=f"{kernel.__name__.lstrip('_')}<{element}{', packed' if constants.get('PACK') else ''}>",
                     kernel=kernel,
                     signature={name: "constexpr" if name in constants else types[name] for name in names},
                     constants=constants,
