@@ -20,11 +20,15 @@ ROUNDING = 0.3
 
 @dataclass
 class StepTensors:
-    """Parameters with gradients, what both were at first, and the factors of each."""
+    """Parameters with gradients, what both were at first, the factors of each, and the moments, m and v.
+
+    All optimizers have the same moments: with their own, six of them would not fit beside an 8B model's layer.
+    """
 
     params: list[nn.Parameter]
     start: list[Tensor]
     penalty: PenaltyTensors
+    moments: list[tuple[Tensor, Tensor]]
 
     def restore(self) -> None:
         self.penalty.restore()
@@ -63,7 +67,8 @@ def make_tensors(case: PenaltyCase, device: torch.device) -> StepTensors:
     params = [nn.Parameter(weight.clone()) for weight in start]
     for param, grad in zip(params, penalty.grads, strict=True):
         param.grad = grad
-    return StepTensors(params, start, penalty)
+    moments = [(torch.empty_like(weight), torch.empty_like(weight)) for weight in start]
+    return StepTensors(params, start, penalty, moments)
 
 
 def give_state(tensors: StepTensors, optimizer: torch.optim.Optimizer) -> None:
@@ -73,13 +78,11 @@ def give_state(tensors: StepTensors, optimizer: torch.optim.Optimizer) -> None:
     decides. From this state on sqrt(v) is at least 0.7 of a unit, and p depends on g by less than lr everywhere.
     """
     generator = torch.Generator().manual_seed(2)
-    for param in tensors.params:
+    for param, (m, v) in zip(tensors.params, tensors.moments, strict=True):
         sign = torch.randint(0, 2, param.shape, generator=generator, dtype=torch.int8).to(param) * 2 - 1
-        optimizer.state[param] = {
-            "step": torch.ones((), device=param.device),
-            "exp_avg": (1 - BETAS[0]) * sign,
-            "exp_avg_sq": (1 - BETAS[1]) * sign.square(),
-        }
+        m.copy_((1 - BETAS[0]) * sign)
+        v.copy_((1 - BETAS[1]) * sign.square())
+        optimizer.state[param] = {"step": torch.ones((), device=param.device), "exp_avg": m, "exp_avg_sq": v}
 
 
 def step_errors(
