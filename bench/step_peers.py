@@ -100,15 +100,23 @@ def step_errors(
     for param, first, (m, v), grad, factor, c in zip(
         tensors.params, tensors.start, before, t.start, t.factors, t.coefficients, strict=True
     ):
-        g = grad.double()
-        if penalized:
-            g = g + (factor.U.double() * c.double()) @ factor.Vh.double()
-        m, v = beta1 * m.double() + (1 - beta1) * g, beta2 * v.double() + (1 - beta2) * g * g
-        move = m / (1 - beta1**2) / ((v / (1 - beta2**2)).sqrt() + EPS)
-        p = first.double() * (1 - LR * WEIGHT_DECAY) - LR * move
+        left, right = factor.U.double() * c.double(), factor.Vh.double()
         state = optimizer.state[param]
-        for got, truth in ((param, p), (state["exp_avg"], m), (state["exp_avg_sq"], v)):
-            errors.append(float((got.detach().double() - truth).norm() / truth.norm()))
+        squares = torch.zeros(3, 2, dtype=torch.float64, device=param.device)  # of p, m, v: error, truth
+        size = max(1, 2**20 // param.shape[1])
+        for rows in (slice(start, start + size) for start in range(0, len(param), size)):
+            g = grad[rows].double()
+            if penalized:
+                g = g + left[rows] @ right
+            true_m = beta1 * m[rows].double() + (1 - beta1) * g
+            true_v = beta2 * v[rows].double() + (1 - beta2) * g * g
+            move = true_m / (1 - beta1**2) / ((true_v / (1 - beta2**2)).sqrt() + EPS)
+            true_p = first[rows].double() * (1 - LR * WEIGHT_DECAY) - LR * move
+            results = ((param, true_p), (state["exp_avg"], true_m), (state["exp_avg_sq"], true_v))
+            for place, (got, truth) in enumerate(results):
+                squares[place, 0] += (got[rows].detach().double() - truth).square().sum()
+                squares[place, 1] += truth.square().sum()
+        errors += (squares[:, 0] / squares[:, 1]).sqrt().tolist()
     return errors
 
 
