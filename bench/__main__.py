@@ -68,10 +68,21 @@ def _progress() -> Progress:
     return Progress(*columns, console=console, transient=True)
 
 
+def _steps(progress: Progress, total: int) -> runs.Step:
+    task = progress.add_task("", total=total)
+    return lambda text: progress.update(task, advance=1, description=text)
+
+
+def _kept(rows: list[timing.Row], json: Path | None) -> list[timing.Row]:
+    """Rows go to the file case by case: those that are measured outlive a case that does not fit into memory."""
+    if json is not None:
+        timing.append_rows(json, rows)
+    return rows
+
+
 def _finish(rows: list[timing.Row], json: Path | None) -> None:
     console.print(tables.rich_table(rows))
     if json is not None:
-        timing.append_rows(json, rows)
         console.print(f"{len(rows)} rows appended to {json}")
 
 
@@ -99,11 +110,7 @@ def svd(
     names = _known(["quick"] if quick else (case or default), cases.SVD_CASES)
     rows: list[timing.Row] = []
     with _run(device, repeats, threads) as context, _progress() as progress:
-        task = progress.add_task("", total=len(names) * (4 + len(peers.OURS) + len(peers.SVD_PEERS)))
-
-        def step(text: str) -> None:
-            progress.update(task, advance=1, description=text)
-
+        step = _steps(progress, len(names) * (4 + len(peers.OURS) + len(peers.SVD_PEERS)))
         for name in names:
             step(f"{name}: building the matrices")
             built = cases.SVD_CASES[name]().to(context.device)
@@ -111,7 +118,7 @@ def svd(
             _ = built.truth
             step(f"{name}: factors of the earlier weights")
             _ = built.previous, built.earlier_vectors
-            rows += runs.run_svd(built, context, step)
+            rows += _kept(runs.run_svd(built, context, step), json)
     _finish(rows, json)
 
 
@@ -138,9 +145,9 @@ def linear(
         chosen += [peer for peer in linear_peers.MORE_PEERS if peer.problem() is None]
     rows: list[timing.Row] = []
     with _run(device, repeats, threads) as context, _progress() as progress:
-        task = progress.add_task("", total=2 * len(shapes))
+        step = _steps(progress, 2 * len(shapes))
         for shape in shapes:
-            rows += runs.run_linear(shape, context, lambda t: progress.update(task, advance=1, description=t), chosen)
+            rows += _kept(runs.run_linear(shape, context, step, chosen), json)
     _finish(rows, json)
     console.print(tables.ratio_table(rows))
     if device == "cpu":
@@ -167,9 +174,9 @@ def penalty(
     chosen = [shapes for name in names for shapes in cases.PENALTY_CASES[name]]
     rows: list[timing.Row] = []
     with _run(device, repeats, threads) as context, _progress() as progress:
-        task = progress.add_task("", total=len(chosen))
+        step = _steps(progress, len(chosen))
         for one in chosen:
-            rows += runs.run_penalty(one, context, lambda t: progress.update(task, advance=1, description=t))
+            rows += _kept(runs.run_penalty(one, context, step), json)
     _finish(rows, json)
     for sentence in penalty_peers.left_out(context.device):
         console.print(f"[yellow]{sentence}")
@@ -192,9 +199,9 @@ def step(
     chosen = [shapes for name in names for shapes in cases.PENALTY_CASES[name]]
     rows: list[timing.Row] = []
     with _run(device, repeats, threads) as context, _progress() as progress:
-        task = progress.add_task("", total=len(chosen))
+        step = _steps(progress, len(chosen))
         for one in chosen:
-            rows += runs.run_step(one, context, lambda t: progress.update(task, advance=1, description=t))
+            rows += _kept(runs.run_step(one, context, step), json)
     _finish(rows, json)
     for sentence in penalty_peers.left_out(context.device):
         console.print(f"[yellow]{sentence}")

@@ -536,6 +536,16 @@ def test_penalty_command(tmp_path, monkeypatch):
     assert measured == [("siglip2-b", torch.float32), ("siglip2-b", torch.bfloat16), ("llama3-8b", torch.bfloat16)]
 
 
+def test_rows_of_a_case_outlive_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "environment", lambda device: ENVIRONMENT)
+    found = iter([[make_row()]])
+    monkeypatch.setattr(runs, "run_step", lambda *_: next(found))
+    file = tmp_path / "rows.jsonl"
+    result = CliRunner().invoke(app, ["step", "--quick", "--json", str(file)])
+    assert result.exception is not None  # the second of the two quick cases
+    assert timing.read_rows(file) == [make_row()]
+
+
 def test_commands(tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "environment", lambda device: ENVIRONMENT)
     file = tmp_path / "rows.jsonl"
