@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from emulated import build_cpu
+from interpreting import Done, Processes
 
-from s2d_kernels import cpu_quant
+from s2d_kernels import cpu_quant, triton_kernels
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,6 +37,24 @@ def cpu_library() -> Iterator[None]:
         except RuntimeError as error:
             warnings.warn(str(error), stacklevel=1)
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interpreters(request: pytest.FixtureRequest, cpu_library: None) -> Iterator[Processes]:
+    """The interpreted runs of all collected tests, from the first test on."""
+    processes = Processes()
+    for item in request.session.items:
+        for marker in item.iter_markers("interpreted"):
+            processes.start(item.path, marker.args)
+    yield processes
+    processes.close()
+
+
+@pytest.fixture
+def interpreted(request: pytest.FixtureRequest, interpreters: Processes) -> Done:
+    """What this test's process said when it ended."""
+    assert triton_kernels.triton is not None, f"Triton is missing: {triton_kernels.INSTALL_HINT}"
+    return interpreters.result(request.node.path, request.node.get_closest_marker("interpreted").args)
 
 
 @pytest.fixture(scope="session")

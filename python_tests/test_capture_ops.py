@@ -5,8 +5,6 @@ The functions that begin with `run_` take an implementation and a device; Triton
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from emulated import build_emulated
-from interpreting import save_time
+from interpreting import Done, save_time
 from torch import Tensor
 
-from s2d_kernels import triton_kernels
 from s2d_kernels.capture_ops import capture_largest_
 
 ROOT = Path(__file__).parent.parent
@@ -129,13 +126,10 @@ def test_emulated(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     RUNS[name]("cuda", torch.device("cpu"))
 
 
-def test_interpreted() -> None:
+@pytest.mark.interpreted(*RUNS)
+def test_interpreted(interpreted: Done) -> None:
     """All in one process: most of its time is the import."""
-    assert triton_kernels.triton is not None, f"Triton is missing: {triton_kernels.INSTALL_HINT}"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
-    done = subprocess.run([sys.executable, __file__, *RUNS], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert interpreted.returncode == 0, interpreted.stdout + interpreted.stderr
 
 
 @pytest.mark.sanitize

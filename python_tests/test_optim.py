@@ -6,8 +6,6 @@ implementation and a device.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 from emulated import build_emulated
-from interpreting import save_time
+from interpreting import Done, save_time
 from torch import Tensor, nn
 
-from s2d_kernels import S2D, SpectralAdamW, triton_kernels
+from s2d_kernels import S2D, SpectralAdamW
 from s2d_kernels.adamw import ADDRESS_TABLES
 from s2d_kernels.optim import Penalty
 from s2d_kernels.penalty import LowRank, added
@@ -367,13 +365,10 @@ def test_the_table_of_addresses_is_kept_while_no_address_changes(
     assert len(made) == 5
 
 
-def test_interpreted() -> None:
+@pytest.mark.interpreted(*RUNS)
+def test_interpreted(interpreted: Done) -> None:
     """All in one process: most of its time is the import."""
-    assert triton_kernels.triton is not None, f"Triton is missing: {triton_kernels.INSTALL_HINT}"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
-    done = subprocess.run([sys.executable, __file__, *RUNS], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert interpreted.returncode == 0, interpreted.stdout + interpreted.stderr
 
 
 @pytest.mark.sanitize

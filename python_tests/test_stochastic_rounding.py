@@ -6,8 +6,6 @@ The functions that begin with `run_` take an implementation and a device; Triton
 from __future__ import annotations
 
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 from emulated import build_emulated
+from interpreting import Done, save_time
 from torch import Tensor
 
-from s2d_kernels import _native, _native_cpu, add_penalty_grad_, reference, triton_kernels
+from s2d_kernels import _native, _native_cpu, add_penalty_grad_, reference
 from s2d_kernels._native import NativeLibraryError
 from s2d_kernels.rounding import STEP
 from s2d_kernels.svd import TopkSVD
@@ -276,13 +275,10 @@ def test_emulated(name: str) -> None:
     RUNS[name]("cuda", CPU)
 
 
-def test_interpreted() -> None:
+@pytest.mark.interpreted(*RUNS)
+def test_interpreted(interpreted: Done) -> None:
     """All in one process: most of its time is the import."""
-    assert triton_kernels.triton is not None, f"Triton is missing: {triton_kernels.INSTALL_HINT}"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
-    done = subprocess.run([sys.executable, __file__, *RUNS], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert interpreted.returncode == 0, interpreted.stdout + interpreted.stderr
 
 
 @pytest.mark.sanitize
@@ -559,6 +555,7 @@ def test_more_layers_than_one_launch_takes() -> None:
 
 
 if __name__ == "__main__":
+    save_time()
     for run in sys.argv[1:]:
         torch.manual_seed(0)
         print(run, flush=True)

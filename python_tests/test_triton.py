@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from interpreting import save_time
+from interpreting import Done, save_time
 from torch import Tensor
 
 from s2d_kernels import ops, triton_kernels
@@ -208,18 +208,9 @@ RUNS: dict[str, Callable[[torch.device], None]] = {
 }
 
 
-def interpreted(name: str) -> None:
-    """Run one of `RUNS` in a process of its own under Triton's interpreter."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
-    done = subprocess.run([sys.executable, __file__, name], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.mark.parametrize("name", list(RUNS))
-def test_interpreted(name: str) -> None:
-    assert triton_kernels.triton is not None, MISSING
-    interpreted(name)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.interpreted(name)) for name in RUNS])
+def test_interpreted(name: str, interpreted: Done) -> None:
+    assert interpreted.returncode == 0, interpreted.stdout + interpreted.stderr
 
 
 @pytest.mark.parametrize("name", list(RUNS))

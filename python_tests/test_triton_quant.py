@@ -7,9 +7,7 @@ TRITON_INTERPRET=1; with `--device cuda` they run compiled as well.
 from __future__ import annotations
 
 import math
-import os
 import re
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,7 +17,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from interpreting import save_time
+from interpreting import Done, save_time
 from test_cuda_quant import FLOATS, KINDS, SIZES, assert_equal, check_hard_quotients, operands, values
 from torch import Tensor
 
@@ -286,13 +284,9 @@ RUNS: dict[str, Callable[[torch.device], None]] = {
 }
 
 
-@pytest.mark.parametrize("name", list(RUNS))
-def test_interpreted(name: str) -> None:
-    assert triton_kernels.triton is not None, MISSING
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
-    done = subprocess.run([sys.executable, __file__, name], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.interpreted(name)) for name in RUNS])
+def test_interpreted(name: str, interpreted: Done) -> None:
+    assert interpreted.returncode == 0, interpreted.stdout + interpreted.stderr
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.sanitize) for name in RUNS])

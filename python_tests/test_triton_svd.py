@@ -6,8 +6,6 @@ TRITON_INTERPRET=1; with `--device cuda` they run compiled as well.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +18,7 @@ import torch
 from helpers import decaying_spectrum, lapack_ratios, matrix_with_spectrum, product_error
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from interpreting import save_time
+from interpreting import Done, save_time
 from test_svd_contract import LIMIT, STRUCTURAL_RATIOS
 from torch import Tensor
 
@@ -447,13 +445,9 @@ if triton_kernels.triton is not None:
         tl.store(place, eigenvectors(H, V, N, TILE))
 
 
-@pytest.mark.parametrize("name", list(RUNS))
-def test_interpreted(name: str) -> None:
-    assert triton_kernels.triton is not None, MISSING
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
-    done = subprocess.run([sys.executable, __file__, name], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.interpreted(name)) for name in RUNS])
+def test_interpreted(name: str, interpreted: Done) -> None:
+    assert interpreted.returncode == 0, interpreted.stdout + interpreted.stderr
 
 
 @pytest.mark.parametrize(
