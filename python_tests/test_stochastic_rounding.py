@@ -456,6 +456,8 @@ def test_mistakes_are_named_and_nothing_is_written() -> None:
         add("nearest", seed=7)
     with pytest.raises(ValueError, match=r"seed=-1 must be in 0\.\.9223372036854775807"):
         add(seed=-1)
+    with pytest.raises(ValueError, match=r"seed=-5 must be in"):
+        add_penalty_grad_([], [], rounding="stochastic", seed=-5)
     with pytest.raises(ValueError, match=r"seed=9223372036854775808 must be in"):
         add(seed=2**63)
     with pytest.raises(TypeError, match=r"seed=1\.5 must be an integer, got float"):

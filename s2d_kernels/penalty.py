@@ -121,7 +121,7 @@ def add_penalty_grad_(
         ops.check_same_length(grads=grads, ranks=ranks)
     if coefficients is not None:
         ops.check_same_length(grads=grads, coefficients=coefficients)
-    device = grads[0].device if grads else None
+    device = next((t.device for t in (*grads, seed) if isinstance(t, Tensor)), torch.device("cpu"))
     for index, (grad, factor) in enumerate(zip(grads, factors, strict=True)):
         if not isinstance(factor, TopkSVD):
             raise TypeError(f"factors[{index}] must be a TopkSVD, got {type(factor).__name__}")
@@ -146,7 +146,7 @@ def add_penalty_grad_(
             ops.check_tensor(f"factors[{index}].{name}", tensor, device=device)
         if stochastic:
             refuse_fp16(f"grads[{index}]", grad)
-    seeds = layer_seeds(seed, len(grads), grads[0].device) if stochastic and grads else None
+    seeds = layer_seeds(seed, len(grads), device) if stochastic else None
     cs = (
         penalty_coefficients([factor.S for factor in factors], strength=strength, power=power)
         if coefficients is None
