@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -157,6 +157,28 @@ def linear(
             console.print(f"[yellow]left out: {peer.name}, {peer.setting}: {problem}")
 
 
+def _of_penalty_cases(
+    measure: Callable[[cases.PenaltyCase, runs.Context, runs.Step], list[timing.Row]],
+    device: str,
+    names: list[str] | None,
+    quick: bool,
+    repeats: int,
+    threads: int | None,
+    json: Path | None,
+) -> None:
+    default = ["siglip2-b", "llama3-8b"] if device.startswith("cuda") else ["siglip2-b"]
+    names = _known(["quick"] if quick else (names or default), cases.PENALTY_CASES)
+    chosen = [shapes for name in names for shapes in cases.PENALTY_CASES[name]]
+    rows: list[timing.Row] = []
+    with _run(device, repeats, threads) as context, _progress() as progress:
+        step = _steps(progress, len(chosen))
+        for one in chosen:
+            rows += _kept(measure(one, context, step), json)
+    _finish(rows, json)
+    for sentence in penalty_peers.left_out(context.device):
+        console.print(f"[yellow]{sentence}")
+
+
 @app.command()
 def penalty(
     device: Device = "cpu",
@@ -169,17 +191,7 @@ def penalty(
     json: Json = None,
 ) -> None:
     """The penalty gradient of all layers added once: ours with each impl, torch by layer, and the paper's dense G."""
-    default = ["siglip2-b", "llama3-8b"] if device.startswith("cuda") else ["siglip2-b"]
-    names = _known(["quick"] if quick else (case or default), cases.PENALTY_CASES)
-    chosen = [shapes for name in names for shapes in cases.PENALTY_CASES[name]]
-    rows: list[timing.Row] = []
-    with _run(device, repeats, threads) as context, _progress() as progress:
-        step = _steps(progress, len(chosen))
-        for one in chosen:
-            rows += _kept(runs.run_penalty(one, context, step), json)
-    _finish(rows, json)
-    for sentence in penalty_peers.left_out(context.device):
-        console.print(f"[yellow]{sentence}")
+    _of_penalty_cases(runs.run_penalty, device, case, quick, repeats, threads, json)
 
 
 @app.command()
@@ -194,17 +206,7 @@ def step(
     json: Json = None,
 ) -> None:
     """One optimizer step of all layers: plain fused AdamW, + the paper's dense G, + add_penalty_grad_, ours fused."""
-    default = ["siglip2-b", "llama3-8b"] if device.startswith("cuda") else ["siglip2-b"]
-    names = _known(["quick"] if quick else (case or default), cases.PENALTY_CASES)
-    chosen = [shapes for name in names for shapes in cases.PENALTY_CASES[name]]
-    rows: list[timing.Row] = []
-    with _run(device, repeats, threads) as context, _progress() as progress:
-        step = _steps(progress, len(chosen))
-        for one in chosen:
-            rows += _kept(runs.run_step(one, context, step), json)
-    _finish(rows, json)
-    for sentence in penalty_peers.left_out(context.device):
-        console.print(f"[yellow]{sentence}")
+    _of_penalty_cases(runs.run_step, device, case, quick, repeats, threads, json)
 
 
 @app.command()

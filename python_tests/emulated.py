@@ -1,8 +1,12 @@
-"""Builds csrc for the tests: the CPU's kernels, and the emulation of the CUDA sources; seconds when nothing changed."""
+"""Builds csrc for the tests: the CPU's kernels, and the emulation of the CUDA sources; seconds when nothing changed.
+
+Either with AddressSanitizer too, and what a Python process needs to load that.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 import subprocess
 import sys
@@ -56,3 +60,26 @@ def _build(folder: str, *options: str) -> Path:
             if done.returncode:
                 raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
     return build
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """It must be first, and it looks for C++ exceptions in what is there when it starts. Python leaks on purpose."""
+    preload = [
+        subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    return {"LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0:exitcode=99"}
+
+
+def run_sanitized(file: str) -> subprocess.CompletedProcess[str]:
+    """The tests of `file` that are marked `sanitize`, on the emulation under AddressSanitizer."""
+    library = build_emulated("S2D_ASAN=ON", folder="asan") / "libs2d_emulated.so"
+    environment = {
+        **os.environ,
+        **sanitizer_environment(),
+        "S2D_LIBRARY": str(library),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "pytest", "-qs", "-m", "sanitize", file]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulated import build_cpu
+from emulated import build_cpu, sanitizer_environment
 from helpers import decaying_spectrum, matrix_with_spectrum, product_error
 from test_native import C_TYPES
 
@@ -125,12 +125,7 @@ def test_every_instruction_set(capability: str, tmp_path: Path) -> None:
 
 def test_address_sanitizer(tmp_path: Path) -> None:
     library = build_cpu("S2D_ASAN=ON", folder="cpu-asan")
-    preload = [
-        subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-        for name in ("libasan.so", "libstdc++.so")
-    ]
-    options = {"LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0"}
-    assert_as_accurate_as_torch(*run(tmp_path, S2D_CPU_LIBRARY=str(library), **options)[:2])
+    assert_as_accurate_as_torch(*run(tmp_path, S2D_CPU_LIBRARY=str(library), **sanitizer_environment())[:2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulated import build_cpu
+from emulated import build_cpu, sanitizer_environment
 from torch import Tensor
 
 from s2d_kernels import _native, _native_cpu, cpu_quant, fixed_point, ops, reference
@@ -169,13 +169,7 @@ def test_every_instruction_set(capability: str) -> None:
 
 def test_address_sanitizer() -> None:
     library = build_cpu("S2D_ASAN=ON", folder="cpu-asan")
-    preload = [
-        subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-        for name in ("libasan.so", "libstdc++.so")
-    ]
-    in_a_process(
-        LD_PRELOAD=" ".join(preload), ASAN_OPTIONS="detect_leaks=0", S2D_CPU_LIBRARY=str(library), OMP_NUM_THREADS="3"
-    )
+    in_a_process(S2D_CPU_LIBRARY=str(library), OMP_NUM_THREADS="3", **sanitizer_environment())
 
 
 def test_subnormal_numbers_are_kept_where_the_process_flushes_them() -> None:

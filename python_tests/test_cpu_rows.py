@@ -15,7 +15,7 @@ import test_optim
 import test_penalty_contract
 import test_stochastic_rounding
 import torch
-from emulated import build_cpu
+from emulated import build_cpu, sanitizer_environment
 from torch import Tensor, nn
 
 from s2d_kernels import SpectralAdamW, _native, _native_cpu, ops
@@ -177,11 +177,7 @@ def test_every_instruction_set(capability: str) -> None:
 
 def test_address_sanitizer() -> None:
     library = build_cpu("S2D_ASAN=ON", folder="cpu-asan")
-    preload = [
-        subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-        for name in ("libasan.so", "libstdc++.so")
-    ]
-    run_checks(LD_PRELOAD=" ".join(preload), ASAN_OPTIONS="detect_leaks=0", S2D_CPU_LIBRARY=str(library))
+    run_checks(S2D_CPU_LIBRARY=str(library), **sanitizer_environment())
 
 
 def test_a_step_is_taken_by_the_kernels_where_they_take_its_tensors() -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from emulated import build_emulated
+from emulated import build_emulated, run_sanitized
 from helpers import matrix_with_spectrum, product_error
 from torch import Tensor
 
@@ -551,18 +549,5 @@ def test_in_a_cuda_graph_without_a_synchronization(form: int, device: torch.devi
 def test_address_sanitizer_finds_nothing(device: torch.device) -> None:
     if device.type != "cpu" or os.environ.get("S2D_LIBRARY"):
         pytest.skip("AddressSanitizer is for the emulation; compute-sanitizer is its counterpart on a GPU")
-    folder = build_emulated("S2D_ASAN=ON", folder="asan")
-    preload = [
-        subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-        for name in ("libasan.so", "libstdc++.so")
-    ]
-    environment = os.environ | {
-        "LD_PRELOAD": " ".join(preload),
-        "ASAN_OPTIONS": "detect_leaks=0:exitcode=99",
-        "S2D_LIBRARY": str(folder / "libs2d_emulated.so"),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-m", "pytest", "-qs", "-m", "sanitize", __file__]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = run_sanitized(__file__)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

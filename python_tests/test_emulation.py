@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from emulated import build_emulated
+from emulated import build_emulated, sanitizer_environment
 from torch import Tensor
 
 from s2d_kernels._native import PenaltyLayer
@@ -531,24 +531,12 @@ def run_python(arguments: list[str], **environment: str) -> subprocess.Completed
     )
 
 
-def sanitizer_environment() -> dict[str, str]:
-    # AddressSanitizer must be first, and it looks for C++ exceptions in what is there when it starts.
-    preload = [
-        subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-        for name in ("libasan.so", "libstdc++.so")
-    ]
-    return {
-        "LD_PRELOAD": " ".join(preload),
-        "ASAN_OPTIONS": "detect_leaks=0:exitcode=99",  # Python itself leaks on purpose
-        "S2D_EMULATED_FOLDER": "asan",
-    }
-
-
 def test_address_sanitizer_finds_nothing_in_these_tests() -> None:
     build_emulated(*BUILDS["asan"], folder="asan")
     done = run_python(
         # -s: the report goes to stderr as the process ends. Out-of-bounds accesses end it and have the test below.
         ["-m", "pytest", "-qs", "-k", "not sanitizer and not ucontext and not out_of_bounds", "test_emulation.py"],
+        S2D_EMULATED_FOLDER="asan",
         **sanitizer_environment(),
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
@@ -585,7 +573,7 @@ library.library.s2d_add_penalty_grad(ctypes.byref(layer), 1, None, ctypes.c_size
 )
 def test_address_sanitizer_reports_the_line(code: str, report: str) -> None:
     build_emulated(*BUILDS["asan"], folder="asan")
-    done = run_python(["-c", code], **sanitizer_environment())
+    done = run_python(["-c", code], S2D_EMULATED_FOLDER="asan", **sanitizer_environment())
     assert done.stdout == "in bounds\n", done.stderr
     assert f"AddressSanitizer: {report}" in done.stderr
     assert ".cu:" in done.stderr
