@@ -16,6 +16,7 @@ import torch
 from emulated import build_emulated
 from interpreting import Done, save_time
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2d_kernels import S2D, SpectralAdamW
 from s2d_kernels.adamw import ADDRESS_TABLES
@@ -51,6 +52,10 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
         return view
     if layout == "transposed" and values.ndim == 2:
         return values.T.contiguous().T
+    if layout == "gaps" and values.ndim == 2:
+        view = values.new_full((values.shape[0], 2 * values.shape[1]), float("nan"))[:, ::2]
+        view.copy_(values)
+        return view
     return values.clone()
 
 
@@ -143,7 +148,7 @@ def run_composition(impl: str, device: torch.device) -> None:
     slow = impl == "triton" and device.type == "cpu"
     dtypes = [torch.float32, torch.bfloat16, torch.float16] + [torch.float64] * (impl in ("torch", "reference"))
     for dtype in dtypes:
-        layouts = ["contiguous", "channels_last", "rows"] + ["transposed"] * (impl not in ("cuda", "cpu"))
+        layouts = ["contiguous", "channels_last", "rows", "transposed", "gaps"]
         for place, (name, case) in enumerate(CASES.items()):
             if slow and dtype != torch.float32 and place != dtypes.index(dtype):
                 continue  # the interpreter's minutes: all cases in fp32, one in each other dtype
@@ -468,14 +473,20 @@ def test_what_is_not_supported_is_refused() -> None:
         ([good._replace(parameter=number)], r"penalties\[0\].parameter of shape \(\) is no matrix"),
         ([good._replace(stop=7)], r"penalties\[0\] has rows 0:7, the parameter 6"),
         ([good._replace(U=U[:5])], r"penalties\[0\] has U \(5, 2\)"),
+        ([good._replace(Vh=Vh.to("meta"))], r"penalties\[0\].Vh is on meta, expected cpu"),
         ([good, good._replace(start=5, U=U[:1])], r"penalties\[1\] has rows 5:6, of which some have"),
     ):
         with pytest.raises(ValueError, match=message):
             optimizer.set_penalties(wrong)
+    with pytest.raises(TypeError, match=r"penalties\[0\].coefficients has dtype torch.int64"):
+        optimizer.set_penalties([good._replace(coefficients=c.long())])
     with pytest.raises(ValueError, match="mode='both'"):
         optimizer.set_penalties([good], mode="both")
-    with pytest.raises(TypeError, match="clip_coef=0.5 must be a tensor"):
+    with pytest.raises(TypeError, match="clip_coef must be a torch.Tensor, got float"):
         optimizer.step(clip_coef=0.5)
+    with pytest.raises(ValueError, match=r"clip_coef has shape \(2,\): pass one number"):
+        optimizer.step(clip_coef=torch.ones(2))
+    assert not optimizer.state
     complex_parameter = nn.Parameter(torch.ones(2, dtype=torch.complex64))
     complex_parameter.grad = torch.ones_like(complex_parameter)
     with pytest.raises((TypeError, RuntimeError), match="complex|floating point"):
@@ -530,6 +541,39 @@ def test_with_s2d_clipping_equals_the_calls_by_hand(clip_penalty: bool) -> None:
     assert norms == pytest.approx(expected, rel=1e-3)
     for p, q in zip(ours, theirs, strict=True):
         assert (p - q).abs().max() <= 1e-4 * 7 * 1e-2  # of what seven steps move at most
+
+
+class Operations(TorchDispatchMode):
+    """What ran: the operation, and the elements of its first argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append((str(func), args[0].numel() if args and isinstance(args[0], Tensor) else 0))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "channels_last"])
+def test_a_dense_layout_is_taken_as_it_lies(layout: str) -> None:
+    """Nothing but a factor is copied, and no other implementation is asked for the whole dtype."""
+    shape = (6, 5) if layout == "transposed" else (4, 3, 2, 2)
+    params = [nn.Parameter(laid_out(torch.randn(shape), layout)) for _ in range(2)]
+    penalized = nn.Parameter(laid_out(torch.randn(shape), layout))
+    optimizer = SpectralAdamW([*params, penalized, nn.Parameter(torch.randn(7, 3))], 0.1, impl="cpu")
+    factors = torch.randn(2, 1), torch.randn(1, params[0][0].numel()), torch.ones(1)
+    optimizer.set_penalties([Penalty(penalized, 1, 3, *factors)])
+    for param in optimizer.param_groups[0]["params"]:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    with Operations() as operations:
+        optimizer.step()
+    of_a_factor = max(factor.numel() for factor in factors)
+    assert of_a_factor < params[0].numel()
+    for name, count in operations.seen:
+        assert "_fused" not in name
+        assert count <= of_a_factor or not ("clone" in name or "copy" in name), (name, count)
 
 
 def test_closure_hooks_and_scheduler() -> None:

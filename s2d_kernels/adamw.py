@@ -20,6 +20,11 @@ NUMBERS_PER_GROUP = 6
 ADDRESS_TABLES: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {}
 
 
+def contiguous_columns(matrix: Tensor) -> bool:
+    """What the kernels need of parameters and gradients."""
+    return matrix.stride(1) == 1 or matrix.shape[1] <= 1
+
+
 def check_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],

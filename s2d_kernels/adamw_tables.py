@@ -9,12 +9,8 @@ import torch
 from torch import Tensor
 
 from s2d_kernels import _native
-from s2d_kernels.adamw import NUMBERS_PER_GROUP, check_step
+from s2d_kernels.adamw import NUMBERS_PER_GROUP, check_step, contiguous_columns
 from s2d_kernels.penalty_tables import DTYPES
-
-
-def _contiguous_columns(tensor: Tensor) -> bool:
-    return tensor.stride(1) == 1 or tensor.shape[1] <= 1
 
 
 def address(tensor: Tensor | None) -> int | None:
@@ -36,7 +32,7 @@ def _layer(
     group: int,
 ) -> _native.AdamWLayer:
     """One row of the pointer table; the tensors must outlive the enqueueing."""
-    if not (_contiguous_columns(param) and _contiguous_columns(grad)):
+    if not (contiguous_columns(param) and contiguous_columns(grad)):
         raise ValueError(
             f"params[{index}] and grads[{index}] have strides {param.stride()} and {grad.stride()}: the kernels need "
             "contiguous columns"
@@ -70,7 +66,7 @@ def supports_step(
 ) -> bool:
     """Whether the kernels take these arguments of the operation."""
     return all(
-        p.dtype in DTYPES and _contiguous_columns(p) and _contiguous_columns(g) and len(c) <= _native.MAX_RANK
+        p.dtype in DTYPES and contiguous_columns(p) and contiguous_columns(g) and len(c) <= _native.MAX_RANK
         for p, g, c in zip(params, grads, cs, strict=True)
     )
 
@@ -102,7 +98,7 @@ def step_tables(
     tensors = zip(params, grads, exp_avgs, exp_avg_sqs, steps, Us, Vhs, coefficients, groups, strict=True)
     for index, (param, grad, exp_avg, exp_avg_sq, step, U, Vh, c, group) in enumerate(tensors):
         operands = U.float(), Vh.float(), c.float().contiguous()
-        if not _contiguous_columns(operands[1]):
+        if not contiguous_columns(operands[1]):
             operands = operands[0], operands[1].contiguous(), operands[2]
         kept.append(operands)
         layers.append(_layer(index, param, grad, exp_avg, exp_avg_sq, step, *operands, ranks, group))
@@ -133,7 +129,7 @@ def address_table(
     """The table, addresses only; None where a factor would have to be converted."""
     for U, Vh, c in zip(Us, Vhs, coefficients, strict=True):
         if len(c) and not (
-            U.dtype == Vh.dtype == c.dtype == torch.float32 and c.is_contiguous() and _contiguous_columns(Vh)
+            U.dtype == Vh.dtype == c.dtype == torch.float32 and c.is_contiguous() and contiguous_columns(Vh)
         ):
             return None
     numbers = [0.0] * (NUMBERS_PER_GROUP * (max(groups, default=0) + 1))

@@ -12,7 +12,7 @@ from torch.optim.adamw import AdamW
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
 from s2d_kernels import ops
-from s2d_kernels.adamw import ADDRESS_TABLES
+from s2d_kernels.adamw import ADDRESS_TABLES, contiguous_columns
 from s2d_kernels.clipping import PenalizedRows, total_norm
 
 if TYPE_CHECKING:
@@ -85,8 +85,9 @@ class SpectralAdamW(AdamW):
     GradScaler: `scaler.step(optimizer)` without `unscale_` as with torch's fused optimizers, except that `.grad` is
         left as it is; with a regularizer the host then waits to learn whether the step is skipped.
     Cost: p, g, m, v read and p, m, v written once. With impl="torch" (fp64, and where no kernel is built) torch's fused
-        AdamW, and for the layers with a coupled penalty a sum in a temporary the size of one layer. `max_norm` reads
-        the gradients once more.
+        AdamW, and for the layers with a coupled penalty a sum in a temporary the size of one layer. Any dense layout
+        of a parameter is taken as it lies; a gradient or state in another one than the parameter's, or memory with
+        gaps between columns, is copied. `max_norm` reads the gradients once more.
     Determinism: same inputs give the same bits; a penalty of 0 leaves the bits of plain AdamW.
     CUDA graphs: with `capturable=True` and `set_penalties`, whose tensors may be overwritten in place between replays;
         not with a regularizer, whose schedule is the host's.
@@ -144,8 +145,9 @@ class SpectralAdamW(AdamW):
             mode: "coupled" (the coefficients are strength * s^power) or "decoupled" (s_new - s_old).
 
         Raises:
+            TypeError: a factor that is no tensor of floating point.
             ValueError: the optimizer has a regularizer; shapes that do not fit; rows that overlap; a parameter that is
-                not this optimizer's, or has fewer than two dimensions.
+                not this optimizer's, or has fewer than two dimensions; factors on another device.
         """
         if self.regularizer is not None:
             raise ValueError("this optimizer has a regularizer, which sets the penalties: detach it first")
@@ -159,6 +161,8 @@ class SpectralAdamW(AdamW):
                 raise ValueError(f"penalties[{index}].parameter of shape {tuple(param.shape)} is not this optimizer's")
             if param.ndim < 2 or not param.numel():
                 raise ValueError(f"penalties[{index}].parameter of shape {tuple(param.shape)} is no matrix")
+            for name in ("U", "Vh", "coefficients"):
+                ops.check_tensor(f"penalties[{index}].{name}", getattr(penalty, name), device=param.device)
             start, stop = _rows(penalty)
             k, n = len(penalty.coefficients), param[0].numel()
             if not 0 <= start <= stop <= len(param):
@@ -193,11 +197,12 @@ class SpectralAdamW(AdamW):
                 gradients with their coupled penalties, which are not stored for it; `total_norm` keeps it.
 
         Raises:
-            TypeError: `clip_coef` is no tensor.
-            ValueError: both `clip_coef` and `max_norm`; a `max_norm` that is not positive.
+            TypeError: `clip_coef` is no tensor of floating point.
+            ValueError: both `clip_coef` and `max_norm`; a `max_norm` that is not positive; several numbers. Nothing
+                has changed then.
         """
-        if clip_coef is not None and not isinstance(clip_coef, Tensor):
-            raise TypeError(f"clip_coef={clip_coef!r} must be a tensor of one number on the parameters' device")
+        if clip_coef is not None and ops.check_tensor("clip_coef", clip_coef).numel() != 1:
+            raise ValueError(f"clip_coef has shape {tuple(clip_coef.shape)}: pass one number for all parameters")
         if max_norm is not None and (clip_coef is not None or not max_norm > 0):
             raise ValueError(
                 f"max_norm={max_norm} with clip_coef={clip_coef}: pass one of them, and max_norm above 0 (inf measures)"
@@ -400,8 +405,10 @@ def _blocks(
         if all(tensor.is_contiguous() for tensor in tensors):
             views = [tensor.view(1, -1) for tensor in tensors]
         else:
-            views = _matrices(tensors, range(param.ndim), copied)
+            views = _matrices(tensors, sorted(range(param.ndim), key=lambda d: -strides[d]), copied)
         return [_block(views, step, group, None)]
+    if param.ndim == 2 and strides[0] == 1 < strides[1]:
+        return _transposed_blocks(tensors, step, group, penalties, copied)
     # Columns in the order in which they lie in memory, so that a channels_last kernel is a matrix too.
     order = sorted(range(1, param.ndim), key=lambda d: -strides[d])
     views = _matrices(tensors, [0, *order], copied)
@@ -419,6 +426,28 @@ def _blocks(
     return found
 
 
+def _transposed_blocks(
+    tensors: tuple[Tensor, ...],
+    step: Tensor,
+    group: int,
+    penalties: Sequence[Penalty],
+    copied: list[tuple[Tensor, Tensor]],
+) -> list[_Block]:
+    """`_blocks` of a matrix whose columns lie one after the other: those of its transpose, Vh^T diag(c) U^T."""
+    views = _matrices(tuple(tensor.mT for tensor in tensors), (0, 1), copied)
+    found, end = [], 0
+    for penalty in sorted(penalties, key=lambda p: p.start):
+        start, stop = _rows(penalty)
+        if end < start:
+            found.append(_block([view[:, end:start] for view in views], step, group, None))
+        turned = penalty._replace(U=penalty.Vh.mT, Vh=penalty.U.mT)
+        found.append(_block([view[:, start:stop] for view in views], step, group, turned))
+        end = stop
+    if end < len(tensors[0]):
+        found.append(_block([view[:, end:] for view in views], step, group, None))
+    return found
+
+
 def _block(views: Sequence[Tensor], step: Tensor, group: int, penalty: Penalty | None) -> _Block:
     param, grad, exp_avg, exp_avg_sq = views
     if penalty is None:
@@ -432,21 +461,19 @@ def _block(views: Sequence[Tensor], step: Tensor, group: int, penalty: Penalty |
 def _matrices(tensors: tuple[Tensor, ...], order: Sequence[int], copied: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
     """param, grad, exp_avg and exp_avg_sq as matrices, dimensions permuted; a copy of what cannot be viewed as one.
 
-    The state is laid out as the parameter. Copies of what the step writes are noted in `copied`.
+    Columns are contiguous, the state is laid out as the parameter. Copies of what the step writes are noted in
+    `copied`.
     """
     param, grad, *state = (tensor.permute(*order) for tensor in tensors)
-    try:
-        matrix = _merged(param)
-    except RuntimeError:
-        matrix = param.flatten(1) if param.ndim > 1 else param.reshape(1, -1)
+    matrix = _merged(param)
+    if matrix is None:
+        matrix = param.clone(memory_format=torch.contiguous_format).view(len(param), -1)
         copied.append((param, matrix))
     strides = matrix.stride()
-    result = [matrix, grad.reshape(matrix.shape)]
+    grad = grad.reshape(matrix.shape)
+    result = [matrix, grad if contiguous_columns(grad) else grad.contiguous()]
     for tensor in state:
-        try:
-            view = _merged(tensor)
-        except RuntimeError:
-            view = None
+        view = _merged(tensor)
         if view is None or view.stride() != strides:
             view = torch.empty_strided(matrix.shape, strides, dtype=tensor.dtype, device=tensor.device)
             view.copy_(tensor.reshape(matrix.shape))
@@ -455,10 +482,14 @@ def _matrices(tensors: tuple[Tensor, ...], order: Sequence[int], copied: list[tu
     return result
 
 
-def _merged(tensor: Tensor) -> Tensor:
-    """A view `[rows, columns]`: the first dimension, and all others merged; a RuntimeError where they do not merge."""
+def _merged(tensor: Tensor) -> Tensor | None:
+    """A view `[rows, columns]`: the first dimension, and all others merged; None where its columns lie apart."""
     if tensor.ndim == 0:
         return tensor.view(1, 1)
     if tensor.ndim == 1:
         return tensor.unsqueeze(1) if tensor.stride(0) != 1 and len(tensor) > 1 else tensor.unsqueeze(0)
-    return tensor.view(len(tensor), -1)
+    try:
+        view = tensor.view(len(tensor), -1)
+    except RuntimeError:
+        return None
+    return view if contiguous_columns(view) else None
