@@ -142,7 +142,7 @@ def linear(
     shapes = cases.QUICK_LINEAR_CASES if quick else [shape for name in names for shape in cases.LINEAR_GROUPS[name]]
     chosen = list(linear_peers.LINEAR_PEERS)
     if more and not quick:
-        chosen += [peer for peer in linear_peers.MORE_PEERS if peer.problem() is None]
+        chosen += [peer for peer in linear_peers.MORE_PEERS if peer.problem(device) is None]
     rows: list[timing.Row] = []
     with _run(device, repeats, threads) as context, _progress() as progress:
         step = _steps(progress, 2 * len(shapes))
@@ -153,7 +153,7 @@ def linear(
     if device == "cpu":
         console.print(timing.cpu_instructions())
     for peer in linear_peers.MORE_PEERS:
-        if more and not quick and (problem := peer.problem()) is not None:
+        if more and not quick and (problem := peer.problem(device)) is not None:
             console.print(f"[yellow]left out: {peer.name}, {peer.setting}: {problem}")
 
 

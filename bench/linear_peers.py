@@ -1,8 +1,8 @@
 """W4A4 fake-quantized linear layers: ours, the usual compositions, and the plain layer that all of them chase.
 
 Weights symmetric per output channel, activations asymmetric per token, 4 bits each. Ours and the composition with the
-same convention are judged against the integer reference; the plain layer, and torch's operator with its other
-rounding, against what they mean to compute, with fp64 products.
+same convention are judged against the integer reference; the plain layer, torch's operator with its other rounding,
+and torchao's layers, one of 8 bits, against what they mean to compute, with fp64 products.
 """
 
 from __future__ import annotations
@@ -117,6 +117,37 @@ def _torchao(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(of_x(x), of_weight(weight), bias)  # type: ignore[call-arg]
 
 
+@functools.cache
+def _torchao_int8() -> tuple[Any, Any, Callable[[Tensor], tuple[Tensor, Tensor]]]:
+    """torchao's layer of int8 training, its default configuration, and its quantizer of rows.
+
+    Forward and both gradients are int8 products of operands that are quantized for each anew. Of one token the
+    weight's gradient fails the gate on a CPU: torch's int8 product is wrong at a depth of 1.
+    """
+    module = importlib.import_module("torchao.prototype.quantized_training.int8_mixed_precision")
+    config = module.Int8MixedPrecisionTrainingConfig()
+    return module._Int8MixedPrecisionTrainingLinearFunction, config, module.quantize_int8_rowwise
+
+
+def _int8_training(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The forward of torchao's `Int8MixedPrecisionTrainingLinear`, on a weight given by the caller."""
+    layer, config, _ = _torchao_int8()
+    return layer.apply(x, weight, bias, config)
+
+
+def _no_int8_training(device: torch.device) -> str | None:
+    """Why torchao's int8 training cannot run on `device`."""
+    try:
+        _torchao_int8()
+    except (ImportError, AttributeError) as error:
+        return f"this torchao has it elsewhere or not at all: {error}"
+    from torch.utils._triton import has_triton
+
+    if device.type == "cpu" and has_triton():
+        return "torchao takes its Triton product wherever Triton finds a GPU, and that takes no CPU tensors"
+    return None
+
+
 def _ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     from s2d_kernels.quant_ops import fake_quant_linear
 
@@ -153,6 +184,18 @@ def _torchao_truth(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> Res
     return _products(grad, fq_x, mask_x, fq_weight, mask_weight, bias)
 
 
+def _int8_training_truth(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> Results:
+    """fp64 products of its own codes: of each product's operands, rows of the left and columns of the right."""
+    *_, quantize = _torchao_int8()
+
+    def rows(t: Tensor) -> Tensor:
+        codes, scale = quantize(t)
+        return codes.double() * scale.double().view(-1, 1)
+
+    y = rows(x) @ rows(weight).mT + bias.double()
+    return y, rows(grad) @ rows(weight.mT).mT, rows(grad.mT) @ rows(x.mT).mT, grad.double().sum(0)
+
+
 def _integer_truth(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> Results:
     """The integer reference, its accumulator as an fp64 product of the codes: exact far below 2^53.
 
@@ -178,18 +221,19 @@ class LinearPeer:
     compiled: bool = False
     backward: bool = True
     needs: str | None = None
+    obstacle: Callable[[torch.device], str | None] | None = None
 
     def make(self) -> Layer:
         """The layer, compiled for the shapes of one case where this peer is compiled."""
         return torch.compile(self.layer, dynamic=False) if self.compiled else self.layer
 
-    def problem(self) -> str | None:
-        """Why it cannot run here, or None."""
+    def problem(self, device: torch.device | str = "cpu") -> str | None:
+        """Why it cannot run here on `device`, or None."""
         if self.needs is not None and importlib.util.find_spec(self.needs) is None:
             return f"{self.needs} is not installed"
         if self.compiled and not any(map(shutil.which, ("g++", "clang++", "c++"))):
             return "torch.compile needs a C++ compiler"
-        return None
+        return None if self.obstacle is None else self.obstacle(torch.device(device))
 
 
 LINEAR_PEERS = [
@@ -211,6 +255,14 @@ MORE_PEERS = [
     LinearPeer(
         "torchao QAT linear", _torchao, "torch.compile", _torchao_truth, "own codes, fp64 product", compiled=True,
         needs="torchao",
+    ),
+    LinearPeer(
+        "torchao int8 training", _int8_training, "W8A8, eager", _int8_training_truth, "own codes, fp64 product",
+        needs="torchao", obstacle=_no_int8_training,
+    ),
+    LinearPeer(
+        "torchao int8 training", _int8_training, "W8A8, torch.compile", _int8_training_truth,
+        "own codes, fp64 product", compiled=True, needs="torchao", obstacle=_no_int8_training,
     ),
 ]  # fmt: skip
 

@@ -225,7 +225,7 @@ def cpu_instructions() -> str:
         "sve",
     )
     found = ", ".join(name for name in names if has.get(name)) or "none of those that matter here"
-    product = "exact and faster than fp32" if int8_product_serves(127) else "not used"
+    product = "exact, used" if int8_product_serves(127) else "not used"
     library = "not there" if _native_cpu.problem() else _native_cpu.capability()
     return f"CPU {torch.backends.cpu.get_cpu_capability()}: {found}; torch._int_mm: {product}; libs2d_cpu: {library}"
 

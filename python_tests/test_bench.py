@@ -271,12 +271,37 @@ def test_forward_only_and_optional_linear_peers():
     assert eager.problem() is None
 
 
-def test_torchao_is_judged_by_its_own_codes():
+@pytest.mark.parametrize("name", ["torchao QAT linear", "torchao int8 training"])
+def test_torchao_is_judged_by_its_own_codes(name):
     pytest.importorskip("torchao")
-    (peer,) = [p for p in linear_peers.MORE_PEERS if p.needs == "torchao" and not p.compiled]
+    (peer,) = [p for p in linear_peers.MORE_PEERS if p.name == name and not p.compiled]
+    assert peer.problem() is None
     for dtype in (torch.float32, torch.bfloat16):
-        rows = runs.run_linear(cases.LinearCase("c", 64, 48, 256, dtype), CONTEXT, peers=[peer])
+        case = cases.LinearCase("c", 64, 48, 256, dtype)
+        rows = runs.run_linear(case, CONTEXT, peers=[peer])
+        assert [row.variant for row in rows] == ["forward", "forward+backward"]
         assert all(row.gate for row in rows)
+        # what it means to compute is not the plain product
+        plain = linear_peers.LINEAR_PEERS[1]
+        assert all(
+            error > 1e-3
+            for error in runs.judge_linear(case, dataclasses.replace(peer, layer=plain.layer), True, CPU)[1][:3]
+        )
+
+
+def test_int8_training_is_left_out_by_name_where_it_cannot_run(monkeypatch):
+    (peer,) = [p for p in linear_peers.MORE_PEERS if p.name == "torchao int8 training" and not p.compiled]
+    assert dataclasses.replace(peer, needs="no_such_package").problem() == "no_such_package is not installed"
+    pytest.importorskip("torchao")
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    assert "takes no CPU tensors" in peer.problem("cpu")
+    assert peer.problem("cuda") is None
+
+    def moved() -> None:
+        raise ImportError("No module named 'torchao.prototype.quantized_training'")
+
+    monkeypatch.setattr(linear_peers, "_torchao_int8", moved)
+    assert "elsewhere or not at all: No module named" in peer.problem("cuda")
 
 
 def test_groups_of_linear_cases():

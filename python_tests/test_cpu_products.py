@@ -75,6 +75,8 @@ def test_accumulators_by_every_route(route: str, monkeypatch: pytest.MonkeyPatch
         monkeypatch.delattr(torch, "_int_mm")
     else:
         monkeypatch.setattr(torch, "_int_mm", counted)
+    if route == "slow":  # the clock is asked where the CPU has no instructions for it
+        monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     if route == "saturates":
         monkeypatch.setattr(int8_product, "_int8_product_is_faster", lambda: True)
         assert int8_product.int8_product_serves(15)  # pairs of these do not saturate
@@ -107,6 +109,41 @@ print(right, serves)
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("instructions", ["avx512_vnni", "avx_vnni", "amx_int8"])
+def test_a_cpu_with_the_instructions_is_not_timed(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def clock() -> float:
+        raise AssertionError("a busy machine would decide")
+
+    monkeypatch.setattr(int8_product.time, "perf_counter", clock)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {instructions: True, "avx2": True})
+    assert int8_product.int8_product_serves(127) == int8_product.int8_product_is_exact(127)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    int8_product._int8_product_is_faster.cache_clear()
+    with pytest.raises(AssertionError, match="a busy machine"):
+        int8_product._int8_product_is_faster()
+
+
+def test_interruptions_do_not_turn_the_clocks_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other work takes time from ten turns of the faster route, and from none of the other's."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    now = [0.0]
+    monkeypatch.setattr(int8_product.time, "perf_counter", lambda: now[0])
+
+    def takes(name: str, seconds: float, waits: int) -> None:
+        turns = iter(range(1000))
+
+        def run(*_: Tensor) -> None:
+            now[0] += seconds + 50 * (next(turns) < waits)
+
+        monkeypatch.setattr(torch, name, run)
+
+    for int8, fp32 in ((1.0, 2.0), (2.0, 1.0)):
+        takes("_int_mm", int8, 10 if int8 < fp32 else 0)
+        takes("mm", fp32, 10 if fp32 < int8 else 0)
+        int8_product._int8_product_is_faster.cache_clear()
+        assert int8_product._int8_product_is_faster() == (int8 < fp32)
 
 
 def test_trying_leaves_the_random_numbers_alone() -> None:

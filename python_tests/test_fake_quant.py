@@ -378,12 +378,34 @@ def test_quantize_refuses_and_leaves_the_model_alone(error: type[Exception], mat
 def test_only_and_what_the_log_says(caplog: pytest.LogCaptureFixture) -> None:
     model = Transformer()
     with caplog.at_level(logging.INFO, logger="s2d_kernels"):
-        rows = {row.name: row for row in quantize_(model, only=(r"\.up$", r"lm_head"), skip=(r"blocks\.0",))}
+        rows = {row.name: row for row in quantize_(model, only=(r"\.up$|lm_head",), skip=(r"blocks\.0",))}
     assert [name for name, row in rows.items() if row.decision == "quantize"] == ["blocks.1.up"]
     assert "matches none of only=" in rows["blocks.1.down"].reason
     assert rows["lm_head"].reason == "output head"
     for name in ("embed", "lm_head", "decoder", "blocks.0.up", "blocks.1.down"):
         assert any(f"{name} " in message and rows[name].reason in message for message in caplog.messages)
+
+
+def test_a_head_is_converted_where_a_pattern_names_it_alone() -> None:
+    x = inputs()[0]
+    for only, converted in (
+        (("lm_head",), {"lm_head"}),
+        (("head$",), {"lm_head"}),
+        ((r"1\.up$", "lm_head"), {"blocks.1.up", "lm_head"}),
+        ((r"1\.up$|lm_head",), {"blocks.1.up"}),
+        ((r"1\.up$", "e"), {"blocks.0.attention.qkv", "blocks.0.attention.out", "blocks.1.up"}),
+    ):
+        model = Transformer()
+        rows = {row.name: row for row in quantize_(model, only=only)}
+        assert {name for name, row in rows.items() if row.decision == "quantize"} == converted
+        assert (type(model.lm_head) is FakeQuantLinear) == ("lm_head" in converted)
+        assert model(x).isfinite().all()
+    for everything in (".", ".*", ""):
+        reasons = {row.name: row.reason for row in quantize_(Transformer(), only=(everything,))}
+        assert reasons["lm_head"] == "output head"
+    rows = {row.name: row for row in quantize_(Transformer(), only=("lm_head", "decoder", "up"), skip=("lm_head",))}
+    assert rows["lm_head"].reason == "skipped by pattern 'lm_head'"
+    assert "tied to the embedding" in rows["decoder"].reason
 
 
 def test_ptq_gives_the_same_bits_and_follows_the_weight() -> None:

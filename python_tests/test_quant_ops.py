@@ -517,6 +517,28 @@ def test_needs_input_grad(needs: tuple[bool, bool, bool]) -> None:
             assert_same(t.grad, f.grad)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_quantizers_and_integer_products_have_no_gradient(impl: str) -> None:
+    x, w, bias = (torch.randn(s, requires_grad=True) for s in ((9, 64), (5, 64), (5,)))
+
+    def layer(x: Tensor, w: Tensor, bias: Tensor) -> list[Tensor]:
+        qx, qw = quantize_activation(x, impl=impl), quantize_weight(w, impl=impl)
+        y = integer_linear(qx, qw, bias, impl=impl)
+        return [*qx[:5], *qw[:5], integer_accumulator(qx, qw, impl=impl), y]
+
+    results = layer(x, w, bias)
+    assert not any(t.requires_grad for t in results)
+    assert torch.is_grad_enabled()
+    with torch.no_grad():
+        assert all(map(torch.equal, results, layer(x, w, bias)))
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        results[-1].sum().backward()
+    if impl == "torch":
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x, w, bias)
+        assert not any(t.requires_grad for t in compiled)
+        assert all(map(torch.equal, results, compiled))
+
+
 @pytest.mark.parametrize(("bits", "limit"), [(4, 0.70), (2, 0.70), (8, 1.20)])
 @pytest.mark.parametrize("rows", [(64, 96), (32, 384)])
 def test_saved_for_backward(rows: tuple[int, int], bits: int, limit: float) -> None:
@@ -713,6 +735,10 @@ NAN = math.nan
          lambda: fake_quant_linear(X, W, act_granularity="per_row")),
         (ValueError, r"weight_granularity='per_token'",
          lambda: fake_quant_linear(X, W, weight_granularity="per_token")),
+        (TypeError, r"act_granularity must be a string, got \['per_token'\].*'per_token', 'per_tensor'",
+         lambda: fake_quant_linear(X, W, act_granularity=["per_token"])),
+        (TypeError, r"weight_granularity must be a string, got None", lambda: quantize_weight(W, granularity=None)),
+        (TypeError, r"granularity must be a string, got 4", lambda: quantize_activation(X, granularity=4)),
         (ValueError, r"x must have 2 dimensions", lambda: quantize_activation(X[0])),
         (ValueError, r"impl='fast' is none of", lambda: fake_quant_linear(X, W, impl="fast")),
         (ValueError, r"K=70000 .*int32.*per_group",

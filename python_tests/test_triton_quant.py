@@ -245,6 +245,7 @@ def run_gradient(device: torch.device) -> None:
             assert not got[~quantizers.unpack_mask(mask, K)].any()
             again = torch.ops.s2d.straight_through_grad(*there, dtype, "triton").cpu()
             assert torch.equal(got, again)
+    check_fp16_range(device)
     for shape in ((0, 3, 8), (3, 0, 8), (3, 2, 0)):
         R, N, K = shape
         empty = [torch.zeros(R, N), torch.zeros(N, K, dtype=torch.int8), torch.ones(N, 1), torch.zeros(N, 1).int()]
@@ -252,6 +253,31 @@ def run_gradient(device: torch.device) -> None:
         got = torch.ops.s2d.straight_through_grad(*(t.to(device) for t in empty), K, 8, False, torch.float32, "triton")
         assert got.shape == (R, K)
         assert not got.any()
+
+
+def check_fp16_range(device: torch.device) -> None:
+    """fp16 gradients of operands that fp16 does not have, large and small: as near as within its range."""
+    generator = torch.Generator().manual_seed(1)
+    R, N, K = 20, 37, 96
+    for granularity, group_size in (("per_row", 0), ("per_tensor", 0), ("per_group", 32), ("per_group", 8)):
+        for least, most in ((4.0, 6.0), (-12.0, -8.0), (-3.0, 3.0), (37.0, 37.2), (-36.4, -36.2)):
+            matrix = torch.randn(N, K, generator=generator)
+            matrix *= 10 ** torch.empty(N, 1).uniform_(least, most, generator=generator)
+            kind = (4, granularity == "per_tensor", granularity, group_size)
+            codes, scale, zero_point, _, _ = torch.ops.s2d.quantize(matrix, None, None, *kind, "reference")
+            arguments = (quantizers.pack_codes(codes), scale, zero_point, quantizers.full_mask(R, K, scale.device), K)
+            # in fp32, that an infinite result does not hide an infinite operand
+            grad = (torch.randn(R, N, generator=generator) / 64).half()
+            there = [a.to(device) if isinstance(a, Tensor) else a for a in (grad, *arguments, *kind[:2])]
+            got = torch.ops.s2d.straight_through_grad(*there, torch.float32, "triton").cpu().double()
+            operand = dequantized(*arguments[:3], K, *kind[:2]).double()
+            magnitude = grad.double().abs() @ operand.abs()
+            # fp16's rounding of the operand, fp32's of the sum, which may be subnormal
+            limit = (2.0**-11 + 1e-6) * magnitude + 2.0**-149
+            assert ((got - grad.double() @ operand).abs() <= limit).all(), (kind, least)
+    scale[3] = math.nan
+    there[2] = scale.to(device)
+    assert torch.ops.s2d.straight_through_grad(*there, torch.float32, "triton").isnan().all()
 
 
 def dequantized(codes: Tensor, scale: Tensor, zero_point: Tensor, K: int, bits: int, symmetric: bool) -> Tensor:

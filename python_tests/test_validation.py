@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench import linear_peers
 from s2d_kernels import add_penalty_grad_, fake_quant_linear, ops, pcdr, reference, topk_svd, validate
 from s2d_kernels.conventions import OTHERS, OURS, Convention
 from s2d_kernels.linear_validation import Setting, convention_rows, explain_linear, linear_rows, ulp_distance
@@ -152,11 +153,82 @@ def test_the_convention_that_explains_a_kernel_is_named(other: Convention, symme
     assert notes
     assert all("Explained by" in note for note in notes)
     name = other.name
-    if symmetric and other.add_first:  # without a zero point there is nothing to add
-        name = "multiplication by the reciprocal of the scale"
+    if symmetric:  # without a zero point there is nothing to add or to round
+        name = {
+            "reciprocal, and the zero point added before rounding": "multiplication by the reciprocal of the scale",
+            "half-up rounding, of the zero point too": "half-up rounding",
+            "half-up rounding, zero point = quant_min + half-up(-minimum / scale)": "half-up rounding",
+            "halves rounded away from zero, of the zero point too": "halves rounded away from zero",
+        }.get(name, name)
     assert any(f"Explained by: {name}, in" in note and "all bits are equal" in note for note in notes)
     assert "instead of" in notes[-1]
     assert re.search(r"x\[\d+\] in \S+: scale \S+, zero point \d+", notes[-1])
+
+
+def by_hand(
+    half: Callable[[torch.Tensor], torch.Tensor] = torch.round,
+    zero_point: Callable[[torch.Tensor], torch.Tensor] = lambda v: -torch.round(v),
+    code: Callable[..., torch.Tensor] = lambda x, s, z, half: half(x / s) + z,
+    weight_max: float = 7,
+) -> Callable:
+    """A W4A4 kernel as somebody may write it, without a line of ours."""
+
+    def kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+        s, s_w = (high - low) / 15, weight.abs().amax(-1, keepdim=True) / weight_max
+        s, s_w = (torch.where(scale < 2.0**-126, 1.0, scale) for scale in (s, s_w))
+        z = zero_point(low / s).clamp(0, 15)
+        q, q_w = code(x, s, z, half).clamp(0, 15), half(weight / s_w).clamp(-8 if weight_max > 7 else -7, 7)
+        return ((q - z) @ q_w.mT * s * s_w.mT + bias).detach()
+
+    return kernel
+
+
+def explanations(kernel: Callable) -> list[str]:
+    """What is said of each case in which a W4A4 kernel differs; of K = 0 there is nothing to say."""
+    with torch.no_grad():
+        notes = [c.note for c in validate(kernel, weight_bits=4, act_bits=4) if not c.passed and "x0x" not in c.case]
+    return [re.sub(r".*?(Explained by|Our codes|No known)", r"\1", note) for note in notes]
+
+
+UP = by_hand(lambda v: torch.floor(v + 0.5), lambda v: -torch.floor(v + 0.5))
+UP_OF_MINUS = by_hand(lambda v: torch.floor(v + 0.5), lambda v: torch.floor(0.5 - v))
+AWAY = by_hand(lambda v: v.sign() * torch.floor(v.abs() + 0.5), lambda v: torch.floor(v.abs() + 0.5))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "name"),
+    [
+        (UP, "half-up rounding, of the zero point too, in both operands"),
+        (UP_OF_MINUS, "half-up rounding, zero point = quant_min + half-up(-minimum / scale), in both operands"),
+        (AWAY, "halves rounded away from zero, of the zero point too, in both operands"),
+    ],
+)
+def test_a_kernel_by_hand_that_rounds_halves_its_way(kernel: Callable, name: str) -> None:
+    found = explanations(kernel)
+    assert all("(then all bits are equal)" in note for note in found)
+    assert any(note.startswith(f"Explained by: {name} (") for note in found), found
+
+
+def test_other_conventions_in_either_operand() -> None:
+    mixed = by_hand(code=lambda x, s, z, half: half(x * (1 / s) + z), weight_max=7.5)
+    found = explanations(mixed)
+    assert all("(then all bits are equal)" in note for note in found)
+    act = "reciprocal, and the zero point added before rounding, in the activations"
+    weight = "scale = absmax / (2^(b-1) - 1/2), codes from -2^(b-1), in the weight"
+    assert any(note.startswith(f"Explained by: {act}; {weight} (") for note in found), found
+    assert any(f"First such code: {side}" in note for note in found for side in ("x[", "weight["))
+
+
+def test_torchaos_linear_is_explained() -> None:
+    """Two conventions in one operand, a third in the other, products in floating point."""
+    pytest.importorskip("torchao")
+    found = [note for note in explanations(linear_peers._torchao) if note.strip()]
+    assert len(found) >= 6
+    assert all(note.startswith("Explained by") for note in found if "raised" not in note), found
+    act = "multiplication by the reciprocal of the scale, in the activations"
+    weight = "scale = absmax / (2^(b-1) - 1/2), codes from -2^(b-1) with multiplication by the reciprocal of the scale"
+    assert any(f"{act}; {weight}, in the weight (equal up to rounding" in note for note in found), found
 
 
 def test_a_note_shows_the_element_and_its_inputs() -> None:

@@ -31,6 +31,7 @@ class Convention(NamedTuple):
     Attributes:
         name: for reports.
         rounding: of x / scale.
+        zero_point_rounding: of minimum / scale, which the zero point takes from quant_min.
         add_first: round(x / scale + zero_point) instead of round(x / scale) + zero_point.
         reciprocal: x * (1 / scale) instead of x / scale.
         lowest: the lowest symmetric code is -(2^(b-1)) instead of -(2^(b-1) - 1).
@@ -49,14 +50,25 @@ class Convention(NamedTuple):
     widened: bool = True
     scale_dtype: torch.dtype | None = None
     at_least: float | None = None
+    zero_point_rounding: Callable[[Tensor], Tensor] = torch.round
 
     def applies(self, symmetric: bool) -> bool:
         """Whether it can differ from ours for symmetric (or asymmetric) codes."""
-        only_symmetric, only_asymmetric = self.lowest or self.steps != 1, self.add_first or not self.widened
+        only_symmetric = self.lowest or self.steps != 1
+        only_asymmetric = self.add_first or not self.widened or self.zero_point_rounding is not torch.round
         both = (
             self.reciprocal or self.rounding is not torch.round or self.scale_dtype is not None or bool(self.at_least)
         )
         return both or (only_symmetric if symmetric else only_asymmetric)
+
+    def combined(self, other: Convention) -> Convention:
+        """With all that `other` does unlike ours, too."""
+        unlike = {
+            field: value
+            for field, value in other._asdict().items()
+            if field != "name" and value != self._field_defaults[field]
+        }
+        return self._replace(**unlike, name=other.name if self == OURS else f"{self.name} with {other.name}")
 
     def quantize(
         self,
@@ -97,7 +109,7 @@ class Convention(NamedTuple):
         scale = torch.where(ours.scale.isfinite().unsqueeze(2), scale, torch.nan)
         zero_point = torch.zeros_like(scale)
         if not symmetric:
-            zero_point = quant_min - (low / scale).round()
+            zero_point = quant_min - self.zero_point_rounding(low / scale)
             if self.widened:
                 zero_point = zero_point.clamp(quant_min, quant_max)
             zero_point = zero_point.nan_to_num(nan=0.0)
@@ -114,6 +126,15 @@ OURS = Convention("ours")
 OTHERS = (
     Convention("half-up rounding", rounding=half_up),
     Convention("halves rounded away from zero", rounding=half_away),
+    Convention("half-up rounding, of the zero point too", rounding=half_up, zero_point_rounding=half_up),
+    Convention(
+        "half-up rounding, zero point = quant_min + half-up(-minimum / scale)",
+        rounding=half_up,
+        zero_point_rounding=half_away,  # of what is at most 0
+    ),
+    Convention(
+        "halves rounded away from zero, of the zero point too", rounding=half_away, zero_point_rounding=half_away
+    ),
     Convention("truncation", rounding=torch.trunc),
     Convention("the zero point added before rounding", add_first=True),
     Convention("multiplication by the reciprocal of the scale", reciprocal=True),

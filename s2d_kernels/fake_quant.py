@@ -442,9 +442,9 @@ def quantize_(
     The module objects stay the same ones: their hooks, ties, shared places and references from elsewhere go on working.
     Converted are modules of exactly the class `nn.Linear`, and of `nn.Conv2d` where stride = kernel. Subclasses are
     not, since their forward may differ, nor are embeddings (a look-up, no product), output heads (by the names of
-    `parameters.HEAD`, such as lm_head, classifier or head.fc; convert one with `FakeQuantLinear.from_linear`), layers
-    tied to an embedding, or projections of `nn.MultiheadAttention`, which uses
-    their weights without calling them. What is skipped, and why, is in the result and in the log.
+    `parameters.HEAD`, such as lm_head, classifier or head.fc, unless `only` names them), layers tied to an embedding,
+    or projections of `nn.MultiheadAttention`, which uses their weights without calling them. What is skipped, and why,
+    is in the result and in the log.
 
     Args:
         model: any module; an `nn.Linear` itself is converted too.
@@ -456,7 +456,8 @@ def quantize_(
         percentile: 50 < percentile <= 100: the range is the mean over batches of each batch's quantiles at
             1 - percentile/100 and percentile/100 (linear interpolation), instead of the minimum and maximum of all.
         only: regular expressions searched in the layers' names; if any are given, layers that none matches are left
-            alone.
+            alone. A pattern that matches output heads and nothing else, such as "lm_head", names them: they are
+            converted. One that matches other layers too, such as ".", leaves the heads alone.
         skip: regular expressions likewise; matching layers are left alone.
         mode: "qat": the weights are trained on, and rounded in each forward. "ptq": they are finished; each weight is
             rounded to nearest once and its codes are used again in forwards without gradients until it changes (a write
@@ -569,6 +570,13 @@ def _decide(
             embeddings[id(module.weight)] = name
     known = [name for module, all_names in names.items() for name in all_names if _may_be_named(module)]
     wanted, unwanted = _compiled(only, known, "only"), _compiled(skip, known, "skip")
+    no_heads = [
+        name
+        for module, all_names in names.items()
+        if _may_be_named(module) and not any(map(HEAD.search, all_names))
+        for name in all_names
+    ]
+    for_heads = [p for p in wanted if not any(map(p.search, no_heads))]
 
     layers: dict[str, nn.Linear | nn.Conv2d] = {}
     report: list[LayerDecision] = []
@@ -588,7 +596,7 @@ def _decide(
                 reason = f"skipped by pattern {pattern!r}"
             elif wanted and not any(p.search(n) for p in wanted for n in all_names):
                 reason = f"matches none of only={[p.pattern for p in wanted]}"
-            elif any(HEAD.search(n) for n in all_names):
+            elif any(map(HEAD.search, all_names)) and not any(p.search(n) for p in for_heads for n in all_names):
                 reason = "output head"
         if reason is None:
             layers[name] = layer

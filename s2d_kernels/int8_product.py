@@ -32,9 +32,22 @@ def int8_product_is_exact(span: int) -> bool:
     return True
 
 
+def _has_instructions() -> bool:
+    """Whether the CPU adds four 8-bit products to 32 bits at once, and torch has the library that does it with them."""
+    has = torch.cpu.get_capabilities()
+    instructions = any(has.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+    return instructions and torch.backends.mkldnn.is_available()
+
+
 @functools.cache
 def _int8_product_is_faster() -> bool:
-    """Than an fp32 GEMM, by the clock, once a process: elsewhere than on x86 it may be a plain loop."""
+    """Than an fp32 GEMM: always with the instructions, elsewhere by the clock, once a process.
+
+    Without them it may be a plain loop. The best of many turns of both, so that other work on the machine, which takes
+    time from some of them, does not turn the answer.
+    """
+    if _has_instructions():
+        return True
     generator = torch.Generator("cpu").manual_seed(0)
     x, w = (
         torch.randint(-7, 8, shape, dtype=torch.int8, generator=generator, device="cpu")
@@ -42,7 +55,7 @@ def _int8_product_is_faster() -> bool:
     )
     as_fp32 = x.float(), w.float().mT
     seconds = [math.inf, math.inf]
-    for _ in range(4):  # in turn, the first of them to warm up
+    for _ in range(15):
         for route, (function, operands) in enumerate(((torch._int_mm, (x, w.mT)), (torch.mm, as_fp32))):
             begin = time.perf_counter()
             function(*operands)
@@ -53,7 +66,7 @@ def _int8_product_is_faster() -> bool:
 def int8_product_serves(span: int) -> bool:
     """Whether the int8 product is exact for operands of magnitude <= `span`, and faster than an fp32 GEMM.
 
-    Either route gives the same integers, so the clock decides about nothing but time.
+    Either route gives the same integers, so where the clock is asked it decides about nothing but time.
     """
     return int8_product_is_exact(span) and _int8_product_is_faster()
 
@@ -64,8 +77,7 @@ def int8_digits_serve() -> bool:
 
     They round unlike an fp32 GEMM, so this must not depend on the clock: the CPU has to have the instructions.
     """
-    has = torch.cpu.get_capabilities()
-    return any(has.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")) and int8_product_is_exact(127)
+    return _has_instructions() and int8_product_is_exact(127)
 
 
 def use_int8_product(device: torch.device, depth: int, x_span: int, w_span: int) -> bool:

@@ -207,6 +207,7 @@ def check_accumulator_range(size: int, x_kind: tuple[int, bool], w_kind: tuple[i
         )
 
 
+@torch.no_grad()
 def integer_accumulator(qx: QuantizedOperand, qw: QuantizedOperand, *, impl: str | None = None) -> Tensor:
     """Exact integer products with the zero points removed: sum_k (qx - z_x)(qw - z_w) per group.
 
@@ -229,6 +230,7 @@ def integer_accumulator(qx: QuantizedOperand, qw: QuantizedOperand, *, impl: str
     return torch.ops.s2d.integer_accumulator(*qx[:4], *qw[:4], *kinds, impl)
 
 
+@torch.no_grad()
 def integer_linear(
     qx: QuantizedOperand,
     qw: QuantizedOperand,
@@ -238,6 +240,9 @@ def integer_linear(
     impl: str | None = None,
 ) -> Tensor:
     """y = s_x s_w sum_k (qx - z_x)(qw - z_w) + bias, the sum in exact integers.
+
+    Not differentiable: y requires no gradient, whatever `bias` and the operands were made from. `fake_quant_linear` is
+    what trains.
 
     Args:
         qx: activations, codes `[M, K]`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -219,31 +220,102 @@ class Setting(NamedTuple):
     act_range: ValueRange | None = None
     weight_range: ValueRange | None = None
 
-    def operands(
-        self, x: Tensor, weight: Tensor, of_x: Convention = OURS, of_weight: Convention = OURS
-    ) -> tuple[reference.QuantizedTensor, reference.QuantizedTensor]:
-        """Activations and weight in codes, each in its convention."""
-        qx = of_x.quantize(
+    def quantize_x(self, x: Tensor, convention: Convention) -> reference.QuantizedTensor:
+        """Activations in codes."""
+        return convention.quantize(
             x, bits=self.act_bits, symmetric=self.act_symmetric,
             granularity=ACTIVATION_GRANULARITIES[self.act_granularity], value_range=self.act_range,
         )  # fmt: skip
-        qw = of_weight.quantize(
+
+    def quantize_weight(self, weight: Tensor, convention: Convention) -> reference.QuantizedTensor:
+        """The weight in codes."""
+        return convention.quantize(
             weight, bits=self.weight_bits, symmetric=self.weight_symmetric,
             granularity=WEIGHT_GRANULARITIES[self.weight_granularity], group_size=self.group_size,
             value_range=self.weight_range,
         )  # fmt: skip
-        return qx, qw
+
+    def operands(
+        self, x: Tensor, weight: Tensor, of_x: Convention = OURS, of_weight: Convention = OURS
+    ) -> tuple[reference.QuantizedTensor, reference.QuantizedTensor]:
+        """Activations and weight in codes, each in its convention."""
+        return self.quantize_x(x, of_x), self.quantize_weight(weight, of_weight)
 
 
-def _pairs(setting: Setting) -> Iterator[tuple[str, Convention, Convention]]:
-    for other in OTHERS:
-        in_x, in_w = other.applies(setting.act_symmetric), other.applies(setting.weight_symmetric)
-        if in_x and in_w:
-            yield f"{other.name}, in both operands", other, other
-        if in_x:
-            yield f"{other.name}, in the activations", other, OURS
-        if in_w:
-            yield f"{other.name}, in the weight", OURS, other
+class _Candidate(NamedTuple):
+    """What may explain an output: how many elements it leaves off by more than rounding, and by bits; its operands."""
+
+    unlike: tuple[int, int]
+    name: str
+    of_x: Convention = OURS
+    of_weight: Convention = OURS
+
+
+def _nearest(candidates: Iterable[_Candidate]) -> _Candidate:
+    return min(candidates, key=lambda c: c.unlike)  # the first of equals
+
+
+class _Conventions:
+    """Pairs of conventions for the operands of a linear layer, and how far each is from a kernel's output.
+
+    Conventions that agree on an operand are multiplied once.
+    """
+
+    def __init__(self, setting: Setting, x: Tensor, weight: Tensor, unlike: Callable[..., tuple[int, int]]) -> None:
+        self._quantize = (
+            functools.cache(lambda convention: setting.quantize_x(x, convention)),
+            functools.cache(lambda convention: setting.quantize_weight(weight, convention)),
+        )
+        self._unlike = unlike
+        self._different: tuple[list[reference.QuantizedTensor], list[reference.QuantizedTensor]] = [], []
+        self._known: dict[tuple[int, int], tuple[int, int]] = {}
+        self.of_x = [c for c in OTHERS if c.applies(setting.act_symmetric)]
+        self.of_weight = [c for c in OTHERS if c.applies(setting.weight_symmetric)]
+
+    def _number(self, side: int, convention: Convention) -> int:
+        """Of the operand in this convention among those of this side that differ."""
+        q = self._quantize[side](convention)
+        for number, other in enumerate(self._different[side]):
+            if all(torch.equal(a.nan_to_num(-1), b.nan_to_num(-1)) for a, b in zip(q[:3], other[:3], strict=True)):
+                return number
+        self._different[side].append(q)
+        return len(self._different[side]) - 1
+
+    def candidate(self, of_x: Convention, of_weight: Convention) -> _Candidate:
+        """The pair, compared."""
+        key = self._number(0, of_x), self._number(1, of_weight)
+        if key not in self._known:
+            self._known[key] = self._unlike(*(operands[n] for operands, n in zip(self._different, key, strict=True)))
+        if of_x == of_weight:
+            name = f"{of_x.name}, in both operands"
+        else:
+            sides = (of_x, "activations"), (of_weight, "weight")
+            name = "; ".join(f"{c.name}, in the {where}" for c, where in sides if c != OURS)
+        return _Candidate(self._known[key], name, of_x, of_weight)
+
+    def alike(self) -> Iterator[_Candidate]:
+        """One convention in both operands, or in one."""
+        for other in OTHERS:
+            in_x, in_weight = other in self.of_x, other in self.of_weight
+            if in_x and in_weight:
+                yield self.candidate(other, other)
+            if in_x:
+                yield self.candidate(other, OURS)
+            if in_weight:
+                yield self.candidate(OURS, other)
+
+    def mixed(self) -> Iterator[_Candidate]:
+        """One in each operand; then the nearest pair with more of them, one at a time, while that brings it nearer."""
+        pairs = [self.candidate(*pair) for pair in itertools.product(self.of_x, self.of_weight)]
+        yield from pairs
+        best = _nearest([*self.alike(), *pairs])
+        while best.unlike[0]:
+            more = [self.candidate(best.of_x.combined(c), best.of_weight) for c in self.of_x]
+            more += [self.candidate(best.of_x, best.of_weight.combined(c)) for c in self.of_weight]
+            yield from more
+            if _nearest(more).unlike >= best.unlike:
+                return
+            best = _nearest(more)
 
 
 def _epilogues(
@@ -293,7 +365,8 @@ def _other_settings(setting: Setting) -> Iterator[tuple[str, Setting]]:
 def explain_linear(got: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, setting: Setting) -> str:
     """What a kernel's output `[M, N]` has in it that ours has not: sentences on the first element that differs.
 
-    They name its inputs and, where one is known, the convention that gives the kernel's numbers.
+    They name its inputs and, where they are known, the conventions that give the kernel's numbers: one, else one of
+    the activations and another of the weight, else several of either.
     """
     got, x, weight = got.detach().cpu(), x.detach().cpu(), weight.detach().cpu()
     bias = None if bias is None else bias.detach().cpu()
@@ -318,29 +391,30 @@ def explain_linear(got: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, 
         close = (got.double() - y.double()).abs() <= _ROUNDING * largest + torch.finfo(got.dtype).eps * y.double().abs()
         return int((bits & ~close).sum()), int(bits.sum())
 
-    candidates: list[tuple[tuple[int, int], str, Convention | None, Convention | None]] = []
-    for name, y in _epilogues(x, weight, qx, qw, bias):
-        candidates.append((unlike(y), name, None, None))
-    for name, of_x, of_weight in _pairs(setting):
-        y, _ = reference.integer_linear(*setting.operands(x, weight, of_x, of_weight), bias, got.dtype)
-        candidates.append((unlike(y), name, of_x, of_weight))
-    if all(c[0][0] for c in candidates):
+    def unlike_product(qx: reference.QuantizedTensor, qw: reference.QuantizedTensor) -> tuple[int, int]:
+        return unlike(reference.integer_linear(qx, qw, bias, got.dtype)[0])
+
+    conventions = _Conventions(setting, x, weight, unlike_product)
+    candidates = [_Candidate(unlike(y), name) for name, y in _epilogues(x, weight, qx, qw, bias)]
+    candidates += conventions.alike()
+    if all(c.unlike[0] for c in candidates):
         for name, other in _other_settings(setting):
-            y, _ = reference.integer_linear(*other.operands(x, weight), bias, got.dtype)
-            candidates.append((unlike(y), name, None, None))
+            candidates.append(_Candidate(unlike_product(*other.operands(x, weight)), name))
+    if all(c.unlike[0] for c in candidates):
+        candidates += conventions.mixed()
     as_we_do = unlike(ours)
-    (off, bits), name, *others = min(candidates, key=lambda c: c[0])
+    (off, bits), name, of_x, of_weight = _nearest(candidates)
     if off == bits == 0:
         parts.append(f"Explained by: {name} (then all bits are equal).")
     elif off == 0 and as_we_do[0] == 0:
         parts.append(f"Our codes, other rounding: nearest is {name} ({bits:,} elements still differ in bits).")
-        others = [None, None]
+        of_x = of_weight = OURS
     elif off == 0:
         parts.append(f"Explained by: {name} (equal up to rounding, {bits:,} elements differ in bits).")
     else:
         parts.append(f"No known convention explains it: nearest is {name}, which leaves {off:,} elements off.")
-        others = [None, None]
-    theirs = setting.operands(x, weight, *(other or OURS for other in others))
+        of_x = of_weight = OURS
+    theirs = setting.operands(x, weight, of_x, of_weight)
     for which, values, mine, foreign in zip(("x", "weight"), (x, weight), (qx, qw), theirs, strict=True):
         parts.append(_first_code(which, values, mine, foreign.codes))
     return " ".join(part for part in parts if part)

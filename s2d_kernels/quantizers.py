@@ -336,6 +336,8 @@ def check_bits(name: str, bits: object) -> None:
 
 def check_granularity(name: str, value: str, known: dict[str, str]) -> str:
     """The op's name of a granularity, `known[value]`."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {value!r}: choose one of {tuple(known)}")
     if value not in known:
         raise ValueError(f"{name}={value!r} is none of {tuple(known)}")
     return known[value]
@@ -431,6 +433,7 @@ def quantize_and_pack(
     return QuantizedOperand._make((*outputs, bits, symmetric)), packed
 
 
+@torch.no_grad()
 def quantize_activation(
     x: Tensor,
     *,
@@ -442,6 +445,8 @@ def quantize_activation(
     impl: str | None = None,
 ) -> QuantizedOperand:
     """Quantize activations: q = clamp(round_half_even(x / scale) + zero_point, quant_min, quant_max).
+
+    Not differentiable: no output requires a gradient. `fake_quant_linear` is what trains.
 
     Args:
         x: `[rows, K]`, fp32, bf16, fp16 (computed in fp32) or fp64 (computed in fp64); any strides.
@@ -472,6 +477,7 @@ def quantize_activation(
     )
 
 
+@torch.no_grad()
 def quantize_weight(
     weight: Tensor,
     *,
@@ -482,7 +488,7 @@ def quantize_weight(
     value_range: ValueRange | None = None,
     impl: str | None = None,
 ) -> QuantizedOperand:
-    """Quantize a weight, by the formula of `quantize_activation`.
+    """Quantize a weight, by the formula of `quantize_activation`, and not differentiable either.
 
     Args:
         weight: `[N, K]` (out x in), fp32, bf16, fp16 or fp64; any strides.

@@ -214,7 +214,8 @@ def _rows(rows: int, K: int, bits: int, symmetric: bool, generator: torch.Genera
     The ties are (integer + 1/2) * c with a range that makes c the scale: a kernel that multiplies by 1/c or rounds
     half away from zero gets other codes there, and with an odd zero point one that adds it before it rounds.
     The last kind's own range is +-(2^bits - 1) / 2 scales: both ends are halves that round outwards to 2^bits + 1
-    codes, so its largest element is clamped, and has no gradient, if the codes are asymmetric.
+    codes, so its largest element is clamped, and has no gradient, if the codes are asymmetric. In every other such row
+    the range is one scale higher, and its lower end a half whose even neighbour is the one towards zero.
     """
     low, high = -(2 ** (bits - 1)) + symmetric, 2 ** (bits - 1) - 1
     x = torch.randn(rows, K, generator=generator)
@@ -236,7 +237,8 @@ def _rows(rows: int, K: int, bits: int, symmetric: bool, generator: torch.Genera
         elif kind == 6:
             x[row] *= 1e-8
         elif kind == 7:
-            ends = torch.tensor([2**bits - 1, 1 - 2**bits]) / 2 * _short_number(generator)
+            shift = 0 if symmetric else row // 8 % 2
+            ends = (torch.tensor([2**bits - 1, 1 - 2**bits]) / 2 + shift) * _short_number(generator)
             x[row] = x[row].clamp(float(ends[1]) / 2, float(ends[0]) / 2)
             x[row, :2] = ends[:K]
     return x

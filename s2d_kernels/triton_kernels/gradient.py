@@ -35,6 +35,7 @@ def _straight_through(
     zero_point: tl.tensor,
     mask: tl.tensor,
     out: tl.tensor,
+    largest: tl.tensor,
     R: tl.tensor,
     N: tl.tensor,
     K: tl.tensor,
@@ -59,7 +60,14 @@ def _straight_through(
     """A tile of out[R, K] = (grad[R, N] @ ((codes - zero_point) * scale)[N, K]) * mask.
 
     ACROSS: a tile's columns belong to several groups of `size` columns, each with a scale of its own.
+    Of an fp16 gradient, whose products would be infinite beyond 65504, the operand is multiplied by the power of two
+    that takes the largest scale to 2^7..2^8 (255 of which fp16 has), and the sum is divided by it.
     """
+    if GRAD == tl.float16:
+        # exponents as fp32 holds them; from 8 on both powers are normal numbers
+        exponent = tl.maximum(tl.load(largest).to(tl.int32, bitcast=True) >> 23, 8)
+        up = ((261 - exponent) << 23).to(tl.float32, bitcast=True)
+        down_again = ((exponent - 7) << 23).to(tl.float32, bitcast=True)
     program = tl.program_id(0)
     down = tl.cdiv(R, BLOCK_R)
     in_band = BAND * tl.cdiv(K, BLOCK_K)
@@ -103,7 +111,10 @@ def _straight_through(
         inside = in_block[:, None] & (in_cols[None, :] if ACROSS else in_block[:, None])
         if not SYMMETRIC:
             value -= tl.load(zero_point + parameter, mask=inside, other=0)
-        number = value.to(tl.float32) * tl.load(scale + parameter, mask=inside, other=0.0)
+        step_size = tl.load(scale + parameter, mask=inside, other=0.0)
+        if GRAD == tl.float16:
+            step_size *= up
+        number = value.to(tl.float32) * step_size
         # Columns beyond K may hold anything: they are not stored. Rows beyond N have scale 0.
         if INTERPRETED:
             rounded = widen(narrow(number, GRAD, INTERPRETED), tl.float32, INTERPRETED)
@@ -127,6 +138,8 @@ def _straight_through(
     )
     bits = (kept.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
     total *= bits.reshape(BLOCK_R, BLOCK_K).to(tl.float32)
+    if GRAD == tl.float16:
+        total *= down_again
     tl.store(
         out + i[:, None] * K + j[None, :], narrow(total, OUT, INTERPRETED), mask=in_rows[:, None] & in_cols[None, :]
     )
@@ -196,7 +209,11 @@ def _grad_triton(
     symmetric: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """One launch. The operand is rounded to the gradient's dtype, as a layer of that dtype has it; sums are in fp32."""
+    """One launch. The operand has the gradient's precision, as in a layer of that dtype; sums are in fp32.
+
+    With an fp16 gradient (a small reduction before the launch) operands may have any magnitude. Those whose scale is
+    below 2^-21 of the largest (a row of zeros has 1) lose precision: an error of 2^-32 of the largest scale is left.
+    """
     device = grad.device
     check_device(device)
     if not _supports(grad, codes, scale, zero_point, mask, K, bits, symmetric, out_dtype):
@@ -214,9 +231,11 @@ def _grad_triton(
     codes, scale, zero_point, mask = (t.contiguous() for t in (codes, scale, zero_point, mask))
     size = K // groups if groups > 1 else UNGROUPED
     tile, across = tile_of(R, size, grad.dtype)
+    # NaN scales make NaN whatever they are multiplied by
+    largest = scale.nan_to_num(nan=0.0).amax() if grad.dtype == torch.float16 else scale
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         _straight_through[(triton.cdiv(R, tile.rows) * triton.cdiv(K, tile.cols),)](
-            grad, codes, scale, zero_point, mask, out, R, N, K, grad.stride(0), grad.stride(1), groups,
+            grad, codes, scale, zero_point, mask, out, largest, R, N, K, grad.stride(0), grad.stride(1), groups,
             size, 1.0, PER_TENSOR=scale.numel() == 1,
             **_constants(tile, across, grad.dtype, out_dtype, bits, symmetric) | interpreted_steps(N, tile.depth),
             num_warps=tile.warps, num_stages=tile.stages,
@@ -233,15 +252,16 @@ def variants() -> list[Variant]:
         ("x_grouped", torch.bfloat16, True, False, 128),
         ("w", torch.bfloat16, False, True, UNGROUPED),
         ("x", torch.float32, True, False, UNGROUPED),
+        ("x", torch.float16, True, False, UNGROUPED),
     ):
-        element = "bf16" if dtype == torch.bfloat16 else "fp32"
+        element = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}[dtype]
         tile, across = tile_of(R, size, dtype)
         unit = {"row_stride": 1} if transposed else {"col_stride": 1}
         constants = _constants(tile, across, dtype, dtype, 4, symmetric) | {"PER_TENSOR": False, "INTERPRETED": False}
         constants |= unit | ({"groups": 1} if size > K else {})
         types = {
             **{"grad": f"*{element}", "codes": "*u8", "scale": "*fp32", "zero_point": "*i32", "mask": "*u8"},
-            **{"out": f"*{element}", "one": "fp32"},
+            **{"out": f"*{element}", "largest": "*fp32", "one": "fp32"},
             **dict.fromkeys(("R", "N", "K", "row_stride", "col_stride", "groups", "size"), "i32"),
         }
         names = _straight_through.arg_names
