@@ -109,6 +109,7 @@ def svd(
     default = ["siglip2-b", "minilm", *(["llama3-8b"] if device.startswith("cuda") else [])]
     names = _known(["quick"] if quick else (case or default), cases.SVD_CASES)
     rows: list[timing.Row] = []
+    left_out: list[str] = []
     with _run(device, repeats, threads) as context, _progress() as progress:
         step = _steps(progress, len(names) * (4 + len(peers.OURS) + len(peers.SVD_PEERS)))
         for name in names:
@@ -118,8 +119,10 @@ def svd(
             _ = built.truth
             step(f"{name}: factors of the earlier weights")
             _ = built.previous, built.earlier_vectors
-            rows += _kept(runs.run_svd(built, context, step), json)
+            rows += _kept(runs.run_svd(built, context, step, refused=left_out.append), json)
     _finish(rows, json)
+    for sentence in [*peers.left_out(context.device), *left_out]:
+        console.print(f"[yellow]{sentence}")
 
 
 @app.command()
