@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from bench.cases import RANK, SVDCase, gram_triplets
+from s2d_kernels import ops
 from s2d_kernels.reference import SVDTriplets
-from s2d_kernels.svd import COLD_READS, WARM_READS, cold_width, topk_svd, warm_width
+from s2d_kernels.svd import COLD_READS, WARM_READS, cold_width, start_blocks, topk_svd, warm_width
 
 Triplets = Sequence[SVDTriplets]
 Run = Callable[[], Triplets]
@@ -44,6 +45,7 @@ class SVDPeer:
         slow: measured once, with the call that also gives its error.
         needs: module that must be installed.
         device: the only type of device it works on; None: any.
+        impl: of ours the implementation that it asks for; "" for the others.
     """
 
     name: str
@@ -55,6 +57,7 @@ class SVDPeer:
     slow: bool = False
     needs: str | None = None
     device: str | None = None
+    impl: str = ""
 
     def problem(self, device: torch.device) -> str | None:
         """Why it cannot be measured on `device`, or None."""
@@ -62,7 +65,9 @@ class SVDPeer:
             return "it works on host memory" if self.device == "cpu" else "it needs a CUDA device"
         if self.needs is not None and importlib.util.find_spec(self.needs) is None:
             return f"{self.needs} is not installed"
-        return None
+        if self.impl and self.impl not in ops.available("topk_svd"):
+            return "it is not part of this installation"
+        return ops.problem_of(self.impl, device)
 
 
 def left_out(device: torch.device) -> list[str]:
@@ -97,6 +102,26 @@ def _ours_cold(case: SVDCase, _width: int, _effort: float, impl: str | None = No
 def _ours_warm(case: SVDCase, _width: int, _effort: float, impl: str | None = None) -> Run:
     previous = case.previous
     return lambda: [_first(r.U, r.S, r.Vh) for r in topk_svd(case.weights, k=RANK, warm=previous, seed=3, impl=impl)]
+
+
+def _ours_graph(case: SVDCase, _width: int, _effort: float, impl: str, warm: bool) -> Run:
+    """A refresh as a captured training step has it: copies of all weights and the SVD, from starts that are there."""
+    count, snapshot = len(case.weights), [torch.empty_like(W) for W in case.weights]
+    starts = start_blocks(case.weights, [RANK] * count, case.previous if warm else [None] * count, 3, [""] * count)
+    reads = [WARM_READS if warm else COLD_READS] * count
+
+    def refresh() -> list[Tensor]:
+        torch._foreach_copy_(snapshot, case.weights)
+        found: list[Tensor] = torch.ops.s2d.topk_svd(snapshot, starts, [RANK] * count, reads, impl)
+        return found
+
+    graph, flat = captured(refresh)
+
+    def run() -> Triplets:
+        graph.replay()
+        return [_first(*flat[6 * index : 6 * index + 3]) for index in range(count)]
+
+    return run
 
 
 # --- torch.linalg.svd, torch.svd_lowrank, Gram + eigh --------------------------------------------------------------
@@ -481,6 +506,10 @@ def _fixed(text: str) -> Callable[[int, float], str]:
     return lambda _width, _effort: text
 
 
+def _always(reads: int) -> Callable[[float], int | None]:
+    return lambda _: reads
+
+
 def _two_a_step(last: int) -> Callable[[float], int | None]:
     return lambda effort: 2 * int(effort) + last
 
@@ -497,6 +526,22 @@ OURS = [
 ]
 
 SVD_PEERS = [
+    *(
+        SVDPeer(
+            f"ours, CUDA graph, impl={impl}",
+            partial(_ours_graph, impl=impl, warm=variant == "warm"),
+            _fixed(f"b={width}, {reads} reads, copies of the weights included, starts prepared"),
+            reads=_always(reads + 2),  # the copy reads too
+            variant=variant,
+            device="cuda",
+            impl=impl,
+        )
+        for impl in ("cuda", "triton")
+        for variant, width, reads in (
+            ("cold", cold_width(RANK), COLD_READS),
+            ("warm", warm_width(RANK), WARM_READS),
+        )
+    ),
     SVDPeer("ours, impl=torch", partial(_ours_cold, impl="torch"), OURS[0].describe, reads=OURS[0].reads),
     SVDPeer(
         "ours, impl=torch", partial(_ours_warm, impl="torch"), OURS[1].describe, reads=OURS[1].reads, variant="warm"

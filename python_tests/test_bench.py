@@ -267,7 +267,7 @@ class _Replayed:
 def _captured(function: Callable[[], object]) -> tuple[_Replayed, object]:
     graph = _Replayed(function)
     for result in tree_leaves(graph.results):
-        result.fill_(float("nan"))  # a capture runs nothing
+        result.fill_(float("nan") if result.is_floating_point() else -1)  # a capture runs nothing
     return graph, graph.results
 
 
@@ -279,7 +279,7 @@ def _cupy_svds(A, k, ncv, maxiter):
 
 
 @pytest.mark.parametrize(
-    "peer", [p for p in peers.SVD_PEERS if p.device == "cuda"], ids=lambda p: f"{p.name}-{p.variant}"
+    "peer", [p for p in peers.SVD_PEERS if p.device == "cuda" and not p.impl], ids=lambda p: f"{p.name}-{p.variant}"
 )
 def test_peers_of_a_gpu_on_stand_ins_for_their_libraries(quick, peer, monkeypatch):
     """Layouts, orders, transposes: what can be wrong without a GPU."""
@@ -301,6 +301,36 @@ def test_peers_of_a_gpu_on_stand_ins_for_their_libraries(quick, peer, monkeypatc
     before = [W.clone() for W in quick.weights]
     assert error_of(peer, quick) < 1e-4
     assert all(torch.equal(W, b) for W, b in zip(quick.weights, before, strict=True))
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("impl", ["cpu", "torch"])
+def test_ours_in_a_graph_decomposes_the_weights_of_its_replay(quick, impl, warm, monkeypatch):
+    """And gives the bits of `topk_svd`; the graph is a stand-in."""
+    monkeypatch.setattr(peers, "captured", _captured)
+    case = quick.take([0, 1])
+    weights = [W.clone() for W in case.weights]
+    for W in case.weights:
+        W.zero_()
+    run = peers._ours_graph(case, 0, 0, impl=impl, warm=warm)
+    for W, given in zip(case.weights, weights, strict=True):
+        W.copy_(given)
+    expected = topk_svd(weights, k=3, warm=case.previous if warm else None, seed=3, impl=impl)
+    for found, wanted in zip(run(), expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted[:3], strict=True))
+
+
+def test_ours_in_a_graph_has_a_row_for_each_usable_implementation(monkeypatch):
+    cuda = torch.device("cuda")
+    names = [f"ours, CUDA graph, impl={impl}, {variant}" for impl in ("cuda", "triton") for variant in ("cold", "warm")]
+    monkeypatch.setattr(ops, "problem_of", lambda impl, device: "no library" if impl == "cuda" else None)
+    graphs = [peer for peer in peers.SVD_PEERS if peer.impl]
+    assert [f"{peer.name}, {peer.variant}" for peer in graphs] == names
+    assert [peer.problem(cuda) for peer in graphs] == ["no library", "no library", None, None]
+    assert [sentence for sentence in peers.left_out(CPU) if "ours" in sentence] == [
+        f"{name}, is left out: it needs a CUDA device" for name in names
+    ]
+    assert [peer.reads(0) for peer in graphs[:2]] == [10, 6]
 
 
 def test_peers_that_do_not_fit_the_machine_are_named(monkeypatch):
