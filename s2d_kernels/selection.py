@@ -149,17 +149,17 @@ def pcdr_begin(
     if not weights:
         empty = torch.zeros(0, dtype=torch.int32, device="cpu")
         return PendingPCDR(empty, empty, lambda _: [])
-    indices: list[Tensor] = []
+    on_device: dict[int, Tensor] = {}
+    on_host: dict[int, int] = {}
     usable = []
     for index, (weight, x, neuron) in enumerate(zip(weights, inputs, neurons, strict=True)):
         if x.shape[0] != weight.shape[1]:
             raise ValueError(f"inputs[{index}] has {x.shape[0]} elements, weights[{index}] is {tuple(weight.shape)}")
-        if isinstance(neuron, Tensor) and not neuron.is_floating_point() and neuron.numel() == 1:
-            if neuron.device.type == "cpu":
-                _check_neuron(index, int(neuron), len(weight))
-            indices.append(neuron.to(weight.device, torch.int64).reshape(()))
+        number = isinstance(neuron, Tensor) and not neuron.is_floating_point() and neuron.numel() == 1
+        if isinstance(neuron, Tensor) and number and neuron.device.type != "cpu":
+            on_device[index] = neuron.to(weight.device, torch.int64).reshape(())
         else:
-            indices.append(torch.tensor(_check_neuron(index, neuron, len(weight)), device=weight.device))
+            on_host[index] = _check_neuron(index, int(neuron) if number else neuron, len(weight))
         if factors is not None:
             _check_factors(index, weight, factors[index])
             status = factors[index].status.to(weight.device)
@@ -167,6 +167,11 @@ def pcdr_begin(
         else:
             usable.append(x.isfinite().all() & weight.isfinite().all())
     finite = torch.stack(usable)
+    # One copy, and none that waits for the device as that of each number would.
+    device = weights[0].device
+    staged = torch.tensor(list(on_host.values()), dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+    on_device |= zip(on_host, staged.to(device, non_blocking=True).unbind(), strict=True)
+    indices = [on_device[index] for index in range(len(weights))]
     # An index that result() will refuse must not be read with.
     inside = [i.clamp(0, len(weight) - 1) for i, weight in zip(indices, weights, strict=True)]
     if factors is not None and impl != "reference":
