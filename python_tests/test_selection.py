@@ -286,6 +286,14 @@ def test_bad_input() -> None:
         pcdr([weight], [x], [5])
     with pytest.raises(ValueError, match="threshold=1.5"):
         pcdr([weight], [x], [0], threshold=1.5)
+    with pytest.raises(TypeError, match="threshold='a' must be a number, got str"):
+        pcdr([weight], [x], [0], threshold="a")
+    with pytest.raises(ValueError, match="threshold=nan"):
+        pcdr([weight], [x], [0], threshold=float("nan"))
+    for shape in ((3, 0), (0, 4)):
+        empty, nothing = torch.zeros(shape), torch.zeros(shape[1])
+        with pytest.raises(ValueError, match=rf"weights\[1\] is empty, shape \({shape[0]}, {shape[1]}\): leave it out"):
+            pcdr([weight, empty], [x, nothing], [0, 0])
     with pytest.raises(ValueError, match="k_max=0"):
         pcdr([weight], [x], [0], k_max=0)
     with pytest.raises(ValueError, match="equally long"):

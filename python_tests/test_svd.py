@@ -243,6 +243,12 @@ def test_bad_input_is_refused_by_name() -> None:
         topk_svd([torch.randn(3)], k=1)
     with pytest.raises(ValueError, match="equally long"):
         topk_svd([weight], k=[1, 2])
+    with pytest.raises(TypeError, match="seed='x' must be an integer, got str"):
+        topk_svd([weight], k=1, seed="x")
+    with pytest.raises(ValueError, match="seed=-5 must be at least 0"):
+        topk_svd([weight], k=1, seed=-5)
+    with pytest.raises(TypeError, match="keys='a' must be a list of names, one for each matrix"):
+        topk_svd([weight], k=1, keys="a")
     with pytest.raises(ValueError, match="reads=0 must be at least 1"):
         topk_svd([weight], k=1, reads=0)
     with pytest.raises(ValueError, match=r"warm\[0\] has U \(6, 4\)"):

@@ -88,7 +88,7 @@ def add_penalty_grad_(
         impl: "reference", "torch", "cpu", "triton" or "cuda", as far as installed; None chooses.
 
     Raises:
-        TypeError: an element is no dense floating tensor.
+        TypeError: an element is no dense floating tensor, `ranks` no list.
         ValueError: lists of different lengths, shapes that do not fit, a rank outside 0..k; "stochastic" without a
             seed or with an fp16 gradient, a seed without it. Nothing is written then.
 
@@ -118,6 +118,8 @@ def add_penalty_grad_(
             raise ValueError(f"ranks must be an integer tensor [{len(grads)}], got {ranks.dtype} {tuple(ranks.shape)}")
         device_ranks = ranks
     elif ranks is not None:
+        if not hasattr(ranks, "__len__") or isinstance(ranks, str | bytes):
+            raise TypeError(f"ranks={ranks!r} must be a list of ints, one for each layer, or an integer tensor of them")
         ops.check_same_length(grads=grads, ranks=ranks)
     if coefficients is not None:
         ops.check_same_length(grads=grads, coefficients=coefficients)

@@ -79,9 +79,9 @@ def pcdr(
         One `PCDR` per layer. k_target is the smallest k with PCDR_k >= threshold.
 
     Raises:
-        TypeError: an element is no dense floating tensor.
-        ValueError: lists of different lengths, an input of another length than n, a neuron outside 0..m-1, a
-            threshold outside (0, 1], k_max < 1.
+        TypeError: an element is no dense floating tensor, the threshold no number.
+        ValueError: lists of different lengths, an empty weight, an input of another length than n, a neuron outside
+            0..m-1, a threshold outside (0, 1], k_max < 1.
 
     Accuracy: the bounds are rigorous for exact singular vectors and estimates for computed ones, hence widened by
         max(0.01, residual/s_1), and a component in a cluster (gap below 4 residual/s_1) goes the exact way, which
@@ -143,6 +143,7 @@ def pcdr_begin(
     ops.check_same_length(weights=weights, inputs=inputs, neurons=neurons)
     if factors is not None:
         ops.check_same_length(weights=weights, factors=factors)
+    threshold = ops.check_number("threshold", threshold)
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold={threshold} must lie in (0, 1]")
     k_max = ops.check_integer("k_max", k_max, low=1)
@@ -153,6 +154,8 @@ def pcdr_begin(
     on_host: dict[int, int] = {}
     usable = []
     for index, (weight, x, neuron) in enumerate(zip(weights, inputs, neurons, strict=True)):
+        if weight.numel() == 0:
+            raise ValueError(f"weights[{index}] is empty, shape {tuple(weight.shape)}: leave it out of the list")
         if x.shape[0] != weight.shape[1]:
             raise ValueError(f"inputs[{index}] has {x.shape[0]} elements, weights[{index}] is {tuple(weight.shape)}")
         number = isinstance(neuron, Tensor) and not neuron.is_floating_point() and neuron.numel() == 1

@@ -175,9 +175,9 @@ def topk_svd(
         graph, capture `torch.ops.s2d.topk_svd` with starts of your own: here new random rows come from the host.
 
     Raises:
-        TypeError: an element is no dense floating tensor.
+        TypeError: an element is no dense floating tensor, a number no integer, `keys` a lone string.
         ValueError: k outside 1..min(m, n), lists of different lengths, an empty matrix, a warm start of another
-            shape, reads < 1, max_sms < 1.
+            shape, seed < 0, reads < 1, max_sms < 1; a matrix too large for the `impl` asked for.
 
     Accuracy: `status` is CONVERGED when max_{i<=k} (s_i/s_1) residual_i / s_1 <= 2e-4; the relative error of
         G = sum s^2 u v^T then stays below 1e-3 unless a component was missed, against which `missed` speaks.
@@ -191,6 +191,9 @@ def topk_svd(
     weights = ops.check_tensor_list("weights", weights, ndim=2)
     ks = list(k) if isinstance(k, Sequence) else [k] * len(weights)
     previous = [None] * len(weights) if warm is None else list(warm)
+    seed = ops.check_integer("seed", seed, low=0)
+    if isinstance(keys, str | bytes):
+        raise TypeError(f"keys={keys!r} must be a list of names, one for each matrix: wrap a single one in a list")
     names = [""] * len(weights) if keys is None else list(keys)
     ops.check_same_length(weights=weights, k=ks, warm=previous, keys=names)
     if reads is not None:
