@@ -186,7 +186,8 @@ def topk_svd(
         matrices work). With impl="cuda" a matrix that fits the shared memory of some of the GPU's blocks is read from
         memory once; which form it takes depends on the matrix and the GPU alone.
     Determinism: same inputs, seed and keys give the same bits on the same kind of machine; so they do for any number
-        of threads, but for impl="torch". CPUs of several instruction sets agree under S2D_CPU_CAPABILITY=avx2.
+        of threads, but for impl="torch". CPUs of several instruction sets agree under S2D_CPU_CAPABILITY=avx2. With
+        impl="cpu" strides are inputs too: a transposed view and its contiguous copy may differ in bits.
     """
     weights = ops.check_tensor_list("weights", weights, ndim=2)
     ks = list(k) if isinstance(k, Sequence) else [k] * len(weights)
