@@ -376,7 +376,7 @@ def captured(function: Callable[[], _Result]) -> tuple[torch.cuda.CUDAGraph, _Re
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(graph, stream=stream):
             results = function()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise CannotRun(f"it could not be captured in a CUDA graph: {str(error).splitlines()[0]}") from error
     return graph, results
 

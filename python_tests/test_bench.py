@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -301,6 +302,24 @@ def test_peers_of_a_gpu_on_stand_ins_for_their_libraries(quick, peer, monkeypatc
     before = [W.clone() for W in quick.weights]
     assert error_of(peer, quick) < 1e-4
     assert all(torch.equal(W, b) for W, b in zip(quick.weights, before, strict=True))
+
+
+def test_what_cannot_be_captured_says_why(monkeypatch):
+    """Run once before, so that nothing is set up during the capture; torch's and Triton's refusals become words."""
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    for name in ("Stream", "CUDAGraph", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda chosen: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: contextlib.nullcontext())
+    calls = []
+    assert peers.captured(lambda: calls.append(0) or len(calls)) == (stream, 2)
+    for error in (RuntimeError, ValueError):
+
+        def refuse(error=error):
+            raise error("operation not permitted\nand so on")
+
+        with pytest.raises(peers.CannotRun, match="not be captured in a CUDA graph: operation not permitted$"):
+            peers.captured(refuse)
 
 
 @pytest.mark.parametrize("warm", [False, True])
@@ -828,3 +847,4 @@ def test_pcdr_rows_and_their_table(tmp_path, monkeypatch):
     assert pcdr_command(monkeypatch, file, found, None, "--no-cost") == 0
     assert CliRunner().invoke(app, arguments).exit_code == 0
     assert "full SVDs in" not in readme.read_text()
+    assert "no exact route. Its cost: not measured in this run" in readme.read_text()
