@@ -139,13 +139,8 @@ def _full_svd_driver(case: SVDCase, _width: int, _effort: float, driver: str, ba
     blocks = _blocks(case, batched)
 
     def run() -> Triplets:
-        factors = []
-        for stack, _ in blocks:
-            if stack.shape[1] >= stack.shape[2]:
-                factors.append(tuple(torch.linalg.svd(stack, full_matrices=False, driver=driver)))
-            else:
-                V, S, Uh = torch.linalg.svd(stack.mT, full_matrices=False, driver=driver)
-                factors.append((Uh.mT, S, V.mT))
+        found = [torch.linalg.svd(_tall(stack), full_matrices=False, driver=driver) for stack, _ in blocks]
+        factors = [_turned_back(stack, tuple(f)) for (stack, _), f in zip(blocks, found, strict=True)]
         return _spread(len(case.single), blocks, factors)
 
     return run

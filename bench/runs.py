@@ -98,10 +98,12 @@ def run_svd(
     for peer in [*OURS, *(SVD_PEERS if peers is None else peers)]:
         step(f"{case.name}: {peer.name}, {peer.variant}")
         if peer.problem(context.device) is None:
+            # A library that is found may still not fit the driver, and has errors of its own.
+            foreign = (Exception,) if peer.needs and peer.device == "cuda" else ()
             try:
                 prepared.append(prepare_svd(peer, case, context.device))
-            except (CannotRun, torch.linalg.LinAlgError, torch.OutOfMemoryError) as error:
-                reason = str(error).splitlines()[0]
+            except (CannotRun, torch.linalg.LinAlgError, torch.OutOfMemoryError, *foreign) as error:
+                reason = (str(error) or type(error).__name__).splitlines()[0]
                 refused(f"{peer.name}, {peer.variant}, is left out of {case.name}: {reason}")
     step(f"{case.name}: timing")
     repeats = [0 if p.peer.slow else context.repeats for p in prepared]

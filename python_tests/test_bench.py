@@ -365,16 +365,26 @@ def test_peers_that_do_not_fit_the_machine_are_named(monkeypatch):
     assert named == {f"{p.name}, {p.variant}" for p in peers.SVD_PEERS if p.device == "cuda" or p.needs == "sklearn"}
 
 
-def test_a_peer_that_cannot_run_is_named_and_the_others_go_on(quick):
+def test_a_peer_that_cannot_run_is_named_and_the_others_go_on(quick, monkeypatch):
     def refuse(case, width, effort):
         raise peers.CannotRun("no graph\nof it")
 
     bad = peers.SVDPeer("bad", refuse, lambda w, e: "", grid={4: (1, 2)})
     good = next(peer for peer in peers.SVD_PEERS if peer.name == "torch.linalg.svd")
+
+    def fail(case, width, effort):
+        raise KeyError
+
+    foreign = peers.SVDPeer("foreign", fail, lambda w, e: "", needs="torch", device="cuda")
+    monkeypatch.setattr(peers.SVDPeer, "problem", lambda self, device: None)
     refused = []
-    rows = runs.run_svd(quick, CONTEXT, peers=[bad, good], refused=refused.append)
+    rows = runs.run_svd(quick, CONTEXT, peers=[bad, foreign, good], refused=refused.append)
     assert [row.impl for row in rows] == ["ours", "ours", "torch.linalg.svd"]
-    assert refused == ["bad, cold, is left out of quick: no graph"]
+    assert refused == [
+        "bad, cold, is left out of quick: no graph", "foreign, cold, is left out of quick: KeyError"
+    ]  # fmt: skip
+    with pytest.raises(KeyError):  # a mistake of the bench's own is none of a library
+        runs.run_svd(quick, CONTEXT, peers=[dataclasses.replace(foreign, needs=None)])
 
 
 @pytest.mark.parametrize(("name", "reads"), [("Dion's factorization", 2), ("LDAdam's power iteration", 3)])
