@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as jsonlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -109,6 +110,7 @@ def svd(
     default = ["siglip2-b", "minilm", *(["llama3-8b"] if device.startswith("cuda") else [])]
     names = _known(["quick"] if quick else (case or default), cases.SVD_CASES)
     rows: list[timing.Row] = []
+    left_out: list[str] = []
     with _run(device, repeats, threads) as context, _progress() as progress:
         step = _steps(progress, len(names) * (4 + len(peers.OURS) + len(peers.SVD_PEERS)))
         for name in names:
@@ -118,8 +120,10 @@ def svd(
             _ = built.truth
             step(f"{name}: factors of the earlier weights")
             _ = built.previous, built.earlier_vectors
-            rows += _kept(runs.run_svd(built, context, step), json)
+            rows += _kept(runs.run_svd(built, context, step, refused=left_out.append), json)
     _finish(rows, json)
+    for sentence in [*peers.left_out(context.device), *left_out]:
+        console.print(f"[yellow]{sentence}")
 
 
 @app.command()
@@ -214,11 +218,13 @@ def pcdr(
     batches: Annotated[int, typer.Option(min=1, help="Batches of English text.")] = 12,
     threads: Threads = None,
     cost: Annotated[bool, typer.Option(help="Also the exact route against full SVDs on SigLIP2-B's shapes.")] = True,
+    json: Json = None,
 ) -> None:
     """Decisions of pcdr on MiniLM, inflated up to 50x, against fp64 full SVDs; fails where one differs."""
     from s2d_kernels import demo_models
 
     with timing.equal_threads(threads or torch.get_num_threads()), _progress() as progress:
+        environment = timing.environment(torch.device("cpu"))
         task = progress.add_task("MiniLM on English text", total=None)
         model, tokenizer = demo_models.load_minilm()
         inputs = [
@@ -233,6 +239,13 @@ def pcdr(
     console.print(pcdr_cases.table(tallies))
     if seconds is not None:
         console.print(pcdr_cases.cost_line(seconds))
+    if json is not None:
+        run = timing.run_identifier()
+        rows = pcdr_cases.rows(tallies, seconds, run=run, batches=batches, environment=environment)
+        json.parent.mkdir(parents=True, exist_ok=True)
+        with json.open("a", encoding="utf-8") as file:
+            file.writelines(jsonlib.dumps(row) + "\n" for row in rows)
+        console.print(f"{len(rows)} rows appended to {json}")
     if any(tally.wrong for tally in tallies):
         raise typer.Exit(1)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ class Tally:
     """
 
     inflation: float
-    decided: int = 0
+    decided: int = 0  # cases, each with every width and without factors
     decayed: int = 0
     wrong: int = 0
     by_bounds: dict[int, int] = field(default_factory=dict)
@@ -187,3 +189,84 @@ def cost_line(cost: Cost) -> str:
         f"SVDs in fp32 {cost.svd_fp32:.1f} ({cost.exact / cost.svd_fp32:.2f} of that), in fp64 {cost.svd_fp64:.1f} "
         f"({cost.exact / cost.svd_fp64:.2f})"
     )
+
+
+def rows(
+    tallies: Sequence[Tally], cost: Cost | None, *, run: str, batches: int, environment: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """One JSON object an inflation, and one of the exact route's cost.
+
+    `wrong` counts among `decisions`, each case with every width and without factors; `by_bounds` is the share of cases
+    that needed no exact route, by width; `exact_of_fp64` and `exact_of_fp32` are CPU seconds of the exact route over
+    those of the full SVDs.
+    """
+    shared = {"run": run, "environment": environment}
+    found: list[dict[str, Any]] = [
+        {
+            **shared,
+            "op": "decisions",
+            "batches": batches,
+            "threshold": THRESHOLD,
+            "k_max": K_MAX,
+            "inflation": tally.inflation,
+            "cases": tally.decided,
+            "decayed": tally.decayed,
+            "wrong": tally.wrong,
+            "decisions": tally.decided * (len(tally.by_bounds) + 1),
+            "by_bounds": {str(width): count / tally.decided for width, count in tally.by_bounds.items()},
+            "error": tally.error,
+        }
+        for tally in tallies
+    ]
+    if cost is not None:
+        found.append(
+            {
+                **shared,
+                "op": "cost",
+                "exact_seconds": cost.exact,
+                "svd_fp64_seconds": cost.svd_fp64,
+                "svd_fp32_seconds": cost.svd_fp32,
+                "exact_of_fp64": cost.exact / cost.svd_fp64,
+                "exact_of_fp32": cost.exact / cost.svd_fp32,
+            }
+        )
+    return found
+
+
+def markdown(path: Path) -> str:
+    """The tables of the last run in a file of `rows`."""
+    written = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    last = max(row["run"] for row in written)
+    decided, costs = ([row for row in written if (row["run"], row["op"]) == (last, op)] for op in ("decisions", "cost"))
+    widths = list(decided[0]["by_bounds"])
+    headings = ["s_1 times", "cases", "decayed", "wrong decisions", *(f"by bounds, b = {b}" for b in widths), "error"]
+    table = [
+        [
+            f"{row['inflation']:g}",
+            *(str(row[name]) for name in ("cases", "decayed")),
+            f"{row['wrong']} of {row['decisions']}",
+            *(f"{row['by_bounds'][width]:.1%}" for width in widths),
+            f"{row['error']:.1e}",
+        ]
+        for row in decided
+    ]
+    lines = [headings, ["---:"] * len(headings), *table]
+    if costs:
+        cost, titles = costs[-1], ["all 76 matrices of SigLIP2-B", "CPU seconds", "exact route over it"]
+        lines += [[], titles, ["---", "---:", "---:"]]
+        lines.append(["settled exactly", f"{cost['exact_seconds']:.1f}", ""])
+        for dtype in ("fp64", "fp32"):
+            ratio = f"{cost[f'exact_of_{dtype}']:.2f}"
+            lines.append([f"full SVDs in {dtype}", f"{cost[f'svd_{dtype}_seconds']:.1f}", ratio])
+    e, first = decided[0]["environment"], decided[0]
+    versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items() if version)
+    caption = (
+        f"<sub>{e['device_name']}, {e['threads']} thread{'s' * (e['threads'] > 1)}, {versions}, commit {e['commit']}, "
+        f"{e['date']}. MiniLM's 36 encoder matrices and {first['batches']} batch{'es' * (first['batches'] > 1)} of "
+        f"English text, tau = {first['threshold']}, K_max = {first['k_max']}. Each case is decided with "
+        f"{', '.join(widths)} factors and without, against an fp64 full SVD. Error: largest difference of an exactly "
+        "settled PCDR from the full SVD's. By bounds: share of cases that needed no exact route."
+        f"{' CPU seconds: of all threads together, best of two.' if costs else ' Its cost: not measured in this run.'}"
+        "</sub>"
+    )
+    return "\n".join([*("| " + " | ".join(line) + " |" if line else "" for line in lines), "", caption, ""])

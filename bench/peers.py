@@ -1,6 +1,7 @@
 """What `topk_svd` is measured against, each at its best setting, all with the same threads.
 
 A peer's `prepare` does what a user would do once, outside the clock, and returns the function that is timed.
+Those of a GPU need `pip install cupy-cuda13x "nvmath-python[cu13]"` beside the bench's own packages.
 """
 
 from __future__ import annotations
@@ -9,20 +10,26 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from bench.cases import RANK, SVDCase, gram_triplets
+from s2d_kernels import ops
 from s2d_kernels.reference import SVDTriplets
-from s2d_kernels.svd import COLD_READS, WARM_READS, cold_width, topk_svd, warm_width
+from s2d_kernels.svd import COLD_READS, WARM_READS, cold_width, start_blocks, topk_svd, warm_width
 
 Triplets = Sequence[SVDTriplets]
 Run = Callable[[], Triplets]
 # Stacked matrices `[B, m, n]` and their positions in the case.
 Blocks = Sequence[tuple[Tensor, Sequence[int]]]
+_Result = TypeVar("_Result")
+
+
+class CannotRun(RuntimeError):
+    """A peer that seemed to fit the machine and does not: it is left out with these words, and the others go on."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,8 @@ class SVDPeer:
         variant: "warm" when it starts from factors of earlier weights.
         slow: measured once, with the call that also gives its error.
         needs: module that must be installed.
-        cpu_only: works on host memory.
+        device: the only type of device it works on; None: any.
+        impl: of ours the implementation that it asks for; "" for the others.
     """
 
     name: str
@@ -48,12 +56,24 @@ class SVDPeer:
     variant: str = "cold"
     slow: bool = False
     needs: str | None = None
-    cpu_only: bool = False
+    device: str | None = None
+    impl: str = ""
 
-    def usable(self, device: torch.device) -> bool:
-        """Whether it is installed and runs on `device`."""
-        installed = self.needs is None or importlib.util.find_spec(self.needs) is not None
-        return installed and (device.type == "cpu" or not self.cpu_only)
+    def problem(self, device: torch.device) -> str | None:
+        """Why it cannot be measured on `device`, or None."""
+        if self.device not in (None, device.type):
+            return "it works on host memory" if self.device == "cpu" else "it needs a CUDA device"
+        if self.needs is not None and importlib.util.find_spec(self.needs) is None:
+            return f"{self.needs} is not installed"
+        if self.impl and self.impl not in ops.available("topk_svd"):
+            return "it is not part of this installation"
+        return ops.problem_of(self.impl, device)
+
+
+def left_out(device: torch.device) -> list[str]:
+    """Which peers cannot be measured on `device`, a sentence each."""
+    problems = {(peer.name, peer.variant): peer.problem(device) for peer in SVD_PEERS}
+    return [f"{name}, {variant}, is left out: {why}" for (name, variant), why in problems.items() if why is not None]
 
 
 def _first(U: Tensor, S: Tensor, Vh: Tensor) -> SVDTriplets:
@@ -84,11 +104,46 @@ def _ours_warm(case: SVDCase, _width: int, _effort: float, impl: str | None = No
     return lambda: [_first(r.U, r.S, r.Vh) for r in topk_svd(case.weights, k=RANK, warm=previous, seed=3, impl=impl)]
 
 
+def _ours_graph(case: SVDCase, _width: int, _effort: float, impl: str, warm: bool) -> Run:
+    """A refresh as a captured training step has it: copies of all weights and the SVD, from starts that are there."""
+    count, snapshot = len(case.weights), [torch.empty_like(W) for W in case.weights]
+    starts = start_blocks(case.weights, [RANK] * count, case.previous if warm else [None] * count, 3, [""] * count)
+    reads = [WARM_READS if warm else COLD_READS] * count
+
+    def refresh() -> list[Tensor]:
+        torch._foreach_copy_(snapshot, case.weights)
+        found: list[Tensor] = torch.ops.s2d.topk_svd(snapshot, starts, [RANK] * count, reads, impl)
+        return found
+
+    graph, flat = captured(refresh)
+
+    def run() -> Triplets:
+        graph.replay()
+        return [_first(*flat[6 * index : 6 * index + 3]) for index in range(count)]
+
+    return run
+
+
 # --- torch.linalg.svd, torch.svd_lowrank, Gram + eigh --------------------------------------------------------------
 
 
 def _full_svd(case: SVDCase, _width: int, _effort: float) -> Run:
     return lambda: [_first(*torch.linalg.svd(W, full_matrices=False)) for W in case.single]
+
+
+def _full_svd_driver(case: SVDCase, _width: int, _effort: float, driver: str, batched: bool) -> Run:
+    """cuSOLVER's routine of that name, for tall matrices: of wide ones the transpose.
+
+    `batched`: gesvda takes a stack in one call. The others would go through it matrix by matrix.
+    """
+    blocks = _blocks(case, batched)
+
+    def run() -> Triplets:
+        found = [torch.linalg.svd(_tall(stack), full_matrices=False, driver=driver) for stack, _ in blocks]
+        factors = [_turned_back(stack, tuple(f)) for (stack, _), f in zip(blocks, found, strict=True)]
+        return _spread(len(case.single), blocks, factors)
+
+    return run
 
 
 def _svd_lowrank(case: SVDCase, width: int, effort: float) -> Run:
@@ -161,6 +216,81 @@ def _svds(case: SVDCase, width: int, effort: float) -> Run:
     return run
 
 
+# --- CuPy and cuSOLVER --------------------------------------------------------------------------------------------
+
+
+def _cupy_svd(case: SVDCase, _width: int, _effort: float) -> Run:
+    """A stack of one shape in each call; CuPy's and torch's current streams are both the default one."""
+    cupy = importlib.import_module("cupy")
+    stacks = [cupy.from_dlpack(stack) for stack, _ in case.buckets]
+
+    def run() -> Triplets:
+        found = (cupy.linalg.svd(stack, full_matrices=False) for stack in stacks)
+        factors = [(torch.from_dlpack(U), torch.from_dlpack(S), torch.from_dlpack(Vh)) for U, S, Vh in found]
+        return _spread(len(case.single), case.buckets, factors)
+
+    return run
+
+
+def _cupy_svds(case: SVDCase, width: int, effort: float) -> Run:
+    """Thick-restart Lanczos, whose tolerance is absolute: so the number of restarts is what is set."""
+    cupy = importlib.import_module("cupy")
+    function = importlib.import_module("cupyx.scipy.sparse.linalg").svds
+    matrices = [cupy.from_dlpack(W) for W in case.single]
+    cupy.random.seed(3)  # of the starting vectors
+    steps = width + int(effort) * (width - RANK)
+
+    def run() -> Triplets:
+        found = (function(A, k=RANK, ncv=width, maxiter=steps) for A in matrices)
+        tensors = ([torch.from_dlpack(t) for t in factors] for factors in found)
+        return [SVDTriplets(U.flip(1), S.flip(0), Vh.flip(0)) for U, S, Vh in tensors]
+
+    return run
+
+
+@cache
+def _cusolver() -> tuple[Any, int, int]:
+    """nvmath's bindings, a handle and parameters."""
+    solver = importlib.import_module("nvmath.bindings.cusolverDn")
+    return solver, solver.create(), solver.create_params()
+
+
+def _gesvdr(case: SVDCase, width: int, effort: float) -> Run:
+    """cuSOLVER's randomized SVD of each matrix, column by column in memory and tall; wide ones are transposed.
+
+    It overwrites what it decomposes, so the copy is within the clock. Workspaces are not.
+    """
+    solver, handle, parameters = _cusolver()
+    fp32, thin, device = 0, ord("S"), case.single[0].device  # CUDA_R_32F
+    calls = []
+    for W in case.single:
+        rows = W.mT if len(W) >= W.shape[1] else W  # as they lie in memory, [n, m] of a tall m x n matrix
+        n, m = rows.shape
+        A, U, V = (torch.empty(shape, device=device) for shape in ((n, m), (n, m), (n, n)))
+        S, info = torch.empty(n, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+        kept = (RANK, width - RANK, int(effort))
+        pointers = (fp32, A.data_ptr(), m, fp32, S.data_ptr(), fp32, U.data_ptr(), m, fp32, V.data_ptr(), n, fp32)
+        calls.append(((rows, A, U, S, V, info), (handle, parameters, thin, thin, m, n, *kept, *pointers)))
+    sizes = [solver.xgesvdr_buffer_size(*numbers) for _, numbers in calls]
+    work = torch.empty(max(1, *(on_device for on_device, _ in sizes)), dtype=torch.uint8, device=device)
+    host = torch.empty(max(1, *(on_host for _, on_host in sizes)), dtype=torch.uint8)
+    workspaces = (work.data_ptr(), work.numel(), host.data_ptr(), host.numel())
+
+    def run() -> Triplets:
+        solver.set_stream(handle, torch.cuda.current_stream(device).cuda_stream)
+        found = []
+        for W, ((rows, A, U, S, V, info), numbers) in zip(case.single, calls, strict=True):
+            A.copy_(rows)
+            solver.xgesvdr(*numbers, *workspaces, info.data_ptr())
+            left, right = U[:RANK], V[:RANK]
+            if len(W) < W.shape[1]:
+                left, right = right, left
+            found.append(SVDTriplets(left.mT, S[:RANK], right))
+        return found
+
+    return run
+
+
 # --- the strong baseline: subspace iteration + CholeskyQR + eigh, per shape bucket --------------------------------
 
 
@@ -185,26 +315,90 @@ def subspace_iteration(A: Tensor, Q: Tensor, iterations: int) -> tuple[Tensor, T
 
     One CholeskyQR a step keeps the block well conditioned; only the last one is done twice (CholeskyQR2).
     """
+    Q, Y, gram = _subspace(A, Q, iterations)
+    return _rotated(Q, Y, torch.linalg.eigh(gram).eigenvectors)
+
+
+def _subspace(A: Tensor, Q: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Orthonormal Q, Y = A Q, and Y^T Y in fp64."""
     Q = _cholesky_qr(Q)
     for _ in range(iterations):
         Q = _cholesky_qr(A.mT @ (A @ Q))
     Q = _cholesky_qr(Q)
     Y = A @ Q
     wide = Y.double()
-    R = torch.linalg.eigh(wide.mT @ wide).eigenvectors.flip(2).to(Q.dtype)
+    return Q, Y, wide.mT @ wide
+
+
+def _rotated(Q: Tensor, Y: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S, Vh from the eigenvectors of Y^T Y, ascending; the norms of what Y becomes are the singular values."""
+    R = vectors.flip(2).to(Q.dtype)
     V, Y = Q @ R, Y @ R
     S = torch.linalg.vector_norm(Y, dim=1)
     return Y / S.unsqueeze(1), S, V.mT
 
 
-def _subspace_run(case: SVDCase, blocks: Blocks, starts: Sequence[Tensor], iterations: int) -> Run:
+# A [B, D, d], Q [B, d, b], iterations -> U, S, Vh, D >= d
+Iteration = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+
+
+def _tall(stack: Tensor) -> Tensor:
+    return stack if stack.shape[1] >= stack.shape[2] else stack.mT
+
+
+def _turned_back(stack: Tensor, factors: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors of `stack` from those of `_tall(stack)`."""
+    U, S, Vh = factors
+    return factors if stack.shape[1] >= stack.shape[2] else (Vh.mT, S, U.mT)
+
+
+def _iterated(case: SVDCase, blocks: Blocks, starts: Sequence[Tensor], steps: int, iteration: Iteration) -> Run:
     def run() -> Triplets:
-        factors = []
-        for (stack, _), Q in zip(blocks, starts, strict=True):
-            tall = stack.shape[1] >= stack.shape[2]
-            U, S, Vh = subspace_iteration(stack if tall else stack.mT, Q, iterations)
-            factors.append((U, S, Vh) if tall else (Vh.mT, S, U.mT))
+        pairs = zip(blocks, starts, strict=True)
+        factors = [_turned_back(stack, iteration(_tall(stack), Q, steps)) for (stack, _), Q in pairs]
         return _spread(len(case.single), blocks, factors)
+
+    return run
+
+
+def captured(function: Callable[[], _Result]) -> tuple[torch.cuda.CUDAGraph, _Result]:
+    """A CUDA graph of what `function` launches, and its results, which each replay writes anew."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(stream):
+            function()  # handles and workspaces, which a capture must not create
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph, stream=stream):
+            results = function()
+    except (RuntimeError, ValueError) as error:
+        raise CannotRun(f"it could not be captured in a CUDA graph: {str(error).splitlines()[0]}") from error
+    return graph, results
+
+
+def _iterated_in_graphs(case: SVDCase, starts: Sequence[Tensor], steps: int) -> Run:
+    """Two graphs with one `eigh` of all matrices between them, whose check on the host cannot be captured."""
+    pairs = list(zip(case.buckets, starts, strict=True))
+
+    def iterate() -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
+        found = [_subspace(_tall(stack), Q, steps) for (stack, _), Q in pairs]
+        return found, torch.cat([gram for _, _, gram in found])
+
+    before, (found, grams) = captured(iterate)
+    rotations = torch.empty_like(grams)
+
+    def rotate() -> list[tuple[Tensor, Tensor, Tensor]]:
+        parts = rotations.split([len(Q) for Q, _, _ in found])
+        factors = [_rotated(Q, Y, R) for (Q, Y, _), R in zip(found, parts, strict=True)]
+        return [_turned_back(stack, f) for (stack, _), f in zip(case.buckets, factors, strict=True)]
+
+    after, factors = captured(rotate)
+
+    def run() -> Triplets:
+        before.replay()
+        rotations.copy_(torch.linalg.eigh(grams).eigenvectors)
+        after.replay()
+        return _spread(len(case.single), case.buckets, factors)
 
     return run
 
@@ -216,37 +410,81 @@ def _blocks(case: SVDCase, batched: bool) -> Blocks:
     return [(W.unsqueeze(0), [index]) for index, W in enumerate(case.single)]
 
 
-def _subspace_cold(batched: bool) -> Callable[[SVDCase, int, float], Run]:
-    def prepare(case: SVDCase, width: int, effort: float) -> Run:
-        blocks = _blocks(case, batched)
-        starts = []
-        for stack, _ in blocks:
-            generator = torch.Generator(stack.device).manual_seed(3)
-            shape = (len(stack), min(stack.shape[1:]), width)
-            starts.append(torch.randn(shape, generator=generator, device=stack.device))
-        return _subspace_run(case, blocks, starts, int(effort))
-
-    return prepare
+def _random_starts(blocks: Blocks, width: int) -> list[Tensor]:
+    starts = []
+    for stack, _ in blocks:
+        generator = torch.Generator(stack.device).manual_seed(3)
+        shape = (len(stack), min(stack.shape[1:]), width)
+        starts.append(torch.randn(shape, generator=generator, device=stack.device))
+    return starts
 
 
-def _subspace_warm(batched: bool) -> Callable[[SVDCase, int, float], Run]:
-    """Starts from as many converged vectors of the earlier weights as the block is wide, without random columns.
+def _earlier_starts(case: SVDCase, blocks: Blocks, width: int) -> list[Tensor]:
+    """As many converged vectors of the earlier weights as the block is wide, without random columns.
 
     Better than what a chain of warm refreshes would have at hand, and blind to newly grown directions: both are in
-    the peer's favour.
+    the peers' favour.
     """
+    return [torch.stack([case.earlier_vectors[i][:, :width] for i in members]) for _, members in blocks]
 
-    def prepare(case: SVDCase, width: int, effort: float) -> Run:
-        blocks = _blocks(case, batched)
-        starts = [torch.stack([case.earlier_vectors[i][:, :width] for i in members]) for _, members in blocks]
-        return _subspace_run(case, blocks, starts, int(effort))
 
-    return prepare
+def _subspace_cold(case: SVDCase, width: int, effort: float, batched: bool) -> Run:
+    blocks = _blocks(case, batched)
+    return _iterated(case, blocks, _random_starts(blocks, width), int(effort), subspace_iteration)
+
+
+def _iterated_warm(case: SVDCase, width: int, effort: float, batched: bool, iteration: Iteration) -> Run:
+    blocks = _blocks(case, batched)
+    return _iterated(case, blocks, _earlier_starts(case, blocks, width), int(effort), iteration)
+
+
+def _graph_cold(case: SVDCase, width: int, effort: float) -> Run:
+    return _iterated_in_graphs(case, _random_starts(case.buckets, width), int(effort))
+
+
+def _graph_warm(case: SVDCase, width: int, effort: float) -> Run:
+    return _iterated_in_graphs(case, _earlier_starts(case, case.buckets, width), int(effort))
+
+
+# --- the warm one-step factorizations of two optimizers -----------------------------------------------------------
+
+
+def dion_steps(A: Tensor, V: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Dion's factorization A = P R^T (Ahn et al., 2025) of `A [B, D, d]` from the earlier `V [B, d, b]`.
+
+    P = orthonormalize(A V), R = A^T P, V = R with columns of length one: two reads a step, of which Dion makes one.
+    The last R is left as it is; its singular value decomposition makes triplets of P and R.
+    """
+    for step in range(steps):
+        P = _cholesky_qr(A @ V)
+        if step + 1 == steps:
+            P = _cholesky_qr(P)
+        R = A.mT @ P
+        V = R / torch.linalg.vector_norm(R, dim=1, keepdim=True)
+    wide = R.double()
+    rotation = torch.linalg.eigh(wide.mT @ wide).eigenvectors.flip(2).to(R.dtype)
+    R = R @ rotation
+    S = torch.linalg.vector_norm(R, dim=1)
+    return P @ rotation, S, (R / S.unsqueeze(1)).mT
+
+
+def ldadam_steps(A: Tensor, Q: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """LDAdam's block power iteration (Robert et al., 2024) of `A [B, D, d]` from the earlier `Q [B, d, b]`.
+
+    Q = qr(A^T (A Q)) a step, of which LDAdam makes one, then the projection A Q, which holds the singular values.
+    """
+    for _ in range(steps):
+        Q = torch.linalg.qr(A.mT @ (A @ Q)).Q
+    Y = A @ Q
+    wide = Y.double()
+    return _rotated(Q, Y, torch.linalg.eigh(wide.mT @ wide).eigenvectors)
 
 
 _ITERATIONS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32)
 _COLD_GRID: dict[int, Sequence[float]] = dict.fromkeys((8, 16, 24, 32, 48), _ITERATIONS)
 _WARM_GRID: dict[int, Sequence[float]] = dict.fromkeys((8, 16, 24, 32), _ITERATIONS[:10])
+# CuPy's restarts after the first Lanczos run.
+_CUPY_GRID: dict[int, Sequence[float]] = dict.fromkeys((8, 12, 20, 32), (0, 1, 2, 3, 4, 6, 8, 12, 16, 24))
 # ARPACK's tolerance is relative and on the eigenvalue's residual, hence its square-root scale.
 _SVDS_GRID: dict[int, Sequence[float]] = dict.fromkeys((7, 12, 20, 32), (0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0001))
 
@@ -255,8 +493,16 @@ def _oversampled(width: int, effort: float) -> str:
     return f"q={width}, {int(effort)} iterations"
 
 
+def _graphed(width: int, effort: float) -> str:
+    return f"{_oversampled(width, effort)}, eigh between two graphs"
+
+
 def _fixed(text: str) -> Callable[[int, float], str]:
     return lambda _width, _effort: text
+
+
+def _always(reads: int) -> Callable[[float], int | None]:
+    return lambda _: reads
 
 
 def _two_a_step(last: int) -> Callable[[float], int | None]:
@@ -275,13 +521,29 @@ OURS = [
 ]
 
 SVD_PEERS = [
+    *(
+        SVDPeer(
+            f"ours, CUDA graph, impl={impl}",
+            partial(_ours_graph, impl=impl, warm=variant == "warm"),
+            _fixed(f"b={width}, {reads} reads, copies of the weights included, starts prepared"),
+            reads=_always(reads + 2),  # the copy reads too
+            variant=variant,
+            device="cuda",
+            impl=impl,
+        )
+        for impl in ("cuda", "triton")
+        for variant, width, reads in (
+            ("cold", cold_width(RANK), COLD_READS),
+            ("warm", warm_width(RANK), WARM_READS),
+        )
+    ),
     SVDPeer("ours, impl=torch", partial(_ours_cold, impl="torch"), OURS[0].describe, reads=OURS[0].reads),
     SVDPeer(
         "ours, impl=torch", partial(_ours_warm, impl="torch"), OURS[1].describe, reads=OURS[1].reads, variant="warm"
     ),
     SVDPeer("torch.linalg.svd", _full_svd, _fixed("full, fp32"), slow=True),
     SVDPeer("Gram + torch.linalg.eigh", _gram_eigh, _fixed("fp32, all pairs"), slow=True),
-    SVDPeer("Gram + scipy eigh", _gram_eigh_subset, _fixed("fp32, syevr, 3 pairs"), needs="scipy", cpu_only=True),
+    SVDPeer("Gram + scipy eigh", _gram_eigh_subset, _fixed("fp32, syevr, 3 pairs"), needs="scipy", device="cpu"),
     SVDPeer("torch.svd_lowrank", _svd_lowrank, _oversampled, _COLD_GRID, _two_a_step(2)),
     SVDPeer("torch.svd_lowrank, batched", _svd_lowrank_batched, _oversampled, _COLD_GRID, _two_a_step(2)),
     SVDPeer(
@@ -291,7 +553,7 @@ SVD_PEERS = [
         _COLD_GRID,
         _two_a_step(2),
         needs="sklearn",
-        cpu_only=True,
+        device="cpu",
     ),
     SVDPeer(
         "scipy svds (ARPACK)",
@@ -299,24 +561,62 @@ SVD_PEERS = [
         lambda width, effort: f"ncv={width}, tol={effort:g}",
         _SVDS_GRID,
         needs="scipy",
-        cpu_only=True,
+        device="cpu",
     ),
-    SVDPeer("subspace + CholeskyQR2, looped", _subspace_cold(False), _oversampled, _COLD_GRID, _two_a_step(1)),
-    SVDPeer("subspace + CholeskyQR2, batched", _subspace_cold(True), _oversampled, _COLD_GRID, _two_a_step(1)),
+    *(
+        SVDPeer(
+            f"torch.linalg.svd, driver={driver}",
+            partial(_full_svd_driver, driver=driver, batched=driver == "gesvda"),
+            _fixed("full, fp32, batched" if driver == "gesvda" else "full, fp32"),
+            slow=True,
+            device="cuda",
+        )
+        for driver in ("gesvd", "gesvdj", "gesvda")
+    ),
+    SVDPeer("cupy.linalg.svd, batched", _cupy_svd, _fixed("full, fp32"), slow=True, needs="cupy", device="cuda"),
     SVDPeer(
-        "subspace + CholeskyQR2, looped",
-        _subspace_warm(False),
-        _oversampled,
+        "cupyx svds",
+        _cupy_svds,
+        lambda width, effort: f"ncv={width}, {int(effort)} restarts",
+        _CUPY_GRID,
+        needs="cupy",
+        device="cuda",
+    ),
+    SVDPeer("cuSOLVER Xgesvdr (nvmath)", _gesvdr, _oversampled, _COLD_GRID, needs="nvmath", device="cuda"),
+    *(
+        SVDPeer(
+            f"subspace + CholeskyQR2, {way}",
+            partial(_subspace_cold, batched=way == "batched"),
+            _oversampled,
+            _COLD_GRID,
+            _two_a_step(1),
+        )
+        for way in ("looped", "batched")
+    ),
+    SVDPeer("subspace + CholeskyQR2, CUDA graph", _graph_cold, _graphed, _COLD_GRID, _two_a_step(1), device="cuda"),
+    *(
+        SVDPeer(
+            f"{name}, {way}",
+            partial(_iterated_warm, batched=way == "batched", iteration=iteration),
+            _oversampled,
+            _WARM_GRID,
+            _two_a_step(last),
+            variant="warm",
+        )
+        for name, iteration, last in (
+            ("subspace + CholeskyQR2", subspace_iteration, 1),
+            ("Dion's factorization", dion_steps, 0),
+            ("LDAdam's power iteration", ldadam_steps, 1),
+        )
+        for way in ("looped", "batched")
+    ),
+    SVDPeer(
+        "subspace + CholeskyQR2, CUDA graph",
+        _graph_warm,
+        _graphed,
         _WARM_GRID,
         _two_a_step(1),
         variant="warm",
-    ),
-    SVDPeer(
-        "subspace + CholeskyQR2, batched",
-        _subspace_warm(True),
-        _oversampled,
-        _WARM_GRID,
-        _two_a_step(1),
-        variant="warm",
+        device="cuda",
     ),
 ]

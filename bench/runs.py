@@ -23,7 +23,7 @@ from bench.cases import (
     relative_residuals,
 )
 from bench.linear_peers import LINEAR_PEERS, LinearPeer, linear_error_limit
-from bench.peers import OURS, SVD_PEERS, Run, SVDPeer
+from bench.peers import OURS, SVD_PEERS, CannotRun, Run, SVDPeer
 from bench.penalty_peers import PENALTY_PEERS, PenaltyPeer
 from bench.search import Trial, cheapest_setting
 from bench.timing import Row, fill_speedups, measure_in_turn, summary, timed
@@ -87,14 +87,24 @@ def prepare_svd(peer: SVDPeer, case: SVDCase, device: torch.device) -> Prepared:
 
 
 def run_svd(
-    case: SVDCase, context: Context, step: Step = lambda _: None, peers: Sequence[SVDPeer] | None = None
+    case: SVDCase,
+    context: Context,
+    step: Step = lambda _: None,
+    peers: Sequence[SVDPeer] | None = None,
+    refused: Step = lambda _: None,
 ) -> list[Row]:
-    """Rows of ours and of every usable peer on one case."""
+    """Rows of ours and of every usable peer on one case; `refused` is told of those that turn out not to be."""
     prepared = []
     for peer in [*OURS, *(SVD_PEERS if peers is None else peers)]:
         step(f"{case.name}: {peer.name}, {peer.variant}")
-        if peer.usable(context.device):
-            prepared.append(prepare_svd(peer, case, context.device))
+        if peer.problem(context.device) is None:
+            # A library that is found may still not fit the driver, and has errors of its own.
+            foreign = (Exception,) if peer.needs and peer.device == "cuda" else ()
+            try:
+                prepared.append(prepare_svd(peer, case, context.device))
+            except (CannotRun, torch.linalg.LinAlgError, torch.OutOfMemoryError, *foreign) as error:
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                refused(f"{peer.name}, {peer.variant}, is left out of {case.name}: {reason}")
     step(f"{case.name}: timing")
     repeats = [0 if p.peer.slow else context.repeats for p in prepared]
     samples = measure_in_turn([p.run for p in prepared], repeats, context.device)

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 from rich.table import Table
 
+from bench import pcdr_cases
 from bench.timing import Row, read_rows
 
 HEADINGS = ("case", "variant", "implementation", "setting", "time", "error p90", "ours is faster by")
@@ -269,7 +270,8 @@ def rendered(readme: str, results: Path, folder: Path = Path()) -> str:
         path = results / f"{match[2]}.jsonl"
         if not path.is_file():
             raise ValueError(f"README has a marker for {match[2]!r}, but there is no {path}: run the bench with --json")
-        return match[1] + markdown(latest(read_rows(path))) + match[4]
+        text = pcdr_cases.markdown(path) if match[2].startswith("pcdr") else markdown(latest(read_rows(path)))
+        return match[1] + text + match[4]
 
     return _MARKED.sub(table, readme)
 

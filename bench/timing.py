@@ -179,7 +179,9 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "driver": _driver() if on_gpu else None,
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("torch", "numpy", "scipy", "sklearn", "triton", "cupy")},
+        "versions": {
+            name: _version(name) for name in ("torch", "numpy", "scipy", "sklearn", "triton", "cupy", "nvmath")
+        },
         "commit": _commit(),
         "date": datetime.now(UTC).date().isoformat(),
         "copy_bytes_per_second": 2 * source.nbytes / min(copies[1:]),

@@ -483,8 +483,17 @@ def test_large_widths_and_what_is_not_supported(form: int, device: torch.device)
         torch.ops.s2d.topk_svd([weight.to(device)], [torch.ones(4, 9, device=device)], [1], [2], "cuda")
     with pytest.raises(ValueError, match=r"reads\[0\]=1 of 4 rows find k=4 triplets"):
         torch.ops.s2d.topk_svd([weight.to(device)], [torch.ones(4, 72, device=device)], [4], [1], "cuda")
-    with pytest.raises(ValueError, match="these sizes are not supported"):
-        svd([torch.zeros(2200, 2100)], device, k=1)
+    refused = [
+        (torch.zeros(2200, 2100), 1, None, r"min\(m, n\)=2100 exceeds 2048, the most in torch.float32"),
+        (torch.zeros(4200, 4100).bfloat16(), 1, None, r"min\(m, n\)=4100 exceeds 4096, the most in torch.bfloat16"),
+        (torch.zeros(80, 72), 17, None, "36 rows of its start exceed 32: take a smaller k"),
+        (torch.zeros(400, 300), 16, 9, r"reads \* rows of a start\)=288 exceeds 256: take fewer reads than 9"),
+    ]
+    for large, k, reads, problem in refused:
+        shape = rf"\({large.shape[0]}, {large.shape[1]}\)"
+        message = rf"weights\[1\] of shape {shape} is too large for impl='cuda': .*{problem}"
+        with pytest.raises(ValueError, match=message):
+            svd([weight, large], device, k=[1, k], reads=reads)
     assert not cuda_svd._supports([weight.double()], [weight[:1]], [1], [1])
 
 

@@ -90,6 +90,10 @@ def test_bad_input_is_refused_and_nothing_written() -> None:
         add_penalty_grad_(grads[:1], factors)
     with pytest.raises(ValueError, match=r"ranks\[0\]=3 must be in 0\.\.2"):
         add_penalty_grad_(grads[:1], factors[:1], ranks=[3])
+    with pytest.raises(TypeError, match=r"ranks=2 must be a list of ints, one for each layer"):
+        add_penalty_grad_(grads[:1], factors[:1], ranks=2)
+    with pytest.raises(TypeError, match=r"ranks='2' must be a list of ints"):
+        add_penalty_grad_(grads[:1], factors[:1], ranks="2")
     with pytest.raises(ValueError, match="integer tensor"):
         add_penalty_grad_(grads[:1], factors[:1], ranks=torch.ones(1))
     with pytest.raises(ValueError, match=r"coefficients\[0\] must have shape \(2,\)"):

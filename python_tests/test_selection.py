@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from helpers import decaying_spectrum, matrix_with_spectrum
@@ -285,6 +286,14 @@ def test_bad_input() -> None:
         pcdr([weight], [x], [5])
     with pytest.raises(ValueError, match="threshold=1.5"):
         pcdr([weight], [x], [0], threshold=1.5)
+    with pytest.raises(TypeError, match="threshold='a' must be a number, got str"):
+        pcdr([weight], [x], [0], threshold="a")
+    with pytest.raises(ValueError, match="threshold=nan"):
+        pcdr([weight], [x], [0], threshold=float("nan"))
+    for shape in ((3, 0), (0, 4)):
+        empty, nothing = torch.zeros(shape), torch.zeros(shape[1])
+        with pytest.raises(ValueError, match=rf"weights\[1\] is empty, shape \({shape[0]}, {shape[1]}\): leave it out"):
+            pcdr([weight, empty], [x, nothing], [0, 0])
     with pytest.raises(ValueError, match="k_max=0"):
         pcdr([weight], [x], [0], k_max=0)
     with pytest.raises(ValueError, match="equally long"):
@@ -298,3 +307,42 @@ def test_operator_checks() -> None:
     torch.library.opcheck(torch.ops.s2d.pcdr_exact.default, ([weight], [x], [neuron], 3, 0.95, "torch"))
     args = ([weight], [x], [neuron], [basis.U], [basis.S], [basis.Vh], [basis.residual], 3, "torch")
     torch.library.opcheck(torch.ops.s2d.pcdr_bounds.default, args)
+
+
+def layers_with_neurons(device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor], list[int]]:
+    """Weights, inputs and neurons of layers that the bounds settle."""
+    layers = [planted_layer(m, 60, spike=50.0, alignment=5.0, seed=m) for m in (40, 90, 80, 70)]
+    peaks = [reference.largest_activation(*layer)[:2] for layer in layers]
+    inputs = [tokens[token].to(device) for (_, tokens), (token, _) in zip(layers, peaks, strict=True)]
+    return [weight.to(device) for weight, _ in layers], inputs, [neuron for _, neuron in peaks]
+
+
+def test_neurons_from_everywhere_go_to_the_device_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, inputs, neurons = layers_with_neurons(torch.device("cpu"))
+    factors = topk_svd(weights, k=3)
+    mixed = [neurons[0], torch.tensor(neurons[1]), torch.tensor([neurons[2]], dtype=torch.int32), np.int64(neurons[3])]
+    made = []
+    create = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *args, **options: made.append(args) or create(*args, **options))
+    pending = selection.pcdr_begin(weights, inputs, mixed, factors)
+    monkeypatch.undo()
+    assert made == [(neurons,)]
+    assert [decision.neuron for decision in pending.result()] == neurons
+    assert pending.result() == pcdr(weights, inputs, neurons, factors)
+
+
+def test_begins_without_a_synchronization(device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("needs a GPU: pytest --device cuda")
+    weights, inputs, neurons = layers_with_neurons(device)
+    factors = topk_svd(weights, k=3)
+    mixed = [neurons[0], torch.tensor(neurons[1]), torch.tensor(neurons[2], device=device), neurons[3]]
+    expected = pcdr(weights, inputs, mixed, factors)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pending = selection.pcdr_begin(weights, inputs, mixed, factors)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert pending.result() == expected
+    assert [decision.neuron for decision in expected] == neurons
+    assert [decision.route for decision in expected] == ["bounds"] * 4

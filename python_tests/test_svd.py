@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,10 @@ from emulated import build_emulated
 from helpers import decaying_spectrum, matrix_with_spectrum, product_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2d_kernels import ops, topk_svd
-from s2d_kernels.svd import CONVERGED, NON_FINITE, NOT_CONVERGED, OVERFLOW, TopkSVD
+from s2d_kernels.svd import CONVERGED, NON_FINITE, NOT_CONVERGED, OVERFLOW, TopkSVD, start_blocks
 
 SIZES = [1, 2, 37, 63, 199, 300]
 
@@ -240,6 +243,12 @@ def test_bad_input_is_refused_by_name() -> None:
         topk_svd([torch.randn(3)], k=1)
     with pytest.raises(ValueError, match="equally long"):
         topk_svd([weight], k=[1, 2])
+    with pytest.raises(TypeError, match="seed='x' must be an integer, got str"):
+        topk_svd([weight], k=1, seed="x")
+    with pytest.raises(ValueError, match="seed=-5 must be at least 0"):
+        topk_svd([weight], k=1, seed=-5)
+    with pytest.raises(TypeError, match="keys='a' must be a list of names, one for each matrix"):
+        topk_svd([weight], k=1, keys="a")
     with pytest.raises(ValueError, match="reads=0 must be at least 1"):
         topk_svd([weight], k=1, reads=0)
     with pytest.raises(ValueError, match=r"warm\[0\] has U \(6, 4\)"):
@@ -317,3 +326,56 @@ def test_singular_values_behind_a_huge_outlier(impl: str | None, monkeypatch: py
             torch.testing.assert_close(got.S.double(), truth, rtol=1e-3, atol=0)
             residual = weight.double().T @ got.U.double() - got.Vh.double().T * got.S.double()
             assert residual.norm(dim=0).max() / (truth[0] * 110 * torch.finfo(torch.float32).eps) < 30
+
+
+def test_starts_are_each_layers_own_vectors_and_random_rows() -> None:
+    """As if drawn one by one, whatever else is in the call; zero and non-finite vectors give way to random ones."""
+    shapes = [(40, 24), (24, 40), (40, 24), (9, 5), (40, 24), (7, 1), (90, 24)]
+    dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.float32, torch.float32, torch.float16, torch.float32]
+    weights = [torch.randn(shape).to(dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    ks = [3, 3, 2, 3, 1, 1, 3]
+    previous: list = list(topk_svd(weights, k=ks))
+    previous[4] = None
+    previous[0].basis.Vh[1] = 0
+    previous[0].basis.Vh[2, 5] = float("nan")
+    previous[6] = previous[6].basis
+    names = ["a", "a", "b", "", "", "c", "a"]
+    found = start_blocks(weights, ks, previous, 7, names)
+    for index, (weight, k, before, name) in enumerate(zip(weights, ks, previous, names, strict=True)):
+        m, n = weight.shape
+        digest = hashlib.blake2b(f"7|{name}|{m}x{n}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        width = min(m, n, 16 if before is None else 8)
+        expected = torch.randn(width, min(m, n), generator=generator).to(found[index].dtype)
+        if before is not None:
+            basis = getattr(before, "basis", before)
+            vectors = (basis.Vh if m >= n else basis.U.mT)[: width - 1]
+            keep = torch.tensor([bool(v.isfinite().all() and v.any()) for v in vectors], dtype=torch.bool)
+            expected[: len(vectors)][keep] = vectors[keep]
+            assert keep.sum() == len(vectors) - 2 * (index == 0)
+        assert found[index].dtype == (torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        assert torch.equal(found[index], expected), index
+        assert found[index].is_contiguous()
+        assert found[index].data_ptr() % 64 == 0
+        (alone,) = start_blocks([weight], [k], [before], 7, [name])
+        assert torch.equal(alone, expected)
+
+
+def test_a_warm_call_makes_few_calls_for_each_matrix() -> None:
+    """On a GPU each costs the host some microseconds, and those that are no views a launch."""
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.calls += 1
+            return function(*args, **(kwargs or {}))
+
+    counts = []
+    for matrices in (10, 30):
+        weights = [torch.randn(24, 16) for _ in range(matrices)]
+        previous = topk_svd(weights, k=3, impl="torch")
+        with Count() as count:
+            start_blocks(weights, [3] * matrices, previous, 1, [""] * matrices)
+        counts.append(count.calls)
+    assert counts[1] - counts[0] <= 20 * 3

@@ -9,6 +9,10 @@ from s2d_kernels import _native, ops
 from s2d_kernels.cuda_ops import DTYPES, current_stream
 from s2d_kernels.svd import FAILURE_PROBABILITY, TOLERANCE, block_krylov, check_start
 
+# What s2d_topk_svd_check refuses on any device (csrc/s2d.h).
+MAX_COLUMNS = {torch.float32: 2048, torch.bfloat16: 4096, torch.float16: 4096}
+MAX_WIDTH = 32
+MAX_ROWS = 256
 # `team` of s2d_svd_layer, of every matrix: 0 lets the library choose, -1 streams all, a number is that of blocks.
 TEAM = 0
 
@@ -69,6 +73,24 @@ class _Table:
         return self.outputs
 
 
+def _refuse(index: int, weight: Tensor, start: Tensor, reads: int) -> None:
+    """Say of a matrix that the library does not take which of its limits it exceeds."""
+    d, b = min(weight.shape), len(start)
+    rows = min(d, reads * b)
+    if d > MAX_COLUMNS[weight.dtype]:
+        problem = f"min(m, n)={d} exceeds {MAX_COLUMNS[weight.dtype]}, the most in {weight.dtype}"
+    elif b > MAX_WIDTH:
+        problem = f"{b} rows of its start exceed {MAX_WIDTH}: take a smaller k"
+    elif rows > MAX_ROWS:
+        problem = f"min(m, n, reads * rows of a start)={rows} exceeds {MAX_ROWS}: take fewer reads than {reads}"
+    else:
+        problem = "it does not fit the shared memory of this device's blocks"
+    raise ValueError(
+        f"weights[{index}] of shape {tuple(weight.shape)} is too large for impl='cuda': {problem}; or use "
+        "impl='torch', or None to choose"
+    )
+
+
 def _supports(weights: list[Tensor], starts: list[Tensor], ks: list[int], reads: list[int]) -> bool:
     if any(weight.dtype not in DTYPES for weight in weights):
         return False
@@ -93,4 +115,8 @@ def _topk_svd_cuda(
             raise ValueError(f"weights[{index}] is on {weight.device}, but weights[0] on {weights[0].device}")
     table = _Table(weights, starts, ks, reads, max_sms)
     with table.context:
+        if not table.run.supported():
+            for index, layer in enumerate(table.run.table):
+                if not _native.SvdRun([layer], table.run.stream).supported():
+                    _refuse(index, weights[index], starts[index], reads[index])
         return block_krylov(table)

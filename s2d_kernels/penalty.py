@@ -88,13 +88,14 @@ def add_penalty_grad_(
         impl: "reference", "torch", "cpu", "triton" or "cuda", as far as installed; None chooses.
 
     Raises:
-        TypeError: an element is no dense floating tensor.
+        TypeError: an element is no dense floating tensor, `ranks` no list.
         ValueError: lists of different lengths, shapes that do not fit, a rank outside 0..k; "stochastic" without a
             seed or with an fp16 gradient, a seed without it. Nothing is written then.
 
     A component whose strength * s^power is not finite counts as 0, and an element of the sum that is 0 or not finite
-    changes no bit of the gradient (with impl="torch" a -0 may become 0); `penalty_status` tells which layers that
-    concerns.
+    changes no bit of the gradient (with impl="torch" a -0 may become 0; with "torch", "triton" and "cuda" a NaN may
+    become another NaN); `penalty_status` tells which layers that concerns. Nothing to add, by strength, coefficients or
+    ranks, changes no bit with "reference", "torch" and "cpu", and none but those of NaNs with "triton" and "cuda".
 
     Accuracy: the sum is formed in fp32 (fp64 for fp64) and rounded once to the gradient's dtype. With impl="torch" it
         is a matrix product, which `torch.set_float32_matmul_precision` may reduce. A finite sum never becomes infinite
@@ -118,6 +119,8 @@ def add_penalty_grad_(
             raise ValueError(f"ranks must be an integer tensor [{len(grads)}], got {ranks.dtype} {tuple(ranks.shape)}")
         device_ranks = ranks
     elif ranks is not None:
+        if not hasattr(ranks, "__len__") or isinstance(ranks, str | bytes):
+            raise TypeError(f"ranks={ranks!r} must be a list of ints, one for each layer, or an integer tensor of them")
         ops.check_same_length(grads=grads, ranks=ranks)
     if coefficients is not None:
         ops.check_same_length(grads=grads, coefficients=coefficients)
@@ -297,12 +300,23 @@ def _largest(tensor: Tensor) -> float:
 
 def added(grad: Tensor, low_rank: LowRank) -> Tensor:
     """grad + left right, in the dtype of the sum; a new tensor."""
+    return _added(grad, low_rank)[0]
+
+
+def _added(grad: Tensor, low_rank: LowRank) -> tuple[Tensor, Tensor | None]:
+    """`added`, and where guarded which elements are changed; None: all."""
     left, right, guarded = low_rank
     grad = grad.to(left.dtype)
     if not guarded:
-        return torch.addmm(grad, left, right)
+        return torch.addmm(grad, left, right), None
     change = left @ right
-    return torch.where(change.isfinite() & (change != 0), grad + change, grad)
+    usable = change.isfinite() & (change != 0)
+    return torch.where(usable, grad + change, grad), usable
+
+
+def _write(grad: Tensor, total: Tensor, usable: Tensor | None) -> None:
+    """Round to the gradient's dtype. What is not changed is not written: a NaN that is widened comes back another."""
+    grad.copy_(total if usable is None else torch.where(usable, total.to(grad.dtype), grad))
 
 
 @ops.implements("add_penalty_grad_", "reference")
@@ -317,10 +331,10 @@ def _add_reference(
 ) -> None:
     check_seeds(grads, seeds)
     for index, (grad, U, Vh, c) in enumerate(zip(grads, Us, Vhs, masked(coefficients, ranks), strict=True)):
-        total = added(grad, LowRank(U.double() * c.double(), Vh.double(), True))
+        total, usable = _added(grad, LowRank(U.double() * c.double(), Vh.double(), True))
         if seeds is not None and grad.dtype == torch.bfloat16:
             total = reference.stochastically_rounded(total.float(), seeds[index])
-        grad.copy_(total)
+        _write(grad, total, usable)
 
 
 @ops.implements("add_penalty_grad_", "torch")
@@ -349,5 +363,7 @@ def _add_torch(
         rows = max(1, BLOCK_ELEMENTS // max(grad.shape[1], 1))
         for first in range(0, grad.shape[0], rows):
             block = grad[first : first + rows]
-            total = added(block, LowRank(left[first : first + rows], right, guarded))
-            block.copy_(total if keys is None else stochastically_rounded(total, keys[first : first + rows]))
+            total, usable = _added(block, LowRank(left[first : first + rows], right, guarded))
+            if keys is not None:
+                total = stochastically_rounded(total, keys[first : first + rows])
+            _write(block, total, usable)

@@ -79,9 +79,9 @@ def pcdr(
         One `PCDR` per layer. k_target is the smallest k with PCDR_k >= threshold.
 
     Raises:
-        TypeError: an element is no dense floating tensor.
-        ValueError: lists of different lengths, an input of another length than n, a neuron outside 0..m-1, a
-            threshold outside (0, 1], k_max < 1.
+        TypeError: an element is no dense floating tensor, the threshold no number.
+        ValueError: lists of different lengths, an empty weight, an input of another length than n, a neuron outside
+            0..m-1, a threshold outside (0, 1], k_max < 1.
 
     Accuracy: the bounds are rigorous for exact singular vectors and estimates for computed ones, hence widened by
         max(0.01, residual/s_1), and a component in a cluster (gap below 4 residual/s_1) goes the exact way, which
@@ -143,23 +143,26 @@ def pcdr_begin(
     ops.check_same_length(weights=weights, inputs=inputs, neurons=neurons)
     if factors is not None:
         ops.check_same_length(weights=weights, factors=factors)
+    threshold = ops.check_number("threshold", threshold)
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold={threshold} must lie in (0, 1]")
     k_max = ops.check_integer("k_max", k_max, low=1)
     if not weights:
         empty = torch.zeros(0, dtype=torch.int32, device="cpu")
         return PendingPCDR(empty, empty, lambda _: [])
-    indices: list[Tensor] = []
+    on_device: dict[int, Tensor] = {}
+    on_host: dict[int, int] = {}
     usable = []
     for index, (weight, x, neuron) in enumerate(zip(weights, inputs, neurons, strict=True)):
+        if weight.numel() == 0:
+            raise ValueError(f"weights[{index}] is empty, shape {tuple(weight.shape)}: leave it out of the list")
         if x.shape[0] != weight.shape[1]:
             raise ValueError(f"inputs[{index}] has {x.shape[0]} elements, weights[{index}] is {tuple(weight.shape)}")
-        if isinstance(neuron, Tensor) and not neuron.is_floating_point() and neuron.numel() == 1:
-            if neuron.device.type == "cpu":
-                _check_neuron(index, int(neuron), len(weight))
-            indices.append(neuron.to(weight.device, torch.int64).reshape(()))
+        number = isinstance(neuron, Tensor) and not neuron.is_floating_point() and neuron.numel() == 1
+        if isinstance(neuron, Tensor) and number and neuron.device.type != "cpu":
+            on_device[index] = neuron.to(weight.device, torch.int64).reshape(())
         else:
-            indices.append(torch.tensor(_check_neuron(index, neuron, len(weight)), device=weight.device))
+            on_host[index] = _check_neuron(index, int(neuron) if number else neuron, len(weight))
         if factors is not None:
             _check_factors(index, weight, factors[index])
             status = factors[index].status.to(weight.device)
@@ -167,6 +170,11 @@ def pcdr_begin(
         else:
             usable.append(x.isfinite().all() & weight.isfinite().all())
     finite = torch.stack(usable)
+    # One copy, and none that waits for the device as that of each number would.
+    device = weights[0].device
+    staged = torch.tensor(list(on_host.values()), dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+    on_device |= zip(on_host, staged.to(device, non_blocking=True).unbind(), strict=True)
+    indices = [on_device[index] for index in range(len(weights))]
     # An index that result() will refuse must not be read with.
     inside = [i.clamp(0, len(weight) - 1) for i, weight in zip(indices, weights, strict=True)]
     if factors is not None and impl != "reference":

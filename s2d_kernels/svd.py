@@ -37,6 +37,8 @@ WARM_READS = 4
 TOLERANCE = 2e-4
 # Probability that `missed` is not a bound, over the draw of the random column.
 FAILURE_PROBABILITY = 1e-3
+# Elements from the beginning of one start to that of the next are a multiple of this.
+_ALIGNED = 64
 
 
 def check_start(index: int, weight: Tensor, start: Tensor, k: int, reads: int) -> None:
@@ -173,9 +175,9 @@ def topk_svd(
         graph, capture `torch.ops.s2d.topk_svd` with starts of your own: here new random rows come from the host.
 
     Raises:
-        TypeError: an element is no dense floating tensor.
+        TypeError: an element is no dense floating tensor, a number no integer, `keys` a lone string.
         ValueError: k outside 1..min(m, n), lists of different lengths, an empty matrix, a warm start of another
-            shape, reads < 1, max_sms < 1.
+            shape, seed < 0, reads < 1, max_sms < 1; a matrix too large for the `impl` asked for.
 
     Accuracy: `status` is CONVERGED when max_{i<=k} (s_i/s_1) residual_i / s_1 <= 2e-4; the relative error of
         G = sum s^2 u v^T then stays below 1e-3 unless a component was missed, against which `missed` speaks.
@@ -184,11 +186,15 @@ def topk_svd(
         matrices work). With impl="cuda" a matrix that fits the shared memory of some of the GPU's blocks is read from
         memory once; which form it takes depends on the matrix and the GPU alone.
     Determinism: same inputs, seed and keys give the same bits on the same kind of machine; so they do for any number
-        of threads, but for impl="torch". CPUs of several instruction sets agree under S2D_CPU_CAPABILITY=avx2.
+        of threads, but for impl="torch". CPUs of several instruction sets agree under S2D_CPU_CAPABILITY=avx2. With
+        impl="cpu" strides are inputs too: a transposed view and its contiguous copy may differ in bits.
     """
     weights = ops.check_tensor_list("weights", weights, ndim=2)
     ks = list(k) if isinstance(k, Sequence) else [k] * len(weights)
     previous = [None] * len(weights) if warm is None else list(warm)
+    seed = ops.check_integer("seed", seed, low=0)
+    if isinstance(keys, str | bytes):
+        raise TypeError(f"keys={keys!r} must be a list of names, one for each matrix: wrap a single one in a list")
     names = [""] * len(weights) if keys is None else list(keys)
     ops.check_same_length(weights=weights, k=ks, warm=previous, keys=names)
     if reads is not None:
@@ -197,8 +203,8 @@ def topk_svd(
         max_sms = ops.check_integer("max_sms", max_sms, low=1)
     if not weights:
         return []
-    starts, schedule = [], []
-    for index, (weight, k_i, before, name) in enumerate(zip(weights, ks, previous, names, strict=True)):
+    schedule = []
+    for index, (weight, k_i, before) in enumerate(zip(weights, ks, previous, strict=True)):
         if weight.numel() == 0:
             raise ValueError(f"weights[{index}] is empty, shape {tuple(weight.shape)}: leave it out of the list")
         k_i = ks[index] = ops.check_integer(f"k of weights[{index}]", k_i, low=-(2**63))
@@ -206,11 +212,9 @@ def topk_svd(
             raise ValueError(
                 f"k={k_i} for weights[{index}] must lie in 1..{min(weight.shape)}, its shape is {tuple(weight.shape)}"
             )
-        if before is not None and not isinstance(before, TopkSVD | SVDBasis):
-            raise TypeError(f"warm[{index}] must be a TopkSVD, its basis, or None, got {type(before).__name__}")
-        starts.append(_start_block(index, weight, k_i, before, seed, name))
+        _check_warm(index, weight, before)
         schedule.append(reads or (COLD_READS if before is None else WARM_READS))
-    arguments = (weights, starts, ks, schedule)
+    arguments = (weights, start_blocks(weights, ks, previous, seed, names), ks, schedule)
     flat: list[Tensor] = [weights[0]] * (6 * len(weights))
     for chosen, members in ops.partition("topk_svd", impl, weights[0].device, arguments).items():
         parts = ([column[i] for i in members] for column in arguments)
@@ -225,33 +229,72 @@ def topk_svd(
     return results
 
 
-def _start_block(index: int, weight: Tensor, k: int, before: TopkSVD | SVDBasis | None, seed: int, name: str) -> Tensor:
-    """First block `[b, d]`: the previous leading vectors on the smaller side, then Gaussian rows (at least one)."""
-    m, n = weight.shape
-    d = min(m, n)
-    dtype = working_dtype(weight)
-    width = min(d, cold_width(k) if before is None else warm_width(k))
-    digest = hashlib.blake2b(f"{seed}|{name}|{m}x{n}".encode(), digest_size=8).digest()
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
-    block = torch.randn(width, d, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
-    if weight.device.type == "cuda":  # from pageable memory the copy would wait for the device
-        block = block.pin_memory()
-    block = block.to(weight.device, non_blocking=True)
+def _check_warm(index: int, weight: Tensor, before: object) -> None:
     if before is None:
-        return block
-    basis = before.basis if isinstance(before, TopkSVD) else before
-    vectors = basis.Vh if m >= n else basis.U.mT
-    if vectors.ndim != 2 or vectors.shape[1] != d:
+        return
+    if not isinstance(before, TopkSVD | SVDBasis):
+        raise TypeError(f"warm[{index}] must be a TopkSVD, its basis, or None, got {type(before).__name__}")
+    basis, d = before.basis if isinstance(before, TopkSVD) else before, min(weight.shape)
+    side = basis.Vh if weight.shape[0] >= weight.shape[1] else basis.U.mT
+    if side.ndim != 2 or side.shape[1] != d:
         raise ValueError(
             f"warm[{index}] has U {tuple(basis.U.shape)} and Vh {tuple(basis.Vh.shape)}, which do not fit "
             f"weights[{index}] of shape {tuple(weight.shape)}: pass the previous result of the same matrix, or None"
         )
-    vectors = vectors[: width - 1].to(weight.device, dtype)
-    largest = torch.linalg.vector_norm(vectors, math.inf, dim=1, keepdim=True)
-    usable = (largest > 0) & (largest < math.inf)
-    # A zero row (rank-deficient or non-finite last time) carries nothing: its place goes to a random one.
-    block[: len(vectors)] = torch.where(usable, vectors, block[: len(vectors)])
-    return block
+
+
+def start_blocks(
+    weights: Sequence[Tensor],
+    ks: Sequence[int],
+    previous: Sequence[TopkSVD | SVDBasis | None],
+    seed: int,
+    names: Sequence[str],
+) -> list[Tensor]:
+    """First block `[b, d]` of each: the previous leading vectors on the smaller side, then Gaussian rows, at least one.
+
+    What the rows are depends on seed, name and shape of their matrix alone. All go to the device in one copy, and equal
+    blocks are put together in a handful of launches.
+    """
+    device = weights[0].device
+    groups: dict[tuple[int, int, int, torch.dtype], list[int]] = {}
+    leading: list[Tensor | None] = []
+    for index, (weight, k, before) in enumerate(zip(weights, ks, previous, strict=True)):
+        d, vectors = min(weight.shape), None
+        width = min(d, cold_width(k) if before is None else warm_width(k))
+        if before is not None:
+            basis = before.basis if isinstance(before, TopkSVD) else before
+            vectors = (basis.Vh if weight.shape[0] >= weight.shape[1] else basis.U.mT)[: width - 1]
+        leading.append(vectors)
+        kept = 0 if vectors is None else len(vectors)
+        groups.setdefault((width, d, kept, working_dtype(weight)), []).append(index)
+    # Blocks lie as if each had been allocated by itself: bits must not depend on an address.
+    slots = {group: -(-group[0] * group[1] // _ALIGNED) * _ALIGNED for group in groups}
+    count = sum(slots[group] * len(members) for group, members in groups.items())
+    # From pageable memory the copy would wait for the device.
+    rows = torch.empty(count, dtype=torch.float32, device="cpu", pin_memory=device.type == "cuda")
+    place = 0
+    for (width, d, kept, dtype), members in groups.items():
+        for index in members:
+            m, n = weights[index].shape
+            digest = hashlib.blake2b(f"{seed}|{names[index]}|{m}x{n}".encode(), digest_size=8).digest()
+            generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
+            rows[place : place + width * d].normal_(generator=generator)
+            place += slots[width, d, kept, dtype]
+    rows = rows.to(device, non_blocking=True)
+    blocks: list[Tensor] = [rows] * len(weights)
+    sizes = [slots[group] * len(members) for group, members in groups.items()]
+    for (group, members), part in zip(groups.items(), rows.split(sizes), strict=True):
+        width, d, kept, dtype = group
+        stack = part.to(dtype).view(len(members), slots[group])[:, : width * d].unflatten(1, (width, d))
+        if kept:
+            vectors = torch.stack([leading[index].to(device, dtype) for index in members])  # type: ignore[union-attr]
+            largest = torch.linalg.vector_norm(vectors, math.inf, dim=2, keepdim=True)
+            usable = (largest > 0) & (largest < math.inf)
+            # A zero row (rank-deficient or non-finite last time) carries nothing: its place goes to a random one.
+            stack[:, :kept] = torch.where(usable, vectors, stack[:, :kept])
+        for index, block in zip(members, stack.unbind(), strict=True):
+            blocks[index] = block
+    return blocks
 
 
 def working_dtype(weight: Tensor) -> torch.dtype:
