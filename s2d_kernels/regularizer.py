@@ -535,7 +535,7 @@ class S2D:
         self._capture.stop()
         if isinstance(self._capture, GraphCapture):
             self._capture.remove()
-        self._pending = None
+        self._drop_pending()
         self._side.close()
 
     # --- checkpoints --------------------------------------------------------------------------------------------
@@ -567,6 +567,7 @@ class S2D:
             TypeError: a value is no tensor.
         """
         check_state(state_dict, self._pack(-1, {}))
+        self._drop_pending()  # while it runs, nothing that it reads may change, and no factors may be freed
         self._capture.stop()
         self.step = int(state_dict["step"])
         self._pending_step = int(state_dict["pending_step"])
@@ -667,7 +668,7 @@ class S2D:
     def _refresh(
         self, captured: dict[str, Captured], bases: dict[str, SVDBasis | None], seed: int
     ) -> dict[str, Refreshed]:
-        """The work on the side stream."""
+        """The work on the side stream. A method, so that an S2D that is let go keeps its factors until it ends."""
         return compute_refresh(
             captured,
             bases,
@@ -691,6 +692,11 @@ class S2D:
                 f"the refresh of step {self._pending_step} failed: {error}. The previous factors stay in use; "
                 "calling again continues with them"
             ) from error
+
+    def _drop_pending(self) -> None:
+        if self._pending is not None:
+            self._pending.drop()
+        self._pending = None
 
     def _arrive_if_due(self) -> bool:
         """Take over the refresh whose step has come."""
