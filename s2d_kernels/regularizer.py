@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from s2d_kernels import ops, reference
-from s2d_kernels.attachment import Fused, RefreshError, fuse, hook
+from s2d_kernels.attachment import Fused, RefreshError, fuse, hook, warn_of_others
 from s2d_kernels.capture import ActivationCapture, Captured, GraphCapture, ensure_eager
 from s2d_kernels.layers import (
     KEYS,
@@ -213,6 +213,7 @@ class S2D:
     def add_grad(self, *, grad_scale: float = 1.0, lr: float | Mapping[str, float] | None = None) -> None:
         """Add the penalty gradient to `.grad` of the decided layers. Once per optimizer step, after `backward()`.
 
+        Every call adds it and counts a step: two before one optimizer step double the penalty and halve `interval`.
         A call at a refresh step in which no penalized layer ran forward with gradients does nothing and is not counted.
 
         Args:
@@ -323,6 +324,7 @@ class S2D:
     def decay_(self, lr: float | Mapping[str, float]) -> None:
         """Decay the weights themselves: s <- s (1 + (n-1) lr lambda s^(n-1))^(-1/(n-1)). Once per step, after it.
 
+        Every call decays and counts a step.
         Freshly arrived factors first receive the decay of the steps since their snapshot, less what the previous
         factors have already taken along the same directions.
 
@@ -632,6 +634,8 @@ class S2D:
             self._join_pending()
         if self._capture.active or self._unchecked:  # a refresh step, or the first one
             check_supported(self._matrices)
+            if self._unchecked:
+                warn_of_others(self)
             self._unchecked = False
         if not self._capture.active:
             return True
