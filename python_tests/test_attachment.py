@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -239,4 +242,77 @@ def test_a_frozen_parameter_with_a_gradient_left_is_not_decayed(fused: bool) -> 
         optimizer.step()
         assert torch.equal(model[0].weight, before) == (step > 0)
         model[0].weight.requires_grad_(False)
+    reg.close()
+
+
+def optimizer_of(reg: S2D, model: nn.Module, how: str) -> torch.optim.Optimizer:
+    """One with which `reg` acts."""
+    if how == "fused":
+        return SpectralAdamW(model.parameters(), LR, regularizer=reg)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    if how == "attached":
+        reg.attach(optimizer)
+    return optimizer
+
+
+def step_of(reg: S2D, model: nn.Module, optimizer: torch.optim.Optimizer, how: str) -> None:
+    model(torch.randn(4, 32)).square().mean().backward()
+    if how == "explicit":
+        reg.add_grad()
+    optimizer.step()
+
+
+BOTH_APPLY = (
+    r"another one \(mode='coupled', strength=0.0005, step 1\) is attached and penalizes 2 of the same matrices "
+    r"\(first: 0\.weight\): both apply\. detach\(\)"
+)
+
+
+@pytest.mark.parametrize("how", ["attached", "fused", "explicit"])
+@pytest.mark.parametrize("other", ["attached", "fused"])
+def test_two_that_act_on_the_same_parameters_are_warned_of(
+    other: str, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, _ = spiked_model()
+    first, second = S2D(model), S2D(model, strength=1e-3)
+    before = optimizer_of(first, model, other)
+    step_of(first, model, before, other)
+    assert "both apply" not in caplog.text
+    optimizer = optimizer_of(second, model, how)
+    for _ in range(2):
+        step_of(second, model, optimizer, how)
+        step_of(first, model, before, other)
+    assert len(re.findall(BOTH_APPLY, caplog.text)) == caplog.text.count("both apply") == 1
+    first.close()
+    second.close()
+
+
+@pytest.mark.parametrize("how", ["attached", "fused", "explicit"])
+def test_two_that_act_in_turn_or_on_different_parameters_are_not(how: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, _ = spiked_model()
+    one, other, third = (S2D(model, select=[(skipped, False)]) for skipped in "200")
+    kept = []
+    for reg, way in ((one, "attached"), (other, how), (third, how)):
+        kept.append(optimizer_of(reg, model, way))
+        step_of(reg, model, kept[-1], way)
+        if reg is other:
+            other.detach()
+    assert "both apply" not in caplog.text
+    for reg in (one, other, third):
+        reg.close()
+
+
+@pytest.mark.parametrize("how", ["attached", "fused"])
+def test_one_that_nobody_uses_any_more_is_not_warned_of(how: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The cell of a notebook, run twice."""
+    model, _ = spiked_model()
+    gc.disable()
+    try:
+        for _ in range(2):
+            reg = S2D(model, asynchronous=False)  # a refresh under way would hold the one before
+            optimizer = optimizer_of(reg, model, how)
+            step_of(reg, model, optimizer, how)
+    finally:
+        gc.enable()
+    assert "both apply" not in caplog.text
     reg.close()

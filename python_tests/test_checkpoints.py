@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import threading
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from training import LR, MODES, same_bits, spiked_model, train
 
-from s2d_kernels import S2D
+from s2d_kernels import S2D, regularizer
 
 
 @pytest.mark.parametrize(("mode", "strength"), MODES)
@@ -172,3 +176,86 @@ def test_a_pending_refresh_loaded_into_a_shorter_interval_is_caught_up() -> None
         end = torch.linalg.svdvals(model[0].weight.detach().double())[0].item()
         assert end == pytest.approx(1 / (1 / start + LR * last), rel=1e-3)
     other.close()
+
+
+class Slow:
+    """A refresh that goes on once `release` is set, then looks whether it is the first to see its factors change."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, fails: bool = False) -> None:
+        self.release, self.log, self.fails = threading.Event(), list[str](), fails
+        self.look: Callable[[], bool] = lambda: True
+        self._refresh = regularizer.compute_refresh
+        monkeypatch.setattr(regularizer, "compute_refresh", self)
+
+    def __call__(self, captured: Any, bases: Any, **options: Any) -> Any:
+        before = [tensor.clone() for basis in bases.values() if basis is not None for tensor in basis]
+        assert self.release.wait(60)
+        after = [tensor for basis in bases.values() if basis is not None for tensor in basis]
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        self.log.append("refreshed" if before and self.look() else "factors are gone")
+        if self.fails:
+            raise ArithmeticError("no luck")
+        return self._refresh(captured, bases, **options)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(
+    ("mode", "strength", "static"), [("coupled", 5e-4, False), ("coupled", 5e-4, True), ("decoupled", 1.0, False)]
+)
+def test_a_state_is_loaded_when_the_refresh_under_way_has_ended(
+    mode: str, strength: float, static: bool, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not before: it reads the factors in use, and on a GPU their memory could become its own while a step needs it."""
+    model, v = spiked_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    options = {"mode": mode, "strength": strength, "interval": 6, "lead": 3, "static_factors": static}
+    reg = S2D(model, **options)
+    fresh = reg.state_dict()
+    train(model, reg, optimizer, v, range(6))
+    with monkeypatch.context() as patch:
+        slow = Slow(patch, fails=fails)
+        layers = dict(reg._layers)
+        slow.look = lambda: all(reg._layers[name] is layer for name, layer in layers.items())
+        train(model, reg, optimizer, v, range(6, 7))
+        assert not reg._pending.done()
+        late = reg.late
+        threading.Timer(0.1, slow.release.set).start()
+        reg.load_state_dict(fresh)
+        assert slow.log == ["refreshed"]
+        assert reg.late == late  # nobody needed its result
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    results = []
+    for loaded in (True, False):
+        model.load_state_dict(weights)
+        one = reg if loaded else S2D(model, **options)
+        train(model, one, optimizer, v, range(8))
+        results.append([parameter.clone() for parameter in model.parameters()])
+        one.close()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_an_s2d_that_is_let_go_keeps_its_factors_while_a_refresh_runs(
+    closed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, v = spiked_model()
+    reg = S2D(model, interval=6, lead=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    train(model, reg, optimizer, v, range(6))
+    slow = Slow(monkeypatch)
+    train(model, reg, optimizer, v, range(6, 7))
+    factors = weakref.ref(reg._layers["0.weight"].basis.U)
+    slow.look = lambda: factors() is not None
+    worker = reg._side._executor
+    timer = threading.Timer(0.1, slow.release.set)
+    timer.start()
+    if closed:
+        reg.close()
+        assert slow.log == ["refreshed"]
+    del reg
+    gc.collect()
+    timer.join()
+    worker.shutdown(wait=True)
+    gc.collect()
+    assert slow.log == ["refreshed"]
+    assert factors() is None

@@ -105,7 +105,7 @@ def test_without_operations_every_benchmark_runs(make) -> None:
     done, calls = make("gpu-bench")
     assert done.returncode == 0, done.stderr
     ran = [call.split()[3] for call in calls if call.startswith("python -m bench")]
-    assert ran == ["svd", "linear", "penalty", "step"]
+    assert ran == ["svd", "linear", "penalty", "step", "overhead"]
     commands = {command.name or command.callback.__name__ for command in app.registered_commands}
     assert set(ran) <= commands
 
@@ -114,7 +114,7 @@ def test_without_operations_every_benchmark_runs(make) -> None:
 def test_an_unknown_benchmark_is_an_error_that_names_the_known_ones(make, operations: str) -> None:
     done, calls = make("gpu-bench", f"OPS={operations}")
     assert done.returncode != 0
-    assert "no benchmark is called unknown; there are svd linear penalty" in done.stderr
+    assert "no benchmark is called unknown; there are svd linear penalty step overhead" in done.stderr
     assert calls == []
 
 

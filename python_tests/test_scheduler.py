@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import subprocess
@@ -195,3 +196,93 @@ print("running", flush=True)
     assert run.stdout == "running\n"
     assert run.stderr.strip().splitlines()[-1] in ("ValueError: loop failed", "KeyboardInterrupt"), run.stderr
     assert "ignored" not in run.stderr
+
+
+class Recorded:
+    """A CUDA stream, or an event of one, that notes what happens to it; `end` is the event of the work's end."""
+
+    def __init__(self, log: list[str], name: str) -> None:
+        self.log, self.name = log, name
+
+    def record_event(self) -> Recorded:
+        event = Recorded(self.log, f"end of {self.name}" if self.name == "side" else "fork")
+        self.log.append(f"{self.name} records {event.name}")
+        return event
+
+    def wait_event(self, event: Recorded) -> None:
+        self.log.append(f"{self.name} waits for {event.name}")
+
+    def synchronize(self) -> None:
+        self.log.append(f"host waits for {self.name}")
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a SideStream on a CUDA device asks of two streams, in its order, where there is no such device."""
+    log: list[str] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: Recorded(log, "side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: Recorded(log, "training"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    return log
+
+
+class Big:
+    """An argument that notes when it is freed."""
+
+    def __init__(self, log: list[str]) -> None:
+        weakref.finalize(self, log.append, "argument is freed")
+
+
+FORK = ["training records fork", "side waits for fork", "work", "side records end of side"]
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")  # by the autocast that is turned off
+@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+@pytest.mark.parametrize("way", ["join", "wait", "drop", "forgotten"])
+def test_the_training_stream_waits_also_for_work_that_fails(
+    way: str, fails: bool, asynchronous: bool, streams: list[str]
+) -> None:
+    """What failed has enqueued kernels before, and these still read the arguments."""
+
+    def work(_: Big) -> int:
+        streams.append("work")
+        if fails:
+            raise ArithmeticError("no luck")
+        return 1
+
+    side = SideStream("cuda", asynchronous=asynchronous)
+    pending = side.submit(work, Big(streams))
+    with pytest.raises(ArithmeticError) if fails and way == "join" else contextlib.nullcontext():
+        if way != "forgotten":
+            getattr(pending, way)()
+    if way == "wait":
+        assert streams == [*FORK, "training waits for end of side"]
+        return
+    del pending
+    side.close()
+    gc.collect()
+    waiting = "host waits for end of side" if way == "forgotten" else "training waits for end of side"
+    assert streams == [*FORK, waiting, "argument is freed"]
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+def test_work_under_way_that_is_forgotten_holds_its_arguments(streams: list[str]) -> None:
+    release = threading.Event()
+    side = SideStream("cuda")
+    side.submit(lambda _: (release.wait(10), streams.append("work")), Big(streams))
+    gc.collect()
+    release.set()
+    side.close()
+    gc.collect()
+    assert streams == [*FORK, "host waits for end of side", "argument is freed"]
+
+
+def test_drop_waits_without_being_late() -> None:
+    side = SideStream()
+    done = threading.Event()
+    pending = side.submit(lambda: (time.sleep(0.1), done.set()))
+    pending.drop()
+    assert done.is_set()
+    assert (side.late, side.waited_seconds) == (0, 0.0)
+    side.close()

@@ -1,8 +1,11 @@
-"""What a step between two refreshes asks of the device: nothing that waits for it."""
+"""What a step asks of the device, between two refreshes and where one begins or arrives: nothing that waits for it."""
 
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -25,6 +28,21 @@ class Record(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(f"{func.namespace}.{func._schema.name.split('::')[1]}")
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def nothing_waits(device: torch.device, *, allowed: str = "") -> Iterator[None]:
+    """Fails where an operation of this thread waits for the device, on a GPU where anything of the process does."""
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        with Record() as record:
+            yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert record.names
+    assert not WAITING & set(record.names) - {allowed}
 
 
 def prepared(mode: str, device: torch.device, *, fused: bool) -> tuple[S2D, torch.optim.Optimizer]:
@@ -51,17 +69,49 @@ def prepared(mode: str, device: torch.device, *, fused: bool) -> tuple[S2D, torc
 @pytest.mark.parametrize("mode", ["coupled", "decoupled"])
 def test_an_ordinary_step_waits_for_nothing(mode: str, fused: bool, device: torch.device) -> None:
     reg, optimizer = prepared(mode, device, fused=fused)
-    if device.type == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        with Record() as record:
-            optimizer.step()
-    finally:
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
+    with nothing_waits(device):
+        optimizer.step()
     reg.close()
-    assert record.names
-    assert not WAITING & set(record.names)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("mode", "static"), [("coupled", False), ("coupled", True), ("decoupled", False)])
+def test_a_refresh_begins_and_arrives_without_waiting(
+    mode: str, static: bool, fused: bool, device: torch.device
+) -> None:
+    """From the forward that copies and captures to the step that takes the factors over; the worker, which reads its
+    decisions back, is held while a step runs."""
+    model = nn.Sequential(*(nn.Linear(24, 24) for _ in range(3))).to(device)
+    x = torch.randn(6, 24, device=device)
+    reg = S2D(model, mode=mode, strength=0.1, threshold=1e-3, interval=4, lead=2, static_factors=static)
+    if fused:
+        optimizer: torch.optim.Optimizer = SpectralAdamW(model.parameters(), 1e-3, regularizer=reg)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+        reg.attach(optimizer)
+    release, refresh = threading.Event(), reg._refresh
+    reg._refresh = lambda *arguments: (release.wait(60), refresh(*arguments))[1]
+    release.set()
+    arrived: list[bool] = []
+    for step in range(12):
+        optimizer.zero_grad()
+        before = [layer.sigma_max for layer in reg.layers]
+        if step < 4:  # kernels are loaded, tables and the optimizer's state are made
+            model(x).square().mean().backward()
+            optimizer.step()
+            continue
+        release.clear()
+        # static ranks are a tensor of the host first, which goes to the device from pinned memory
+        with nothing_waits(device, allowed="aten.lift_fresh" if static else ""):
+            model(x).square().mean().backward()
+            optimizer.step()
+        if step % 4 == 0:
+            assert not reg._pending.done()
+            release.set()
+            reg._pending.wait()
+        arrived.append([layer.sigma_max for layer in reg.layers] != before)
+    reg.close()
+    assert arrived == [False, False, True, False] * 2
 
 
 @pytest.mark.parametrize("power", [1.0, 1.5, 2.0, 3.0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import logging
 import weakref
 from collections.abc import Sequence
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
     from s2d_kernels.regularizer import S2D
 
 logger = logging.getLogger("s2d_kernels")
+
+
+_attached: weakref.WeakKeyDictionary[S2D, int] = weakref.WeakKeyDictionary()  # in the order of these numbers
+_count = itertools.count()
 
 
 class RefreshError(RuntimeError):
@@ -41,6 +47,7 @@ def fuse(reg: S2D, optimizer: torch.optim.Optimizer) -> Fused:
     groups = _groups_of(reg.matrices, [optimizer])
     if reg.mode == "coupled":
         _warn_adaptive(optimizer)
+    _register(reg)
     return Fused(optimizer, groups)
 
 
@@ -49,6 +56,7 @@ def hook(reg: S2D, optimizer: torch.optim.Optimizer, parts: Sequence[torch.optim
     _check_optimizers([optimizer, *parts])
     groups = _groups_of(reg.matrices, parts)
     if reg.mode == "decoupled":
+        _register(reg)
         return _hook_decoupled(reg, optimizer, groups)
     for part in parts:
         if isinstance(part, torch.optim.LBFGS):
@@ -63,7 +71,43 @@ def hook(reg: S2D, optimizer: torch.optim.Optimizer, parts: Sequence[torch.optim
             )
     if groups.adaptive:
         _warn_adaptive(parts[0])
+    _register(reg)
     return _hook_coupled(reg, optimizer, groups)
+
+
+def _register(reg: S2D) -> None:
+    _attached[reg] = next(_count)
+    reg._unchecked = True
+
+
+def warn_of_others(reg: S2D) -> None:
+    """Log where an S2D that was attached before penalizes some of the same parameters, for both then apply.
+
+    At the first step, and not when it is attached: what a notebook's cell is about to replace has gone by then.
+    """
+    mine = {id(matrix.parameter): matrix.name for matrix in reg.matrices}
+    until = _attached[reg] if reg._handles else next(_count)
+
+    def found() -> list[tuple[S2D, list[str]]]:
+        before = [other for other, number in _attached.items() if number < until and other._handles]
+        shared = [
+            (other, [mine[id(m.parameter)] for m in other.matrices if id(m.parameter) in mine]) for other in before
+        ]
+        return [(other, names) for other, names in shared if names]
+
+    if not found():
+        return
+    gc.collect()  # an S2D and its optimizer that nobody uses any more hold each other
+    for other, names in found():
+        logger.warning(
+            "S2D: another one (mode=%r, strength=%g, step %d) is attached and penalizes %d of the same matrices "
+            "(first: %s): both apply. detach() the one that shall not, or give them different parameters by select=",
+            other.mode,
+            other.strength,
+            other.step,
+            len(names),
+            names[0],
+        )
 
 
 def _check_optimizers(optimizers: Sequence[object]) -> None:

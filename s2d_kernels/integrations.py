@@ -19,6 +19,7 @@ under torchtitan, whose container steps its optimizers once with zero gradients 
 from __future__ import annotations
 
 import importlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ import torch
 
 from s2d_kernels.parameters import ParameterGroups
 from s2d_kernels.regularizer import S2D
+
+logger = logging.getLogger("s2d_kernels")
 
 STATE_FILE = "s2d.pt"
 
@@ -39,7 +42,14 @@ def trainer_callback(reg: S2D, *, resume_from: str | Path | None = None) -> Any:
             `output_dir/checkpoint-N` of the step N that is resumed.
 
     Returns:
-        A `transformers.TrainerCallback`. It writes `s2d.pt` into every checkpoint and reads it on resuming.
+        A `transformers.TrainerCallback`. It writes `s2d.pt` into every checkpoint and reads it on resuming; in a
+        hyperparameter search only where `hyperparameter_search(hp_name=)` names the trials' folders.
+
+        `train()` after one that an exception ended goes on with S2D as it is, as with the weights and the optimizer;
+        only what the last, incomplete step captured is forgotten. With `auto_find_batch_size` each further try begins
+        with the state that S2D had at the first one (kept on the host meanwhile), as the Trainer begins its steps
+        anew, so that an out-of-memory error before the first step has ended leaves no trace. It leaves the weights as
+        they are, though.
 
     Raises:
         ImportError: transformers is not installed.
@@ -49,23 +59,44 @@ def trainer_callback(reg: S2D, *, resume_from: str | Path | None = None) -> Any:
     transformers = _imported("transformers", extra="hf")
 
     class S2DCallback(transformers.TrainerCallback):  # type: ignore[name-defined]
+        run = _Run(reg)
+        batch_size = 0
+        first: dict[str, torch.Tensor] | None = None  # the state that a search for the batch size began with
+
         def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
             if args.n_gpu > 1:
                 raise NotImplementedError("S2D under nn.DataParallel is not supported: show the Trainer one GPU")
+            # Only a search goes on with smaller batches than a run that did not end.
+            again = args.auto_find_batch_size and self.run.under_way and state.train_batch_size < self.batch_size
             if state.global_step:
-                folder = Path(resume_from or f"{args.output_dir}/checkpoint-{state.global_step}")
-                if not (folder / STATE_FILE).is_file():
-                    raise ValueError(f"{str(folder)!r} holds no {STATE_FILE}: give trainer_callback(reg, resume_from=)")
+                folder = Path(resume_from) if resume_from else _checkpoint(args, state)
+                if folder is None or not (folder / STATE_FILE).is_file():
+                    where = str(folder or args.output_dir)
+                    raise ValueError(f"{where!r} holds no {STATE_FILE}: give trainer_callback(reg, resume_from=)")
                 reg.load_state_dict(torch.load(folder / STATE_FILE, weights_only=True))
-            self.attached = _attach(reg, _inner(objects["optimizer"]))
+            elif again and self.first is not None:
+                reg.load_state_dict(self.first)
+            self.run.begin(_inner(objects["optimizer"]))
+            self.batch_size = state.train_batch_size
+            if args.auto_find_batch_size and not again:
+                self.first = {key: tensor.cpu() for key, tensor in reg.state_dict().items()}
 
         def on_save(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
             if state.is_world_process_zero:
-                torch.save(reg.state_dict(), Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE)
+                folder = _checkpoint(args, state)
+                if folder is None:
+                    logger.warning(
+                        "S2D: checkpoint %d of this trial is without %s, for its folder has no name that a callback "
+                        "knows: give hyperparameter_search(hp_name=)",
+                        state.global_step,
+                        STATE_FILE,
+                    )
+                else:
+                    torch.save(reg.state_dict(), folder / STATE_FILE)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
-            if self.attached:
-                reg.detach()
+            self.run.end()
+            self.first = None
 
     return S2DCallback()
 
@@ -73,7 +104,8 @@ def trainer_callback(reg: S2D, *, resume_from: str | Path | None = None) -> Any:
 def lightning_callback(reg: S2D) -> Any:
     """Callback for `lightning.pytorch.Trainer(..., callbacks=[lightning_callback(reg)])`, or `pytorch_lightning`'s.
 
-    A step that a GradScaler skips is counted by the coupled form, since Lightning tells only afterwards.
+    A step that a GradScaler skips is counted by the coupled form, since Lightning tells only afterwards. A `fit` after
+    one that an exception ended goes on with S2D as it is; only what the last, incomplete step captured is forgotten.
 
     Args:
         reg: built on the LightningModule, or on a module inside it.
@@ -92,6 +124,7 @@ def lightning_callback(reg: S2D) -> Any:
         pytorch = _imported("pytorch_lightning", extra="lightning")
 
     class S2DCallback(pytorch.Callback):  # type: ignore[name-defined]
+        run = _Run(reg)
         optimizer: torch.optim.Optimizer
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -99,10 +132,9 @@ def lightning_callback(reg: S2D) -> Any:
             if len(holding) > 1:
                 raise ValueError(f"{len(holding)} optimizers hold penalized matrices: build one S2D each, with select=")
             self.optimizer = _inner((holding or trainer.optimizers)[0])
-            self.attached = _attach(reg, self.optimizer)  # refuses what it cannot do
-            self.adds = self.attached and reg.mode == "coupled"
+            self.adds = self.run.begin(self.optimizer) and reg.mode == "coupled"  # refuses what it cannot do
             if self.adds:
-                reg.detach()
+                self.run.detach()
                 self.groups = ParameterGroups(reg.matrices, [self.optimizer])
                 if getattr(trainer.precision_plugin, "scaler", None) is not None and getattr(
                     self.optimizer, "_step_supports_amp_scaling", False
@@ -114,8 +146,10 @@ def lightning_callback(reg: S2D) -> Any:
                 reg.add_grad(lr=self.groups.effective_rates())
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            if self.attached:
-                reg.detach()
+            self.run.end()
+
+        def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+            self.run.detach()
 
         @property
         def state_key(self) -> str:
@@ -161,6 +195,50 @@ def attach_torchtitan(reg: S2D, optimizers: Any) -> None:
         TypeError, ValueError, NotImplementedError: as `S2D.attach`.
     """
     reg.attach(optimizers, parts=list(optimizers.optimizers))
+
+
+class _Run:
+    """One training run of a trainer, which an exception may end without a word.
+
+    Attributes:
+        under_way: whether it has begun and not ended; at the next `begin` this says that it was aborted.
+    """
+
+    def __init__(self, reg: S2D) -> None:
+        self.under_way = False
+        self._reg = reg
+        self._handles: object = None
+
+    def begin(self, optimizer: Any) -> bool:
+        """Attach as `_attach` does, after what an aborted run left behind is removed."""
+        self.detach()
+        aborted, self.under_way = self.under_way, True
+        attached = _attach(self._reg, optimizer)
+        self._handles = self._reg._handles if attached else None
+        if aborted:
+            self._reg._arm()  # forgets what the step that was not completed has captured
+        return attached
+
+    def detach(self) -> None:
+        """Remove the hooks of `begin`, and nobody else's."""
+        if self._handles is not None and self._reg._handles is self._handles:
+            self._reg.detach()
+        self._handles = None
+
+    def end(self) -> None:
+        """The run ended as it should."""
+        self.detach()
+        self.under_way = False
+
+
+def _checkpoint(args: Any, state: Any) -> Path | None:
+    """The folder of the Trainer's checkpoint at this step; None in a search whose trials have no name."""
+    folder = Path(args.output_dir)
+    if state.trial_params is not None:
+        if state.trial_name is None:
+            return None
+        folder = folder / state.trial_name
+    return folder / f"checkpoint-{state.global_step}"
 
 
 def _attach(reg: S2D, optimizer: Any) -> bool:

@@ -45,7 +45,8 @@ class Matrix:
     """One matrix `[m, n]` that maps a token: a parameter, or a block of its rows (`name` then ends in `[a:b]`).
 
     `kind` is "linear", "patch" (a convolution whose kernel equals its stride) or "attention" (the packed input
-    projection of `nn.MultiheadAttention`). `twins` are other modules that hold the same parameter.
+    projection of `nn.MultiheadAttention`). `module` holds the parameter as `attribute`; `twins` are other modules that
+    hold the same one.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Matrix:
     start: int
     stop: int
     twins: tuple[nn.Module, ...] = ()
+    attribute: str = "weight"
 
     def rows(self, tensor: Tensor) -> Tensor:
         """The `[m, n]` rows of the parameter, or of a tensor of its shape such as its gradient.
@@ -171,7 +173,8 @@ def find_matrices(
         start = 0
         for size in sizes:
             suffix = f"[{start}:{start + size}]" if len(sizes) > 1 else ""
-            matrices.append(Matrix(name + suffix, kind, module, parameter, start, start + size, tuple(twins)))
+            place = (start, start + size)
+            matrices.append(Matrix(name + suffix, kind, module, parameter, *place, tuple(twins), attribute))
             start += size
     if unmatched:
         raise ValueError(f"pattern(s) {sorted(unmatched)} match no parameter; names look like {list(owners)[:5]}")
@@ -244,6 +247,39 @@ def check_whole(name: str, parameter: Tensor) -> None:
         raise NotImplementedError(
             f"parameter {name!r} is a DTensor: sharded models (FSDP2, tensor parallelism) are not supported yet"
         )
+
+
+def check_supported(matrices: Sequence[Matrix]) -> None:
+    """What is checked when an S2D is built, again: trainers change processes and parameters after it.
+
+    Raises:
+        ValueError: a module no longer holds the parameter that was found in it.
+        NotImplementedError: as `check_processes`, `check_one_device` and `check_whole`.
+    """
+    check_processes()
+    for matrix in matrices:
+        check_whole(matrix.name, matrix.parameter)
+        check_held(matrix)
+    check_one_device(matrices)
+
+
+def check_held(matrix: Matrix) -> None:
+    """Raise a ValueError where the model trains another parameter in the place of the matrix's.
+
+    A parametrization, or pruning, may keep the parameter under another name of the module: it is trained all the same.
+    """
+    for module in (matrix.module, *matrix.twins):
+        if module._parameters.get(matrix.attribute) is matrix.parameter:
+            continue
+        if not any(parameter is matrix.parameter for parameter in module.parameters()):
+            current = module._parameters.get(matrix.attribute)
+            if current is not None:
+                check_whole(matrix.name, current)
+            raise ValueError(
+                f"parameter {matrix.name!r} was replaced after S2D was built, so that S2D would act on a tensor that "
+                "the model no longer has: build S2D anew after the change, or load the weights into the old "
+                "parameters, which load_state_dict does without assign=True"
+            )
 
 
 def check_gradients_kept(matrices: Sequence[Matrix]) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from s2d_kernels import ops, reference
-from s2d_kernels.attachment import Fused, RefreshError, fuse, hook
+from s2d_kernels.attachment import Fused, RefreshError, fuse, hook, warn_of_others
 from s2d_kernels.capture import ActivationCapture, Captured, GraphCapture, ensure_eager
 from s2d_kernels.layers import (
     KEYS,
@@ -41,7 +41,7 @@ from s2d_kernels.parameters import (
     check_gradients_kept,
     check_one_device,
     check_processes,
-    check_whole,
+    check_supported,
     checked_rate,
     find_matrices,
     log_selection,
@@ -107,7 +107,9 @@ class S2D:
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: a value out of range, a pattern that matches nothing.
+        ValueError: a value out of range, a pattern that matches nothing. Later, from `attach`, the first step or a
+            refresh step: the model has other parameters than those that were found, as after
+            `load_state_dict(assign=True)`.
         NotImplementedError: parameters that are DTensors, belong to DeepSpeed ZeRO or are updated in the backward; more
             than one process in torch.distributed; nn.DataParallel on several GPUs; a model on several devices, or
             without data. The same may come from a later step, where a trainer took the parameters over after this S2D
@@ -201,6 +203,7 @@ class S2D:
         self._pending: Pending[dict[str, Refreshed]] | None = None
         self._pending_step = -1
         self._handles: list[torch.utils.hooks.RemovableHandle | Fused] = []
+        self._unchecked = True  # what the parameters have become since the constructor, or since a state was loaded
         self._closed = False
         self._warned: set[str] = set()
         self._arm()
@@ -210,6 +213,7 @@ class S2D:
     def add_grad(self, *, grad_scale: float = 1.0, lr: float | Mapping[str, float] | None = None) -> None:
         """Add the penalty gradient to `.grad` of the decided layers. Once per optimizer step, after `backward()`.
 
+        Every call adds it and counts a step: two before one optimizer step double the penalty and halve `interval`.
         A call at a refresh step in which no penalized layer ran forward with gradients does nothing and is not counted.
 
         Args:
@@ -243,7 +247,7 @@ class S2D:
             raise ValueError(
                 f"no parameter has a gradient (first: {self._matrices[0].name!r}): call add_grad after backward() and "
                 "before zero_grad(). Frameworks that keep .grad to themselves (DeepSpeed ZeRO, optimizer-in-backward) "
-                "are not supported. After load_state_dict(assign=True) build S2D anew: the parameters were replaced"
+                "are not supported"
             )
         strange = rates.keys() - self._layers.keys()
         if strange:
@@ -320,6 +324,7 @@ class S2D:
     def decay_(self, lr: float | Mapping[str, float]) -> None:
         """Decay the weights themselves: s <- s (1 + (n-1) lr lambda s^(n-1))^(-1/(n-1)). Once per step, after it.
 
+        Every call decays and counts a step.
         Freshly arrived factors first receive the decay of the steps since their snapshot, less what the previous
         factors have already taken along the same directions.
 
@@ -419,7 +424,7 @@ class S2D:
                 f"{type(optimizer).__name__} rounds to the nearest: with S2D(rounding='stochastic') use "
                 "torch.optim.AdamW and attach(optimizer)"
             )
-        self._check_supported()
+        check_supported(self._matrices)
         ensure_eager()
         self._handles = [fuse(self, optimizer)]
 
@@ -460,7 +465,7 @@ class S2D:
             NotImplementedError: see the class.
         """
         self._check_callable("attach")
-        self._check_supported()
+        check_supported(self._matrices)
         ensure_eager()
         self._handles = [*hook(self, optimizer, [optimizer] if parts is None else list(parts))]
 
@@ -532,7 +537,7 @@ class S2D:
         self._capture.stop()
         if isinstance(self._capture, GraphCapture):
             self._capture.remove()
-        self._pending = None
+        self._drop_pending()
         self._side.close()
 
     # --- checkpoints --------------------------------------------------------------------------------------------
@@ -564,9 +569,11 @@ class S2D:
             TypeError: a value is no tensor.
         """
         check_state(state_dict, self._pack(-1, {}))
+        self._drop_pending()  # while it runs, nothing that it reads may change, and no factors may be freed
         self._capture.stop()
         self.step = int(state_dict["step"])
         self._pending_step = int(state_dict["pending_step"])
+        self._unchecked = True
         pending: dict[str, Refreshed] = {}
         for matrix in self._matrices:
             stored = {key: state_dict[f"{matrix.name}.{key}"] for key in KEYS}
@@ -625,9 +632,13 @@ class S2D:
             self._follow_parameters()
         if self._pending is not None and self._pending.failed():
             self._join_pending()
+        if self._capture.active or self._unchecked:  # a refresh step, or the first one
+            check_supported(self._matrices)
+            if self._unchecked:
+                warn_of_others(self)
+            self._unchecked = False
         if not self._capture.active:
             return True
-        self._check_supported()
         captured = self._capture.stop()
         if not captured:
             self._warn_once(
@@ -661,7 +672,7 @@ class S2D:
     def _refresh(
         self, captured: dict[str, Captured], bases: dict[str, SVDBasis | None], seed: int
     ) -> dict[str, Refreshed]:
-        """The work on the side stream."""
+        """The work on the side stream. A method, so that an S2D that is let go keeps its factors until it ends."""
         return compute_refresh(
             captured,
             bases,
@@ -685,6 +696,11 @@ class S2D:
                 f"the refresh of step {self._pending_step} failed: {error}. The previous factors stay in use; "
                 "calling again continues with them"
             ) from error
+
+    def _drop_pending(self) -> None:
+        if self._pending is not None:
+            self._pending.drop()
+        self._pending = None
 
     def _arrive_if_due(self) -> bool:
         """Take over the refresh whose step has come."""
@@ -767,7 +783,7 @@ class S2D:
         """Whether there is no gradient at all; a NotImplementedError where somebody took them away."""
         if not self._matrices or any(matrix.parameter.grad is not None for matrix in self._matrices):
             return False
-        self._check_supported()
+        check_supported(self._matrices)
         if self._capture.seen:
             check_gradients_kept(self._matrices)
         return True
@@ -776,13 +792,6 @@ class S2D:
         if self._seeds is not None:
             for matrix in self._matrices:
                 refuse_fp16(f"parameter {matrix.name!r}", matrix.parameter)
-
-    def _check_supported(self) -> None:
-        """What the constructor checks of processes and parameters, again: trainers change them after it."""
-        check_processes()
-        check_one_device(self._matrices)
-        for matrix in self._matrices:
-            check_whole(matrix.name, matrix.parameter)
 
 
 def _completed(side: SideStream, result: dict[str, Refreshed]) -> Pending[dict[str, Refreshed]]:
