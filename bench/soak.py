@@ -268,10 +268,15 @@ def command(
     seed: Annotated[int, typer.Option(help="Of the delays, the lost layers and the reloads.")] = 0,
 ) -> None:
     """Thousands of steps with a disturbed worker, lost layers and reloads; fails unless the bits are a quiet run's."""
-    logging.getLogger("s2d_kernels").setLevel(logging.ERROR)  # every lost layer is reported, as it should be
-    with Progress(*Progress.get_default_columns(), transient=True) as progress:
-        task = progress.add_task("soak", total=2 * steps)
-        result = soak(steps, mode=mode, seed=seed, advance=lambda: progress.advance(task))
+    logger = logging.getLogger("s2d_kernels")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # every lost layer is reported, as it should be
+    try:
+        with Progress(*Progress.get_default_columns(), transient=True) as progress:
+            task = progress.add_task("soak", total=2 * steps)
+            result = soak(steps, mode=mode, seed=seed, advance=lambda: progress.advance(task))
+    finally:
+        logger.setLevel(level)
     Console().print(table(result))
     if not result.passed:
         raise typer.Exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -55,6 +56,8 @@ def test_a_leak_is_seen(leak: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_command_shows_the_figures() -> None:
+    level = logging.getLogger("s2d_kernels").level
     done = CliRunner().invoke(app, ["soak", "--steps", "30"], env={"COLUMNS": "120"})
+    assert logging.getLogger("s2d_kernels").level == level
     assert done.exit_code == 0, done.output
     assert "3 / 3 / 3" in done.output
