@@ -180,7 +180,8 @@ def test_dataloader_workers_beside_a_running_refresh(method: str) -> None:
 @pytest.mark.parametrize("ending", ["raise ValueError('loop failed')", "os.kill(os.getpid(), 2)"])
 def test_an_exit_in_the_middle_of_a_refresh_does_not_hang(ending: str) -> None:
     program = f"""
-import os, time, torch, torch._dynamo
+import os, signal, time, torch, torch._dynamo
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell hands it down ignored
 from s2d_kernels import S2D, refresh
 svd = refresh.topk_svd
 refresh.topk_svd = lambda *a, **k: (time.sleep(0.5), svd(*a, **k))[1]
