@@ -11,6 +11,7 @@ import torch
 from emulated import build_cpu
 from interpreting import Done, Processes
 
+from bench import timing
 from s2d_kernels import cpu_quant, triton_kernels
 
 
@@ -77,3 +78,10 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For what the bench times, on one thread as its context says."""
+    with timing.equal_threads(1):
+        yield

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -16,24 +16,20 @@ import torch
 from test_bench import CONTEXT, CPU
 from torch.utils._pytree import tree_leaves
 
-from bench import cases, peers, runs, timing
+from bench import cases, peers, runs
 from s2d_kernels import ops, topk_svd
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with timing.equal_threads(1):
-        yield
-
-
-@pytest.fixture(scope="module")
-def quick() -> cases.SVDCase:
-    return cases.SVD_CASES["quick"]()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @functools.cache
 def quick_on(device: torch.device) -> cases.SVDCase:
     return cases.SVD_CASES["quick"]().to(device)
+
+
+@pytest.fixture
+def quick() -> cases.SVDCase:
+    return quick_on(CPU)
 
 
 def error_of(peer: peers.SVDPeer, case: cases.SVDCase) -> float:

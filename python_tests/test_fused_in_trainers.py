@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_integrations import BATCH, LR, STEPS, Data, Net, assert_same
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from trainers import BATCH, FORMS, LR, STEPS, Data, Net, assert_same, hugging_face, lightning_fit, lightning_module
 
 from s2d_kernels import S2D, SpectralAdamW, integrations
-
-FORMS = [("coupled", 1e-3), ("decoupled", 1.0)]
 
 
 def build(mode: str, strength: float, net: nn.Module | None = None) -> tuple[nn.Module, S2D, SpectralAdamW]:
@@ -32,26 +30,6 @@ def plain(mode: str, strength: float) -> nn.Module:
     return net
 
 
-def hugging_face(folder: Path, net: nn.Module, reg: S2D, optimizer: torch.optim.Optimizer, **options: Any) -> Any:
-    from transformers import Trainer, TrainingArguments
-
-    settings: dict[str, Any] = {"max_grad_norm": 0.0, "save_strategy": "no"} | options
-    arguments = TrainingArguments(
-        str(folder), per_device_train_batch_size=BATCH, max_steps=STEPS, report_to="none", disable_tqdm=True,
-        use_cpu=True, **settings,
-    )  # fmt: skip
-    trainer = Trainer(
-        net,
-        arguments,
-        train_dataset=Data(STEPS),
-        optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)),
-        callbacks=[integrations.trainer_callback(reg)],
-    )
-    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(trainer.train_dataset)
-    trainer.model_accepts_loss_kwargs = False
-    return trainer
-
-
 @pytest.mark.parametrize(("mode", "strength"), FORMS)
 def test_hugging_face_resumes_with_the_same_bits(mode: str, strength: float, tmp_path: Path) -> None:
     net, reg, optimizer = build(mode, strength)
@@ -68,30 +46,16 @@ def test_hugging_face_resumes_with_the_same_bits(mode: str, strength: float, tmp
 @pytest.mark.filterwarnings("ignore")  # Lightning's advice about workers and intervals
 @pytest.mark.parametrize(("mode", "strength"), FORMS)
 def test_lightning_resumes_with_the_same_bits(mode: str, strength: float, tmp_path: Path) -> None:
-    import lightning.pytorch as pl
     from lightning.pytorch.callbacks import ModelCheckpoint
 
-    class Module(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net, self.reg, self.optimizer = build(mode, strength)
-
-        def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
-            return self.net(**batch)["loss"]
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return self.optimizer
-
-    def fit(resume: Path | None, *callbacks: Any) -> Module:
-        module = Module()
-        trainer = pl.Trainer(
-            accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_epochs=2,
-            default_root_dir=tmp_path, enable_checkpointing=bool(callbacks),
-            callbacks=[integrations.lightning_callback(module.reg), *callbacks],
-        )  # fmt: skip
-        trainer.fit(module, DataLoader(Data(6), batch_size=BATCH), ckpt_path=resume, weights_only=False)
-        assert module.reg.step == 12
-        assert module.optimizer.regularizer is module.reg
+    def fit(resume: Path | None, *callbacks: Any) -> nn.Module:
+        net, reg, optimizer = build(mode, strength)
+        module = lightning_module(lambda _: optimizer, net)
+        both = [integrations.lightning_callback(reg), *callbacks]
+        saving = {"enable_checkpointing": bool(callbacks), "weights_only": False}
+        lightning_fit(tmp_path, module, both, batches=6, resume=resume, **saving)
+        assert reg.step == STEPS
+        assert optimizer.regularizer is reg
         return module
 
     through = fit(None, ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=6, save_top_k=-1))
@@ -120,11 +84,8 @@ def test_two_s2d_in_one_lightning_trainer(tmp_path: Path) -> None:
 
     module = Two()
     regs = [S2D(module, select=[(other, False)], interval=5, lead=2) for other in ("second", "first")]
-    trainer = pl.Trainer(
-        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_epochs=1,
-        default_root_dir=tmp_path, callbacks=[integrations.lightning_callback(reg) for reg in regs],
-    )  # fmt: skip
-    trainer.fit(module, DataLoader(Data(STEPS), batch_size=BATCH))
+    callbacks = [integrations.lightning_callback(reg) for reg in regs]
+    trainer = lightning_fit(tmp_path, module, callbacks, batches=STEPS, max_steps=-1, max_epochs=1)
     assert [reg.step for reg in regs] == [STEPS, STEPS]
     stored = [
         state for key, state in trainer._checkpoint_connector.dump_checkpoint()["callbacks"].items() if "S2D" in key

@@ -14,79 +14,25 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
+from trainers import (
+    BATCH,
+    FORMS,
+    LR,
+    STEPS,
+    Data,
+    Net,
+    assert_same,
+    build,
+    hugging_face,
+    lightning_fit,
+    lightning_module,
+    optimizer_of,
+    plain,
+)
 
 from s2d_kernels import S2D, integrations
 from s2d_kernels.parameters import ParameterGroups
-
-LR, BATCH, STEPS = 1e-2, 4, 12
-FORMS = [("coupled", 1e-3), ("decoupled", 1.0)]
-
-
-class Net(nn.Module):
-    """Two linear layers, the first with an inflated direction of the inputs; returns the loss as Hugging Face does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(1)
-        self.body = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-            self.body[0].weight[0] += 5
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {"loss": (self.body(x) - x).square().mean()}
-
-
-class Data(Dataset):
-    def __init__(self, batches: int) -> None:
-        self.rows = torch.randn(batches * BATCH, 16, generator=torch.Generator().manual_seed(2)) + 1
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"x": self.rows[index]}
-
-
-def build(mode: str, strength: float) -> tuple[Net, S2D]:
-    net = Net()
-    return net, S2D(net, mode=mode, strength=strength, interval=5, lead=2)
-
-
-def optimizer_of(net: nn.Module, mode: str, **options: Any) -> torch.optim.Optimizer:
-    if mode == "coupled":
-        return torch.optim.SGD(net.parameters(), lr=LR, momentum=0.5, **options)
-    return torch.optim.AdamW(net.parameters(), lr=LR, **options)
-
-
-def plain(mode: str, strength: float, *, accumulate: int = 1, clip: float = 0.0, clip_first: bool = False) -> Net:
-    """The loop that the trainers are compared with: no hooks, one call a step, each at its place."""
-    net, reg = build(mode, strength)
-    optimizer = optimizer_of(net, mode)
-    batches = iter(DataLoader(Data(STEPS * accumulate), batch_size=BATCH))
-    for _ in range(STEPS):
-        for _ in range(accumulate):
-            (net(**next(batches))["loss"] / accumulate).backward()
-        if clip and clip_first:
-            nn.utils.clip_grad_norm_(net.parameters(), clip)
-        if mode == "coupled":
-            reg.add_grad()
-        if clip and not clip_first:
-            nn.utils.clip_grad_norm_(net.parameters(), clip)
-        optimizer.step()
-        if mode == "decoupled":
-            reg.decay_(LR)
-        optimizer.zero_grad()
-    assert [layer.k_target for layer in reg.layers] == [1, 0]
-    reg.close()
-    return net
-
-
-def assert_same(a: nn.Module, b: nn.Module) -> None:
-    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
-        assert torch.equal(p, q), f"{name} differs by {(p - q).abs().max():.3g}"
 
 
 def test_the_comparison_can_fail() -> None:
@@ -144,34 +90,6 @@ def test_grad_scaler(mode: str, strength: float, step: Callable[..., None]) -> N
 # --- Hugging Face -------------------------------------------------------------------------------------------------
 
 
-def hugging_face(folder: Path, net: Net, reg: S2D, **options: Any) -> Any:
-    from transformers import Trainer, TrainingArguments
-
-    settings: dict[str, Any] = {"max_grad_norm": 0.0, "save_strategy": "no", "gradient_accumulation_steps": 1}
-    settings |= options
-    arguments = TrainingArguments(
-        str(folder),
-        per_device_train_batch_size=BATCH,
-        max_steps=STEPS,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        **settings,
-    )
-    optimizer = optimizer_of(net, reg.mode)
-    constant = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    trainer = Trainer(
-        net,
-        arguments,
-        train_dataset=Data(STEPS * settings["gradient_accumulation_steps"]),
-        optimizers=(optimizer, constant),
-        callbacks=[integrations.trainer_callback(reg)],
-    )
-    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(trainer.train_dataset)
-    trainer.model_accepts_loss_kwargs = False
-    return trainer
-
-
 @pytest.mark.parametrize(("mode", "strength"), FORMS)
 @pytest.mark.parametrize(("accumulate", "clip"), [(1, 0.0), (3, 0.3)])
 def test_hugging_face_trainer(mode: str, strength: float, accumulate: int, clip: float, tmp_path: Path) -> None:
@@ -202,34 +120,11 @@ def test_hugging_face_trainer_resumes_with_the_same_bits(mode: str, strength: fl
 # --- Lightning ----------------------------------------------------------------------------------------------------
 
 
-def lightning_fit(
-    folder: Path, mode: str, strength: float, *, batches: int, resume: Path | None = None, **options: Any
-) -> tuple[nn.Module, S2D]:
-    import lightning.pytorch as pl
-
-    class Module(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = Net()
-
-        def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
-            return self.net(**batch)["loss"]
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return optimizer_of(self, mode)
-
-    module = Module()
+def lightning(folder: Path, mode: str, strength: float, **options: Any) -> tuple[nn.Module, S2D]:
+    module = lightning_module(lambda net: optimizer_of(net, mode))
     reg = S2D(module, mode=mode, strength=strength, interval=5, lead=2)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        callbacks=[integrations.lightning_callback(reg), *options.pop("callbacks", ())],
-        **({"enable_checkpointing": False, "max_steps": STEPS} | options),
-    )
-    trainer.fit(module, DataLoader(Data(batches), batch_size=BATCH), ckpt_path=resume)
+    callbacks = [integrations.lightning_callback(reg), *options.pop("callbacks", ())]
+    lightning_fit(folder, module, callbacks, **options)
     return module, reg
 
 
@@ -237,7 +132,7 @@ def lightning_fit(
 @pytest.mark.parametrize(("mode", "strength"), FORMS)
 @pytest.mark.parametrize(("accumulate", "clip"), [(1, None), (3, 0.3)])
 def test_lightning(mode: str, strength: float, accumulate: int, clip: float | None, tmp_path: Path) -> None:
-    module, reg = lightning_fit(
+    module, reg = lightning(
         tmp_path, mode, strength, batches=STEPS * accumulate, accumulate_grad_batches=accumulate, gradient_clip_val=clip
     )
     assert reg.step == STEPS
@@ -252,8 +147,8 @@ def test_lightning_resumes_with_the_same_bits(mode: str, strength: float, tmp_pa
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=6, save_top_k=-1)
-    module, _ = lightning_fit(tmp_path, mode, strength, batches=6, callbacks=[keep], enable_checkpointing=True)
-    resumed, reg = lightning_fit(tmp_path, mode, strength, batches=6, resume=tmp_path / "step=6.ckpt")
+    module, _ = lightning(tmp_path, mode, strength, batches=6, callbacks=[keep], enable_checkpointing=True)
+    resumed, reg = lightning(tmp_path, mode, strength, batches=6, resume=tmp_path / "step=6.ckpt")
     assert reg.step == STEPS
     assert_same(module, resumed)
 
@@ -284,17 +179,8 @@ def test_lightning_counts_a_penalty_once_with_several_optimizers(tmp_path: Path)
     def fit(shared: bool) -> S2D:
         module = Two(shared)
         reg = S2D(module.net, interval=5, lead=2)
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=tmp_path,
-            max_epochs=1,
-            callbacks=[integrations.lightning_callback(reg)],
-        )
-        trainer.fit(module, DataLoader(Data(STEPS), batch_size=BATCH))
+        callback = integrations.lightning_callback(reg)
+        lightning_fit(tmp_path, module, [callback], batches=STEPS, max_steps=-1, max_epochs=1)
         return reg
 
     assert fit(shared=False).step == STEPS

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_integrations import BATCH, FORMS, LR, Data, Net, assert_same, build, plain
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from trainers import BATCH, FORMS, LR, Data, Net, assert_same, build, lightning_fit, lightning_module, plain
 
 from s2d_kernels import S2D, integrations
 
@@ -19,33 +19,10 @@ Optimizer = Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]
 
 def fit(folder: Path, mode: str, optimizer: Optimizer, *, steps: int = 3, **options: object) -> tuple[Net, S2D]:
     """Lightning's Trainer with the callback."""
-    import lightning.pytorch as pl
-
-    class Module(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = Net()
-
-        def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
-            return self.net(**batch)["loss"]
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return optimizer(self.parameters())
-
-    module = Module()
+    module = lightning_module(lambda net: optimizer(net.parameters()))
     reg = S2D(module, mode=mode, strength=1e-3, interval=5, lead=2)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=folder,
-        max_steps=steps,
-        callbacks=[integrations.lightning_callback(reg)],
-        **options,
-    )
-    trainer.fit(module, DataLoader(Data(steps), batch_size=BATCH))
+    callback = integrations.lightning_callback(reg)
+    lightning_fit(folder, module, [callback], batches=steps, max_steps=steps, **options)
     return module.net, reg
 
 

@@ -88,6 +88,29 @@ def test_a_graph_captured_once_sees_factors_and_ranks_swapped_in(monkeypatch: py
     reg.close()
 
 
+def test_what_is_replayed_before_a_refresh_step_is_not_looked_at() -> None:
+    """The operation acts in replays too: an earlier step's larger activation must not become the refresh's."""
+    model, v = spiked_model()
+    reg = S2D(model, interval=4, lead=1, static_factors=True, capture="graph")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    largest = []
+    for step in range(10):
+        x = batch(v, step)
+        if reg.refresh_due:
+            largest.append(float((x @ model[0].weight.detach().T).abs().max()))
+            optimizer.zero_grad()
+            (model(x) - x).square().mean().backward()
+            reg.add_grad()
+        else:
+            reg.advance()
+            model(100 * x)  # as a replay does: the captured operations, nothing else
+    assert len(largest) == 3
+    reg.advance()  # the last one's factors arrive
+    found = {layer.name: layer.activation for layer in reg.layers}["0.weight"]
+    assert found == pytest.approx(largest[-1], rel=1e-5)  # fp32 sums of 32 products
+    reg.close()
+
+
 def test_static_factors_belong_to_the_coupled_form() -> None:
     model, _ = spiked_model()
     with pytest.raises(ValueError, match="static_factors=True belongs to mode='coupled'"):

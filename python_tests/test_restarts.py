@@ -8,9 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from test_integrations import BATCH, FORMS, LR, STEPS, Data, Net, assert_same, build, hugging_face, optimizer_of
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
+from trainers import (
+    BATCH,
+    FORMS,
+    LR,
+    STEPS,
+    Data,
+    Net,
+    assert_same,
+    build,
+    hugging_face,
+    lightning_fit,
+    lightning_module,
+    optimizer_of,
+)
 
 from s2d_kernels import S2D, SpectralAdamW, integrations
 
@@ -44,6 +57,15 @@ def loop(net: Net, reg: S2D, optimizer: torch.optim.Optimizer, *, steps: int, ba
             reg.decay_(LR)
 
 
+def aborted(folder: Path, net: Net, reg: S2D, call: int, **options: Any) -> Any:
+    """A Hugging Face Trainer whose run an exception has ended in the forward of this number."""
+    trainer = hugging_face(folder, net, reg, **options)
+    net.register_forward_hook(FailsOnce(call))
+    with pytest.raises(RuntimeError, match="aborted"):
+        trainer.train()
+    return trainer
+
+
 def assert_same_runs(net: Net, reg: S2D, other: Net, other_reg: S2D) -> None:
     assert_same(net, other)
     assert reg.step == other_reg.step
@@ -60,10 +82,7 @@ def assert_same_runs(net: Net, reg: S2D, other: Net, other_reg: S2D) -> None:
 def test_hugging_face_trains_again_after_an_exception(mode: str, strength: float, tmp_path: Path) -> None:
     """In the refresh step 5, of whose forward nothing may be left."""
     net, reg = build(mode, strength)
-    trainer = hugging_face(tmp_path, net, reg)
-    net.register_forward_hook(FailsOnce(6))
-    with pytest.raises(RuntimeError, match="aborted"):
-        trainer.train()
+    trainer = aborted(tmp_path, net, reg, 6)
     assert reg.step == 5
     trainer.args.max_steps = AGAIN
     trainer.train()
@@ -97,10 +116,7 @@ def test_hugging_face_finds_its_batch_size(mode: str, strength: float, failing: 
 def test_hugging_face_keeps_the_state_of_a_run_that_no_search_repeats(tmp_path: Path) -> None:
     """The error that ends it is another one: `train` again is the user's wish, and goes on."""
     net, reg = build("decoupled", 1.0)
-    trainer = hugging_face(tmp_path, net, reg, auto_find_batch_size=True)
-    net.register_forward_hook(FailsOnce(8))
-    with pytest.raises(RuntimeError, match="aborted"):
-        trainer.train()
+    trainer = aborted(tmp_path, net, reg, 8, auto_find_batch_size=True)
     trainer.train()
     assert reg.step == 7 + STEPS
     reg.close()
@@ -109,10 +125,7 @@ def test_hugging_face_keeps_the_state_of_a_run_that_no_search_repeats(tmp_path: 
 def test_hooks_of_the_user_stay(tmp_path: Path) -> None:
     """Who attaches S2D between two runs is told so: the callback removes its own hooks only."""
     net, reg = build("decoupled", 1.0)
-    trainer = hugging_face(tmp_path, net, reg)
-    net.register_forward_hook(FailsOnce(1))
-    with pytest.raises(RuntimeError, match="aborted"):
-        trainer.train()
+    trainer = aborted(tmp_path, net, reg, 1)
     reg.detach()
     reg.attach(optimizer_of(net, "decoupled"))
     with pytest.raises(ValueError, match="attached to an optimizer"):
@@ -167,43 +180,17 @@ def test_hugging_face_checkpoints_of_a_hyperparameter_search(
 @pytest.mark.parametrize(("mode", "strength"), FORMS)
 def test_lightning_fits_again_after_an_exception(mode: str, strength: float, told: bool, tmp_path: Path) -> None:
     """Also where the callback is not told of it, as by Lightning's search for a batch size."""
-    import lightning.pytorch as pl
-
-    class Module(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = Net()
-
-        def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
-            return self.net(**batch)["loss"]
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return optimizer_of(self, mode)
-
-    module = Module()
+    module = lightning_module(lambda net: optimizer_of(net, mode))
     reg = S2D(module.net, mode=mode, strength=strength, interval=5, lead=2)
     callback = integrations.lightning_callback(reg)
     if not told:
         callback.on_exception = lambda *arguments: None
 
-    def fit(steps: int) -> None:
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-            default_root_dir=tmp_path,
-            max_steps=steps,
-            callbacks=[callback],
-        )
-        trainer.fit(module, DataLoader(Data(STEPS), batch_size=BATCH))
-
     module.net.register_forward_hook(FailsOnce(6))
     with pytest.raises(RuntimeError, match="aborted"):
-        fit(STEPS)
+        lightning_fit(tmp_path, module, [callback], batches=STEPS)
     assert bool(reg._handles) == (mode == "decoupled" and not told)
-    fit(AGAIN)
+    lightning_fit(tmp_path, module, [callback], batches=STEPS, max_steps=AGAIN)
     other, other_reg = build(mode, strength)
     loop(other, other_reg, optimizer_of(other, mode), steps=5)
     loop(other, other_reg, optimizer_of(other, mode), steps=AGAIN)

@@ -146,6 +146,24 @@ def empty_layer(shape: tuple[int, int], like: Tensor, *, k_max: int) -> LayerSta
     return LayerState(basis, S=zeros(k).double(), S_at_snapshot=zeros(k).double())
 
 
+def arrived(fresh: Refreshed, old: LayerState, *, in_place: bool) -> LayerState:
+    """The state of a matrix from the arrival of `fresh` on; `in_place`: in the memory of `old`'s factors."""
+    basis, S = fresh.basis, fresh.basis.S[: old.S.shape[0]].to(torch.float64, copy=True)
+    if in_place:
+        basis, S = copied(old.basis, basis), old.S.copy_(S)
+    return LayerState(
+        basis=basis,
+        S=S,
+        S_at_snapshot=S.clone(),
+        rank=fresh.rank,
+        status=fresh.status,
+        arrived=True,
+        missed_lr=old.missed_lr,
+        sigma=fresh.sigma,
+        pcdr=fresh.pcdr,
+    )
+
+
 KEYS = (
     *(f"{part}.{name}" for part in ("basis", "pending") for name in SVDBasis._fields),
     *("S", "S_at_snapshot", "missed_lr", "flags"),

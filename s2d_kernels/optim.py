@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -257,14 +257,13 @@ class SpectralAdamW(AdamW):
                 if id(param) not in of_parameter:
                     plain.append(param.grad)
                     continue
-                grad, end = param.grad.reshape(len(param), -1), 0
-                for penalty in sorted(of_parameter[id(param)], key=lambda p: p.start):
-                    start, stop = _rows(penalty)
-                    plain.append(grad[end:start])
-                    penalized.append(PenalizedRows(grad[start:stop], penalty.U, penalty.Vh, penalty.coefficients))
+                grad = param.grad.reshape(len(param), -1)
+                for start, stop, part in _parts(of_parameter[id(param)], len(param)):
+                    if part is None:
+                        plain.append(grad[start:stop])
+                        continue
+                    penalized.append(PenalizedRows(grad[start:stop], part.U, part.Vh, part.coefficients))
                     signs.append(-1 if group["maximize"] else 1)
-                    end = stop
-                plain.append(grad[end:])
         if not plain and not penalized:
             self.total_norm = None
             return torch.ones((), device="cpu")
@@ -391,6 +390,19 @@ def _rows(penalty: Penalty) -> tuple[int, int]:
     return penalty.start, len(penalty.parameter) if penalty.stop is None else penalty.stop
 
 
+def _parts(penalties: Sequence[Penalty], rows: int) -> Iterator[tuple[int, int, Penalty | None]]:
+    """All rows of a parameter in their order: those with a penalty, and those between and after them with None."""
+    end = 0
+    for penalty in sorted(penalties, key=lambda p: p.start):
+        start, stop = _rows(penalty)
+        if end < start:
+            yield end, start, None
+        yield start, stop, penalty
+        end = stop
+    if end < rows:
+        yield end, rows, None
+
+
 def _blocks(
     tensors: tuple[Tensor, ...],
     step: Tensor,
@@ -412,17 +424,12 @@ def _blocks(
     # Columns in the order in which they lie in memory, so that a channels_last kernel is a matrix too.
     order = sorted(range(1, param.ndim), key=lambda d: -strides[d])
     views = _matrices(tensors, [0, *order], copied)
-    found, end = [], 0
-    for penalty in [*sorted(penalties, key=lambda p: p.start), None]:
-        start, stop = (len(param), len(param)) if penalty is None else _rows(penalty)
-        if end < start:
-            found.append(_block([view[end:start] for view in views], step, group, None))
-        if penalty is not None:
-            if order != sorted(order):
-                Vh = penalty.Vh.reshape(len(penalty.Vh), *param.shape[1:]).permute(0, *order).flatten(1)
-                penalty = penalty._replace(Vh=Vh)
-            found.append(_block([view[start:stop] for view in views], step, group, penalty))
-        end = stop
+    found = []
+    for start, stop, penalty in _parts(penalties, len(param)):
+        if penalty is not None and order != sorted(order):
+            Vh = penalty.Vh.reshape(len(penalty.Vh), *param.shape[1:]).permute(0, *order).flatten(1)
+            penalty = penalty._replace(Vh=Vh)
+        found.append(_block([view[start:stop] for view in views], step, group, penalty))
     return found
 
 
@@ -435,16 +442,11 @@ def _transposed_blocks(
 ) -> list[_Block]:
     """`_blocks` of a matrix whose columns lie one after the other: those of its transpose, Vh^T diag(c) U^T."""
     views = _matrices(tuple(tensor.mT for tensor in tensors), (0, 1), copied)
-    found, end = [], 0
-    for penalty in sorted(penalties, key=lambda p: p.start):
-        start, stop = _rows(penalty)
-        if end < start:
-            found.append(_block([view[:, end:start] for view in views], step, group, None))
-        turned = penalty._replace(U=penalty.Vh.mT, Vh=penalty.U.mT)
-        found.append(_block([view[:, start:stop] for view in views], step, group, turned))
-        end = stop
-    if end < len(tensors[0]):
-        found.append(_block([view[:, end:] for view in views], step, group, None))
+    found = []
+    for start, stop, penalty in _parts(penalties, len(tensors[0])):
+        if penalty is not None:
+            penalty = penalty._replace(U=penalty.Vh.mT, Vh=penalty.U.mT)
+        found.append(_block([view[:, start:stop] for view in views], step, group, penalty))
     return found
 
 

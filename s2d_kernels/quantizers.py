@@ -114,7 +114,9 @@ _kept_bits_of_bytes = functools.cache(_bits_of_bytes)
 
 def unpack_mask(mask: Tensor, K: int) -> Tensor:
     """Bits, uint8 `[rows, ceil(K / 8)]`, to bool `[rows, K]`."""
-    plain = type(mask) is Tensor and not torch.compiler.is_compiling()  # a FakeTensor's table must not outlive it
+    # The table of a FakeTensor must not outlive it, nor that of a captured graph, whose memory is written again.
+    capturing = mask.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    plain = type(mask) is Tensor and not torch.compiler.is_compiling() and not capturing
     table = (_kept_bits_of_bytes if plain else _bits_of_bytes)(mask.device)
     words = table.index_select(0, mask.reshape(-1).int())
     return words.view(torch.bool).view(mask.shape[0], 8 * mask.shape[1])[:, :K]

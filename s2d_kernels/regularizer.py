@@ -12,7 +12,7 @@ Whoever is late is waited for at t + lead, so the bits of training do not depend
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from s2d_kernels.layers import (
     LayerReport,
     LayerState,
     Refreshed,
+    arrived,
     check_state,
     copied,
     decay,
@@ -49,7 +50,7 @@ from s2d_kernels.parameters import (
 from s2d_kernels.penalty import add_penalty_grad_
 from s2d_kernels.refresh import compute_refresh, log_arrival
 from s2d_kernels.rounding import StepSeeds, check_rounding, refuse_fp16
-from s2d_kernels.scheduler import Pending, SideStream
+from s2d_kernels.scheduler import Pending, SideStream, completed
 from s2d_kernels.selection import PCDR
 from s2d_kernels.svd import CONVERGED, STATUS_NAMES, SVDBasis
 
@@ -298,7 +299,12 @@ class S2D:
 
     @property
     def refresh_due(self) -> bool:
-        """Whether this step's activations are looked at: hooks are installed, and no captured graph may replace it."""
+        """Whether this step's activations are looked at, so that no captured graph may replace it.
+
+        After `advance` with capture="graph" this begins it: ask before the step's forward.
+        """
+        if self._unarmed:
+            self._arm()
         return self._capture.active
 
     def advance(self) -> None:
@@ -319,7 +325,11 @@ class S2D:
             raise ValueError(f"step {self.step} is a refresh step: run it without the graph, so that hooks see it")
         self._arrive_if_due()
         self._draw()
-        self._end_step()
+        self.step += 1
+        if isinstance(self._capture, GraphCapture):
+            self._unarmed = True  # it acts in replays too, and the one that follows is not to be looked at
+        else:
+            self._arm()
 
     def decay_(self, lr: float | Mapping[str, float]) -> None:
         """Decay the weights themselves: s <- s (1 + (n-1) lr lambda s^(n-1))^(-1/(n-1)). Once per step, after it.
@@ -550,7 +560,7 @@ class S2D:
         if self._pending is None:
             return self._pack(-1, {})
         pending = self._join_pending()
-        self._pending = _completed(self._side, pending)
+        self._pending = completed(self._side, pending)
         return self._pack(self._pending_step, pending)
 
     def _pack(self, pending_step: int, pending: Mapping[str, Refreshed]) -> dict[str, Tensor]:
@@ -585,7 +595,7 @@ class S2D:
             if fresh is not None:
                 pending[matrix.name] = fresh
         self._store_ranks()
-        self._pending = _completed(self._side, pending) if self._pending_step >= 0 else None
+        self._pending = completed(self._side, pending) if self._pending_step >= 0 else None
         self._arm()
 
     # --- the refresh --------------------------------------------------------------------------------------------
@@ -611,7 +621,7 @@ class S2D:
                 pending[matrix.name] = fresh._replace(basis=moved(fresh.basis, like.basis.S))
         self._built_for = self._place()
         self._side.move(self._built_for[0])
-        self._pending = None if pending is None else _completed(self._side, pending)
+        self._pending = None if pending is None else completed(self._side, pending)
         if self._static_ranks is not None:
             self._static_ranks = self._static_ranks.to(self._built_for[0])
         if self._seeds is not None:
@@ -619,6 +629,7 @@ class S2D:
             self._check_dtypes()
 
     def _arm(self) -> None:
+        self._unarmed = False
         if self.step % self.interval == 0 and self._matrices:
             self._capture.start()
 
@@ -630,6 +641,8 @@ class S2D:
         """Start the refresh of this step if it is one; False if it should have one but nothing was captured."""
         if self._built_for != self._place():
             self._follow_parameters()
+        if self._unarmed:
+            self._arm()
         if self._pending is not None and self._pending.failed():
             self._join_pending()
         if self._capture.active or self._unchecked:  # a refresh step, or the first one
@@ -715,21 +728,7 @@ class S2D:
         self._warned.clear()
         self._pending = None
         for name, fresh in refreshed.items():
-            old = self._layers[name]
-            basis, S = fresh.basis, fresh.basis.S[: old.S.shape[0]].to(torch.float64, copy=True)
-            if self._static_ranks is not None:
-                basis, S = copied(old.basis, basis), old.S.copy_(S)
-            self._layers[name] = LayerState(
-                basis=basis,
-                S=S,
-                S_at_snapshot=S.clone(),
-                rank=fresh.rank,
-                status=fresh.status,
-                arrived=True,
-                missed_lr=old.missed_lr,
-                sigma=fresh.sigma,
-                pcdr=fresh.pcdr,
-            )
+            self._layers[name] = arrived(fresh, self._layers[name], in_place=self._static_ranks is not None)
         self._store_ranks()
         log_arrival(self._pending_step, refreshed)
 
@@ -792,8 +791,3 @@ class S2D:
         if self._seeds is not None:
             for matrix in self._matrices:
                 refuse_fp16(f"parameter {matrix.name!r}", matrix.parameter)
-
-
-def _completed(side: SideStream, result: dict[str, Refreshed]) -> Pending[dict[str, Refreshed]]:
-    work: Callable[[], dict[str, Refreshed]] = lambda: result  # noqa: E731
-    return SideStream(side.device, asynchronous=False).submit(work)

@@ -89,6 +89,12 @@ class Pending(Generic[T]):
             torch.cuda.current_stream(self._side.device).wait_event(event)
 
 
+def completed(side: SideStream, result: T) -> Pending[T]:
+    """A `Pending` of work that is done."""
+    work: Callable[[], T] = lambda: result  # noqa: E731
+    return SideStream(side.device, asynchronous=False).submit(work)
+
+
 def _hold(arguments: tuple[Any, ...], events: list[torch.cuda.Event], _future: Future[Any]) -> None:
     """Keep the arguments of work whose `Pending` was given up without a word until the device has read them."""
     for event in events:
