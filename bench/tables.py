@@ -12,8 +12,8 @@ from xml.etree import ElementTree
 
 from rich.table import Table
 
-from bench import pcdr_cases
-from bench.timing import Row, read_rows
+from bench import linear_table, pcdr_cases
+from bench.timing import Row, milliseconds, read_rows
 
 HEADINGS = ("case", "variant", "implementation", "setting", "time", "error p90", "ours is faster by")
 TRAFFIC_HEADINGS = (
@@ -45,12 +45,6 @@ _NUMBERS = (
 )
 _INCLUDED = re.compile(r"(<!-- include:([\w./-]+) -->\n)(.*?)(<!-- /include -->)", re.DOTALL)
 _MARKED = re.compile(r"(<!-- bench:([\w.-]+) -->\n)(.*?)(<!-- /bench:\2 -->)", re.DOTALL)
-
-
-def milliseconds(seconds: float) -> str:
-    """Three significant digits, never an exponent."""
-    value = seconds * 1e3
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def speedups(row: Row) -> str:
@@ -143,16 +137,21 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def caption(row: Row) -> str:
-    """One line on the machine, the versions and what the columns are."""
+def _machine(row: Row) -> str:
+    """What ran: device, threads, versions, commit and date, and its measured speeds."""
     e = row.environment
     versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items() if version)
-    threads = f"{row.threads} thread{'s' * (row.threads > 1)}"
-    common = (
-        f"{e['device_name']}, {threads}, {versions}, commit {e['commit']}, {e['date']}; measured copy "
-        f"{e['copy_bytes_per_second'] / 1e9:.1f} GB/s, fp32 product {e['fp32_flops_per_second'] / 1e9:.0f} GFLOP/s. "
-        f"{e.get('instructions') or ''}{'. ' * bool(e.get('instructions'))}Time: median (min-max). "
+    return (
+        f"{e['device_name']}, {row.threads} thread{'s' * (row.threads > 1)}, {versions}, commit {e['commit']}, "
+        f"{e['date']}; measured copy {e['copy_bytes_per_second'] / 1e9:.1f} GB/s, fp32 product "
+        f"{e['fp32_flops_per_second'] / 1e9:.0f} GFLOP/s. "
+        f"{e.get('instructions') or ''}{'. ' * bool(e.get('instructions'))}"
     )
+
+
+def caption(row: Row) -> str:
+    """One line on the machine, the versions and what the columns are."""
+    common = f"{_machine(row)}Time: median (min-max). "
     if row.op == "training step":
         t = row.traffic
         return common + (
@@ -239,10 +238,14 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    titles = headings(rows[0])
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row)) + " |" for row in rows]
-    captions = dict.fromkeys(caption(row) for row in rows)
+    if rows[0].op == "fake_quant_linear":
+        lines = linear_table.lines(rows)
+        captions = dict.fromkeys(_machine(row) + linear_table.LEGEND for row in rows)
+    else:
+        titles = headings(rows[0])
+        lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row)) + " |" for row in rows]
+        captions = dict.fromkeys(caption(row) for row in rows)
     return "\n".join([*lines, "", *(f"<sub>{text}</sub>" for text in captions), ""])
 
 

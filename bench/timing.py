@@ -88,6 +88,12 @@ class Row:
         return cls(**values)
 
 
+def milliseconds(seconds: float) -> str:
+    """Three significant digits, never an exponent."""
+    value = seconds * 1e3
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def fill_speedups(rows: Sequence[Row]) -> None:
     """Enter into each peer's row how much faster ours is, where both passed their gates.
 

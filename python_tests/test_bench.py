@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import accuracy, cases, linear_peers, peers, penalty_peers, runs, step_peers, tables, timing
+from bench import accuracy, cases, linear_peers, linear_table, peers, penalty_peers, runs, step_peers, tables, timing
 from bench.__main__ import app
 from bench.search import Trial, cheapest_setting
 from s2d_kernels import add_penalty_grad_, demo_models, ops, topk_svd
@@ -239,6 +239,37 @@ def test_saved_bytes_by_hand():
     assert f"{ours / (64 * 256):.2f} B" in tables.markdown(rows)
     plain = [row.traffic.get("saved_bytes") for row in rows if row.impl == "F.linear"]
     assert plain == [None, 64 * 256 * 4]
+
+
+def test_linear_layers_of_a_block_together():
+    """Two layers have the first shape; a peer that fails its gate on one of them has no ratio for all."""
+    times = {
+        "m.q, o, 8 tokens": (1.0, 2.0, 3.0),
+        "m.down, 8 tokens": (2.0, 6.0, 9.0),
+        "m.down, 1 tokens": (1.0, 0.5, 1.0),
+    }
+    rows = [
+        make_row(
+            op="fake_quant_linear",
+            case=case,
+            variant="forward",
+            impl=impl,
+            setting="s",
+            seconds=seconds / 1e3,
+            gate=(impl, case) != ("bad", "m.down, 8 tokens"),
+        )
+        for case, of_case in times.items()
+        for impl, seconds in zip(("ours", "good", "bad"), of_case, strict=True)
+    ]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in linear_table.lines(rows)]
+    assert lines[0][3:] == ["ours", "kept", "good, s", "bad, s"]
+    assert [line[0] for line in lines[2:]] == [*list(times)[:2], "**m, all of a block, 8 tokens**", "m.down, 1 tokens"]
+    assert [line[3:] for line in lines[2:]] == [
+        ["1 ms", "", "2.00x", "3.00x"],
+        ["2 ms", "", "3.00x", ""],
+        ["4 ms", "", "2.50x", ""],  # (2 * 2 + 6) / (2 * 1 + 2)
+        ["1 ms", "", "0.50x", "1.00x"],
+    ]
 
 
 def test_forward_only_and_optional_linear_peers():
