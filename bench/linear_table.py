@@ -4,65 +4,66 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from bench.cases import LINEAR_GROUPS
 from bench.timing import Row, milliseconds
 
 OURS = "ours"
+BLOCKS = ("vit-b", "qwen2.5-0.5b", "llama3-8b")
 LEGEND = (
     "Time of ours: median; of the others: how many times as long. Kept: for the backward beside the parameters, by "
-    "element of the input. All of a block: each of its linear layers once. Empty: not run, or wrong by more than the "
-    "gate allows; errors and ranges are in the rows."
+    "element of the input. All of a block: each of its linear layers once. Failed: wrong by more than the gate allows. "
+    "Empty: not run. Errors and ranges are in the rows."
 )
+Found = dict[str, Row]  # of one case, by implementation and setting
+Counted = Sequence[tuple[int, Found]]
 
 
-def _block(case: str) -> tuple[str, str, int]:
-    """Model, tokens and how many layers of a block have this shape: "llama3-8b.q, o, 2048 tokens" is two."""
-    model, rest = case.rsplit(".", 1) if "." in case else (case, "")
-    *layers, tokens = rest.split(", ")
-    return model, tokens, max(len(layers), 1)
+def _count(case: str) -> int:
+    """How many layers of a block have this shape: two of "llama3-8b.q, o, 2048 tokens"."""
+    return max(case.count(", "), 1)
 
 
-def _of_all(cases: Sequence[dict[str, Row]], peer: str) -> float | None:
-    """The time of all over that of ours, each layer of a block once; None where a row lacks or its gate failed."""
-    ours = total = 0.0
-    for rows in cases:
-        if not (peer in rows and rows[peer].gate and rows[OURS].gate):
-            return None
-        count = _block(rows[OURS].case)[2]
-        ours += count * rows[OURS].seconds
-        total += count * rows[peer].seconds
-    return total / ours
+def _blocks() -> dict[str, frozenset[str]]:
+    """By model the names of its cases, which together are all linear layers of a block."""
+    return {name: frozenset(case.name for case in LINEAR_GROUPS[name]) for name in BLOCKS}
 
 
-def _ratio(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}x"
+def _seconds(cases: Counted, name: str) -> float:
+    return sum(count * found[name].seconds for count, found in cases)
+
+
+def _ratio(cases: Counted, peer: str) -> str:
+    """The time of all cases over that of ours."""
+    if not all(peer in found for _, found in cases):
+        return ""
+    if not all(found[name].gate for _, found in cases for name in (peer, OURS)):
+        return "failed"
+    return f"{_seconds(cases, peer) / _seconds(cases, OURS):.2f}x"
 
 
 def lines(rows: Iterable[Row]) -> list[str]:
     """The table: ours in ms, what it keeps for the backward, and how many times longer each peer takes."""
-    cases: dict[tuple[str, str, str], dict[str, Row]] = {}
+    runs: dict[tuple[str, ...], dict[str, Found]] = {}  # what may be added up: of one run, device, dtype and pass
     for row in rows:
         name = OURS if row.impl == OURS else f"{row.impl}, {row.setting}"
-        cases.setdefault((row.dtype, row.variant, row.case), {})[name] = row
-    peers = list(dict.fromkeys(name for found in cases.values() for name in found if name != OURS))
-    blocks: dict[tuple[str, ...], list[dict[str, Row]]] = {}
-    for (dtype, variant, case), found in cases.items():
-        if OURS in found:
-            blocks.setdefault((dtype, variant, *_block(case)[:2]), []).append(found)
+        run = runs.setdefault((row.dtype, row.variant, row.device, row.run), {})
+        run.setdefault(row.case, {})[name] = row
+    peers = list(dict.fromkeys(n for run in runs.values() for found in run.values() for n in found if n != OURS))
     table = [["case", "dtype", "pass", "ours", "kept", *peers]]
-    passes = dict.fromkeys(key[:2] for key in cases)
-    for dtype, variant, key in ((*kind, key) for kind in passes for key in blocks if key[:2] == kind):
-        block, (model, tokens) = blocks[key], key[2:]
-        for found in block:
-            ours = found[OURS]
-            kept = ours.traffic.get("saved_per_element")
-            table.append([
-                *(ours.case, dtype, variant, f"{milliseconds(ours.seconds)} ms" + ("" if ours.gate else " FAILED")),
-                "" if kept is None else f"{kept:.2f} B",
-                *(_ratio(_of_all([found], peer)) for peer in peers),
-            ])  # fmt: skip
-        if len(block) > 1:
-            seconds = sum(_block(found[OURS].case)[2] * found[OURS].seconds for found in block)
-            together = [f"**{model}, all of a block, {tokens}**", dtype, variant, f"{milliseconds(seconds)} ms", ""]
-            table.append([*together, *(_ratio(_of_all(block, peer)) for peer in peers)])
+
+    def line(title: str, kind: Sequence[str], cases: Counted, kept: str) -> None:
+        ours = f"{milliseconds(_seconds(cases, OURS))} ms" + " failed" * (not all(f[OURS].gate for _, f in cases))
+        table.append([title, *kind, ours, kept, *(_ratio(cases, peer) for peer in peers)])
+
+    kinds = dict.fromkeys(key[:2] for key in runs)
+    for kind, run in ((kind, run) for kind in kinds for key, run in runs.items() if key[:2] == kind):
+        cases = {case: found for case, found in run.items() if OURS in found}
+        for case, found in cases.items():
+            bytes_kept = found[OURS].traffic.get("saved_per_element")
+            line(case, kind, [(1, found)], "" if bytes_kept is None else f"{bytes_kept:.2f} B")
+            for model, names in _blocks().items():
+                if names <= cases.keys() and case == [name for name in cases if name in names][-1]:
+                    block = [(_count(name), cases[name]) for name in names]
+                    line(f"**{model}, all of a block**", kind, block, "")
     table.insert(1, ["---"] * len(table[0]))
     return ["| " + " | ".join(cells) + " |" for cells in table]

@@ -240,7 +240,7 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 def markdown(rows: Sequence[Row]) -> str:
     if rows[0].op == "fake_quant_linear":
         lines = linear_table.lines(rows)
-        captions = dict.fromkeys(_machine(row) + linear_table.LEGEND for row in rows)
+        captions = dict.fromkeys([*(_machine(row) for row in rows), linear_table.LEGEND])
     else:
         titles = headings(rows[0])
         lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]

@@ -241,8 +241,10 @@ def test_saved_bytes_by_hand():
     assert plain == [None, 64 * 256 * 4]
 
 
-def test_linear_layers_of_a_block_together():
-    """Two layers have the first shape; a peer that fails its gate on one of them has no ratio for all."""
+def test_linear_layers_of_a_block_together(monkeypatch):
+    """Two layers have the first shape; a peer that fails its gate on one of them fails on all. Runs are not mixed."""
+    shapes = [cases.LinearCase(name, 8, 1, 1) for name in ("m.q, o, 8 tokens", "m.down, 8 tokens")]
+    monkeypatch.setitem(cases.LINEAR_GROUPS, "vit-b", shapes)
     times = {
         "m.q, o, 8 tokens": (1.0, 2.0, 3.0),
         "m.down, 8 tokens": (2.0, 6.0, 9.0),
@@ -261,14 +263,17 @@ def test_linear_layers_of_a_block_together():
         for case, of_case in times.items()
         for impl, seconds in zip(("ours", "good", "bad"), of_case, strict=True)
     ]
+    rows.append(dataclasses.replace(rows[3], run="another", seconds=5.0))
+    rows.append(dataclasses.replace(rows[0], case="alone", gate=False))
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in linear_table.lines(rows)]
     assert lines[0][3:] == ["ours", "kept", "good, s", "bad, s"]
-    assert [line[0] for line in lines[2:]] == [*list(times)[:2], "**m, all of a block, 8 tokens**", "m.down, 1 tokens"]
-    assert [line[3:] for line in lines[2:]] == [
-        ["1 ms", "", "2.00x", "3.00x"],
-        ["2 ms", "", "3.00x", ""],
-        ["4 ms", "", "2.50x", ""],  # (2 * 2 + 6) / (2 * 1 + 2)
-        ["1 ms", "", "0.50x", "1.00x"],
+    assert [[line[0], *line[3:]] for line in lines[2:]] == [
+        ["m.q, o, 8 tokens", "1 ms", "", "2.00x", "3.00x"],
+        ["m.down, 8 tokens", "2 ms", "", "3.00x", "failed"],
+        ["**vit-b, all of a block**", "4 ms", "", "2.50x", "failed"],  # (2 * 2 + 6) / (2 * 1 + 2)
+        ["m.down, 1 tokens", "1 ms", "", "0.50x", "1.00x"],
+        ["alone", "1 ms failed", "", "", ""],
+        ["m.down, 8 tokens", "5000 ms", "", "", ""],
     ]
 
 

@@ -85,7 +85,8 @@ def test_two_s2d_in_one_lightning_trainer(tmp_path: Path) -> None:
     module = Two()
     regs = [S2D(module, select=[(other, False)], interval=5, lead=2) for other in ("second", "first")]
     callbacks = [integrations.lightning_callback(reg) for reg in regs]
-    trainer = lightning_fit(tmp_path, module, callbacks, batches=STEPS, max_steps=-1, max_epochs=1)
+    settings = {"max_steps": -1, "max_epochs": 1, "enable_checkpointing": True}
+    trainer = lightning_fit(tmp_path, module, callbacks, batches=STEPS, **settings)
     assert [reg.step for reg in regs] == [STEPS, STEPS]
     stored = [
         state for key, state in trainer._checkpoint_connector.dump_checkpoint()["callbacks"].items() if "S2D" in key

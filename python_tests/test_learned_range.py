@@ -136,7 +136,7 @@ def test_learning_finds_a_clipping_range() -> None:
     assert -4.5 < low.item() < -1.5
 
 
-def test_compiles_without_graph_breaks() -> None:
+def test_compiles_without_graph_breaks(device: torch.device) -> None:
     def function(x: Tensor, w: Tensor, low: Tensor, high: Tensor) -> Tensor:
         return fake_quant_linear(x, w, act_range=(low, high), act_granularity="per_tensor")
 
@@ -144,8 +144,8 @@ def test_compiles_without_graph_breaks() -> None:
     results = []
     for f in (function, compiled):
         torch.manual_seed(0)
-        leaves = [t.requires_grad_() for t in (torch.randn(3, 36), torch.randn(5, 36), torch.tensor(-1.0))]
-        leaves.append(torch.tensor(1.0, requires_grad=True))
+        made = torch.randn(3, 36), torch.randn(5, 36), torch.tensor(-1.0), torch.tensor(1.0)
+        leaves = [t.to(device).requires_grad_() for t in made]
         f(*leaves).square().sum().backward()
         results.append([t.grad for t in leaves])
     for mine, theirs in zip(*results, strict=True):

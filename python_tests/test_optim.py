@@ -493,6 +493,22 @@ def test_what_is_not_supported_is_refused() -> None:
         SpectralAdamW([complex_parameter]).step()
 
 
+@pytest.mark.parametrize("impl", ["cpu", "torch"])
+def test_a_penalty_of_no_rows_changes_nothing(impl: str) -> None:
+    """Also behind one that begins at the same row."""
+    weights = []
+    for spans in ([(3, 8)], [(3, 8), (3, 3)], [(3, 3), (3, 8)], [(3, 8), (8, 8)]):
+        torch.manual_seed(0)
+        param = nn.Parameter(torch.randn(12, 5))
+        param.grad = torch.randn(12, 5)
+        U, Vh, c = torch.randn(12, 2), torch.randn(2, 5), torch.rand(2)
+        optimizer = SpectralAdamW([param], LR, impl=impl)
+        optimizer.set_penalties([Penalty(param, start, stop, U[start:stop], Vh, c) for start, stop in spans])
+        optimizer.step()
+        weights.append(param.detach())
+    assert all(torch.equal(weights[0], other) for other in weights[1:])
+
+
 def test_a_norm_to_clip_by() -> None:
     p = nn.Parameter(torch.ones(4, 3))
     optimizer = SpectralAdamW([p], 0.1)

@@ -630,10 +630,23 @@ def test_opcheck(impl: str) -> None:
 
 
 def test_fake_tensors_leave_nothing_behind() -> None:
-    quantizers._kept_bits_of_bytes.cache_clear()
+    quantizers._bits_of_bytes_on.clear()
     mask = torch.tensor([[5]], dtype=torch.uint8)
     with FakeTensorMode() as mode:
         assert unpack_mask(mode.from_tensor(mask), 3).shape == (1, 3)
+    assert unpack_mask(mask, 3).tolist() == [[True, False, True]]
+
+
+def test_a_table_made_in_a_capture_is_not_kept_but_a_kept_one_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = torch.tensor([[5]], dtype=torch.uint8)
+    quantizers._bits_of_bytes_on.clear()
+    monkeypatch.setattr(quantizers, "_capturing", lambda device: True)
+    assert unpack_mask(mask, 3).tolist() == [[True, False, True]]
+    assert not quantizers._bits_of_bytes_on
+    monkeypatch.undo()
+    unpack_mask(mask, 3)
+    monkeypatch.setattr(quantizers, "_capturing", lambda device: True)
+    monkeypatch.setattr(quantizers, "_bits_of_bytes", lambda device: pytest.fail("there is one"))
     assert unpack_mask(mask, 3).tolist() == [[True, False, True]]
 
 

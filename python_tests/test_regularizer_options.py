@@ -105,10 +105,39 @@ def test_what_is_replayed_before_a_refresh_step_is_not_looked_at() -> None:
             reg.advance()
             model(100 * x)  # as a replay does: the captured operations, nothing else
     assert len(largest) == 3
-    reg.advance()  # the last one's factors arrive
     found = {layer.name: layer.activation for layer in reg.layers}["0.weight"]
     assert found == pytest.approx(largest[-1], rel=1e-5)  # fp32 sums of 32 products
     reg.close()
+
+
+def test_a_refresh_step_that_was_not_asked_about_waits(caplog: pytest.LogCaptureFixture) -> None:
+    """Its forward could not be looked at; the next one is."""
+    model, v = spiked_model()
+    reg = S2D(model, interval=4, lead=1, static_factors=True, capture="graph")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    def step(number: int) -> None:
+        x = batch(v, number)
+        optimizer.zero_grad()
+        (model(x) - x).square().mean().backward()
+        reg.add_grad()
+
+    step(0)
+    for _ in range(3):
+        reg.advance()
+    step(4)
+    assert reg.step == 4
+    assert "S2D step 4 waits: ask refresh_due before a refresh step's forward" in caplog.text
+    assert reg.refresh_due
+    step(5)
+    assert reg.step == 5
+    largest = float((batch(v, 5) @ model[0].weight.detach().T).abs().max())
+    reg.advance()
+    assert {layer.name: layer.activation for layer in reg.layers}["0.weight"] == pytest.approx(largest, rel=1e-5)
+    for _ in range(2):
+        reg.advance()
+    reg.close()
+    assert not reg.refresh_due  # closing ends what `advance` left for later
 
 
 def test_static_factors_belong_to_the_coupled_form() -> None:

@@ -393,7 +393,7 @@ def _rows(penalty: Penalty) -> tuple[int, int]:
 def _parts(penalties: Sequence[Penalty], rows: int) -> Iterator[tuple[int, int, Penalty | None]]:
     """All rows of a parameter in their order: those with a penalty, and those between and after them with None."""
     end = 0
-    for penalty in sorted(penalties, key=lambda p: p.start):
+    for penalty in sorted(penalties, key=_rows):
         start, stop = _rows(penalty)
         if end < start:
             yield end, start, None

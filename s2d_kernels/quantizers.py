@@ -16,7 +16,6 @@ int64 matrices nor divides by a Python number with correct rounding.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -109,16 +108,29 @@ def _bits_of_bytes(device: torch.device) -> Tensor:
     return torch.stack([byte >> bit & 1 for bit in range(8)], dim=1).to(torch.uint8).view(torch.int64).squeeze(1)
 
 
-_kept_bits_of_bytes = functools.cache(_bits_of_bytes)
+_bits_of_bytes_on: dict[torch.device, Tensor] = {}
+
+
+def _capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _table(mask: Tensor) -> Tensor:
+    """`_bits_of_bytes`, kept. Not a FakeTensor's, nor one made in a capture, whose memory the graph writes again."""
+    if torch.compiler.is_compiling() or type(mask) is not Tensor:
+        return _bits_of_bytes(mask.device)
+    table = _bits_of_bytes_on.get(mask.device)
+    if table is None:
+        table = _bits_of_bytes(mask.device)
+        if not _capturing(mask.device):
+            _bits_of_bytes_on[mask.device] = table
+    return table
 
 
 def unpack_mask(mask: Tensor, K: int) -> Tensor:
     """Bits, uint8 `[rows, ceil(K / 8)]`, to bool `[rows, K]`."""
-    # The table of a FakeTensor must not outlive it, nor that of a captured graph, whose memory is written again.
-    capturing = mask.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    plain = type(mask) is Tensor and not torch.compiler.is_compiling() and not capturing
-    table = (_kept_bits_of_bytes if plain else _bits_of_bytes)(mask.device)
-    words = table.index_select(0, mask.reshape(-1).int())
+    words = _table(mask).index_select(0, mask.reshape(-1).int())
     return words.view(torch.bool).view(mask.shape[0], 8 * mask.shape[1])[:, :K]
 
 

@@ -301,7 +301,8 @@ class S2D:
     def refresh_due(self) -> bool:
         """Whether this step's activations are looked at, so that no captured graph may replace it.
 
-        After `advance` with capture="graph" this begins it: ask before the step's forward.
+        After `advance` with capture="graph" asking begins it: ask before the step's forward, and not between `advance`
+        and its replay.
         """
         if self._unarmed:
             self._arm()
@@ -542,7 +543,7 @@ class S2D:
 
     def close(self) -> None:
         """Remove the hooks, `attach`'s too, and end the worker; a refresh under way is dropped. Final."""
-        self._closed = True
+        self._closed, self._unarmed = True, False
         self.detach()
         self._capture.stop()
         if isinstance(self._capture, GraphCapture):
@@ -643,6 +644,10 @@ class S2D:
             self._follow_parameters()
         if self._unarmed:
             self._arm()
+            if self._capture.active:
+                message = "S2D step %d waits: ask refresh_due before a refresh step's forward, or it is not looked at"
+                self._warn_once(message, self.step)
+                return False
         if self._pending is not None and self._pending.failed():
             self._join_pending()
         if self._capture.active or self._unchecked:  # a refresh step, or the first one
