@@ -76,9 +76,12 @@ def _penalty_tensors(case: PenaltyCase) -> PenaltyTensors:
     return case.tensors(CPU)
 
 
-@pytest.mark.parametrize("peer", [*ours(CPU), *PENALTY_PEERS], ids=lambda p: f"{p.name}-{p.variant}")
-@pytest.mark.parametrize("case", PENALTY_CASES["siglip2-b"], ids=lambda c: f"{c.name}-{c.dtype}")
-def test_add_penalty_grad(benchmark: Any, peer: PenaltyPeer, case: PenaltyCase) -> None:
+@pytest.mark.parametrize(
+    ("case", "peer"),
+    [(case, peer) for case in PENALTY_CASES["siglip2-b"] for peer in [*ours(CPU, case.dtype), *PENALTY_PEERS]],
+    ids=lambda v: f"{v.name}-{v.variant if isinstance(v, PenaltyPeer) else v.dtype}",
+)
+def test_add_penalty_grad(benchmark: Any, case: PenaltyCase, peer: PenaltyPeer) -> None:
     run, errors = judge_penalty(peer, _penalty_tensors(case))
     benchmark.group = f"add_penalty_grad_, {case.name}, {case.dtype}"
     benchmark.extra_info.update(

@@ -15,11 +15,12 @@ from torch import Tensor
 from bench.cases import RANK, PenaltyCase, PenaltyTensors
 from s2d_kernels import ops
 from s2d_kernels.penalty import add_penalty_grad_
+from s2d_kernels.rounding import ROUNDINGS, layer_seeds
 
 Run = Callable[[], object]
 FACTOR_BYTES = torch.float32.itemsize
-# Relative to an update as large as the gradient, the one rounding of a correct sum is 0.3 eps in the root mean square;
-# fp32 products of rank 3 make it 0.5, factors rounded to bf16 0.5 as well.
+# Relative to an update as large as the gradient, the one rounding of a correct sum is 0.3 eps in the root mean square,
+# a stochastic one 0.4; fp32 products of rank 3 make it 0.5, factors rounded to bf16 0.5 as well.
 EPS_ALLOWED = 1.0
 
 
@@ -32,8 +33,9 @@ class PenaltyPeer:
         describe: case -> the row's text.
         moved: case -> bytes read and written, large temporaries included, as if no cache held them.
         extra: case -> bytes held beside gradients and fp32 factors, all the time or while one layer is updated; a
-            layer's scaled factors, tables of pointers and the workspaces of a BLAS aside.
-        variant: of ours the impl; "" for the peers, which are compared with each of ours.
+            layer's scaled factors, blocks of rows that stay in the cache, tables of pointers and the workspaces of a
+            BLAS aside.
+        variant: of ours the impl and how it rounds unless to the nearest; "" for the peers, compared with each of ours.
     """
 
     name: str
@@ -76,17 +78,29 @@ def left_out(device: torch.device) -> list[str]:
     return [f"impl={impl!r} is left out: {problem}" for impl, problem in problems.items() if problem is not None]
 
 
-def ours(device: torch.device) -> list[PenaltyPeer]:
-    """One entry for each implementation that is usable on `device`."""
-    return [_ours(impl) for impl in _candidates(device) if _problem(impl, device) is None]
+def ours(device: torch.device, dtype: torch.dtype) -> list[PenaltyPeer]:
+    """Each implementation that is usable on `device`, for bf16 with both roundings."""
+    usable = [impl for impl in _candidates(device) if _problem(impl, device) is None]
+    roundings = ROUNDINGS if dtype == torch.bfloat16 else ROUNDINGS[:1]
+    return [_ours(impl, rounding) for rounding in roundings for impl in usable]
 
 
-def _ours(impl: str) -> PenaltyPeer:
+def _ours(impl: str, rounding: str) -> PenaltyPeer:
+    stochastic = rounding == "stochastic"
+
     def prepare(t: PenaltyTensors) -> Run:
-        return lambda: add_penalty_grad_(t.grads, t.factors, coefficients=t.coefficients, impl=impl)
+        seed = layer_seeds(0, len(t.grads), t.grads[0].device) if stochastic else None
+        return lambda: add_penalty_grad_(
+            t.grads, t.factors, coefficients=t.coefficients, rounding=rounding, seed=seed, impl=impl
+        )
 
     def splits(case: PenaltyCase) -> bool:
-        return impl == "torch" and case.dtype != torch.float32
+        return impl == "torch" and not stochastic and case.dtype != torch.float32
+
+    def describe(case: PenaltyCase) -> str:
+        if stochastic:
+            return "fp32 sum, rounded up or down at random"
+        return "bf16 factors in two parts, fp32 sum" if splits(case) else "fp32 sum"
 
     def extra(case: PenaltyCase) -> int:
         if impl != "torch":
@@ -97,12 +111,12 @@ def _ours(impl: str) -> PenaltyPeer:
     return PenaltyPeer(
         "ours",
         prepare,
-        lambda case: "bf16 factors in two parts, fp32 sum" if splits(case) else "fp32 sum",
+        describe,
         # Three products of rank k, whose factors are written and read.
         lambda case: case.bytes + (2 * 3 * _factor_reads(case) if splits(case) else 0),
         # Scaled U of all layers, and once in a row what is looked at for NaN.
         extra,
-        variant=impl,
+        variant=f"{impl}, {rounding}" if stochastic else impl,
     )
 
 

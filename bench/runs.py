@@ -217,7 +217,7 @@ def run_penalty(
     step(f"{case.name}, {dtype}")
     tensors = case.tensors(context.device)
     if peers is None:
-        peers = [*penalty_peers.ours(context.device), *PENALTY_PEERS]
+        peers = [*penalty_peers.ours(context.device, case.dtype), *PENALTY_PEERS]
     judged = [judge_penalty(peer, tensors) for peer in peers]
     samples = measure_in_turn([f for f, _ in judged], [context.repeats] * len(judged), context.device)
     limit = penalty_peers.error_limit(case.dtype)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from bench import accuracy, cases, linear_peers, linear_table, peers, penalty_peers, runs, step_peers, tables, timing
 from bench.__main__ import app
 from bench.search import Trial, cheapest_setting
-from s2d_kernels import add_penalty_grad_, demo_models, ops, topk_svd
+from s2d_kernels import add_penalty_grad_, demo_models, ops, penalty, topk_svd
 from s2d_kernels.svd import COLD_READS
 
 CPU = torch.device("cpu")
@@ -341,16 +341,19 @@ LAYERS = cases.PenaltyCase("layers", "twelve layers", 12 * ((24, 16),))
 @pytest.mark.parametrize("case", cases.PENALTY_CASES["quick"], ids=lambda c: str(c.dtype))
 def test_quick_penalty_end_to_end(case):
     rows = runs.run_penalty(case, CONTEXT)
-    names = [("ours", "cpu"), ("ours", "torch"), ("grad.addmm_(U c, Vh)", "")]
-    assert [(row.impl, row.variant) for row in rows[:3]] == names
-    assert len(rows) == 2 + len(penalty_peers.PENALTY_PEERS)
+    variants = ["cpu", "torch"]
+    if case.dtype == torch.bfloat16:
+        variants += ["cpu, stochastic", "torch, stochastic"]
+    names = [*(("ours", variant) for variant in variants), ("grad.addmm_(U c, Vh)", "")]
+    assert [(row.impl, row.variant) for row in rows[: len(names)]] == names
+    assert len(rows) == len(variants) + len(penalty_peers.PENALTY_PEERS)
     for row in rows:
         assert row.gate
         assert 0 < row.seconds_min <= row.seconds <= row.seconds_max
         assert row.error_p90 <= row.error_max <= row.error_limit == torch.finfo(case.dtype).eps
         assert row.traffic["bytes_per_second"] == row.traffic["moved_bytes"] / row.seconds
         assert row.traffic["copy_fraction"] == row.traffic["bytes_per_second"] / 1e10
-        assert set(row.speedup) == (set() if row.impl == "ours" else {"cpu", "torch"})
+        assert set(row.speedup) == (set() if row.impl == "ours" else set(variants))
         assert timing.Row.from_json(row.to_json()) == row
         assert len(tables.cells(row)) == len(tables.headings(row)) == 10
         assert f"{row.error_max:.1e} <= {row.error_limit:.1e}" in tables.cells(row)
@@ -363,7 +366,7 @@ def test_bytes_of_the_penalty_by_hand(dtype):
     size = dtype.itemsize
     elements, m_and_n = 8 * 16 + 4 * 2, 8 + 16 + 4 + 2
     assert case.bytes == 2 * size * elements + 4 * 3 * (m_and_n + 2)
-    ours = penalty_peers.ours(CPU)
+    ours = penalty_peers.ours(CPU, dtype)
     moved, extra = ([getattr(peer, name)(case) for peer in [*ours, *penalty_peers.PENALTY_PEERS]]
                     for name in ("moved", "extra"))  # fmt: skip
     widened = dtype != torch.float32
@@ -372,11 +375,13 @@ def test_bytes_of_the_penalty_by_hand(dtype):
     assert moved == [
         case.bytes,
         case.bytes + 2 * 3 * factors * widened,
+        *2 * widened * [case.bytes],
         2 * size * elements + factors,
         4 * size * elements + factors,
         3 * size * elements,
     ]
-    assert extra == [0, 4 * 3 * (12 + 18), scaled, scaled + size * 128, size * elements]
+    ours_extra = (1 + widened) * [0, 4 * 3 * (12 + 18)]
+    assert extra == [*ours_extra, scaled, scaled + size * 128, size * elements]
 
 
 def allocations(function: Callable[[], object]) -> tuple[object, int, int]:
@@ -394,14 +399,16 @@ def allocations(function: Callable[[], object]) -> tuple[object, int, int]:
 @pytest.mark.parametrize("case", cases.PENALTY_CASES["quick"], ids=lambda c: str(c.dtype))
 def test_extra_memory_is_what_is_allocated(case):
     tensors = case.tensors(CPU)
-    for peer in [*penalty_peers.ours(CPU), *penalty_peers.PENALTY_PEERS]:
+    for peer in [*penalty_peers.ours(CPU, case.dtype), *penalty_peers.PENALTY_PEERS]:
         function, kept, _ = allocations(lambda peer=peer: peer.prepare(tensors))
         _, left, most = allocations(function)
         assert left == 0
         aside = 0
         if peer.name == "ours":
             aside = 2 * 4 * 3 * max(m for m, _ in case.shapes)  # two layers' scaled factors
-        if case.dtype == torch.bfloat16 and peer.name != "_foreach_add_ of dense G":
+        if peer.variant == "torch, stochastic":
+            aside += 16 * min(case.largest, penalty.BLOCK_ELEMENTS)  # sums and random words of a block of rows
+        elif case.dtype == torch.bfloat16 and peer.name != "_foreach_add_ of dense G":
             aside += 2 * case.largest  # oneDNN's workspace
         assert peer.extra(case) <= kept + most <= peer.extra(case) + aside, peer.name
 
@@ -420,7 +427,7 @@ def slightly_off(tensors):
 @pytest.mark.parametrize("prepare", [all_but_the_last, slightly_off])
 def test_a_wrong_penalty_fails_its_gate_and_claims_nothing(prepare, dtype):
     case = dataclasses.replace(LAYERS, dtype=dtype)
-    (_, ours), peer = penalty_peers.ours(CPU), penalty_peers.PENALTY_PEERS[0]
+    (_, ours), peer = penalty_peers.ours(CPU, torch.float32), penalty_peers.PENALTY_PEERS[0]
     wrong = dataclasses.replace(peer, name="wrong", prepare=prepare)
     right, failed, other = runs.run_penalty(case, CONTEXT, peers=[ours, wrong, peer])
     assert (right.gate, failed.gate, other.gate) == (True, False, True)
@@ -442,13 +449,29 @@ def test_factors_lie_as_a_warm_refresh_leaves_them():
         assert getattr(made, name).shape == getattr(real, name).shape, name
 
 
+def test_the_row_of_stochastic_rounding_rounds_at_random():
+    """And every implementation alike."""
+    tensors = dataclasses.replace(LAYERS, dtype=torch.bfloat16).tensors(CPU)
+    grads = {}
+    for peer in penalty_peers.ours(CPU, torch.bfloat16):
+        runs.judge_penalty(peer, tensors)
+        grads[peer.variant] = [grad.clone() for grad in tensors.grads]
+    pairs = [zip(grads[impl], grads[f"{impl}, stochastic"], strict=True) for impl in ("cpu", "torch")]
+    different = [sum(int((a != b).sum()) for a, b in pair) for pair in pairs]
+    assert all(0.2 < count / LAYERS.parameters < 0.3 for count in different)  # a quarter are rounded the longer way
+    alike = zip(grads["cpu, stochastic"], grads["torch, stochastic"], strict=True)
+    assert sum(int((a != b).sum()) for a, b in alike) < 0.001 * LAYERS.parameters  # where fp32 sums differ
+
+
 def test_every_usable_implementation_is_measured_and_the_others_are_named(monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.setattr(ops, "problem_of", lambda impl, device: None)
-    assert [peer.variant for peer in penalty_peers.ours(cuda)] == ["cuda", "triton", "torch"]
-    assert [peer.variant for peer in penalty_peers.ours(CPU)] == ["cpu", "torch"]
+    assert [peer.variant for peer in penalty_peers.ours(cuda, torch.float32)] == ["cuda", "triton", "torch"]
+    assert [peer.variant for peer in penalty_peers.ours(CPU, torch.float32)] == ["cpu", "torch"]
     monkeypatch.setattr(ops, "problem_of", lambda impl, device: "no library" if impl == "cuda" else None)
-    assert [peer.variant for peer in penalty_peers.ours(cuda)] == ["triton", "torch"]
+    assert [peer.variant for peer in penalty_peers.ours(cuda, torch.float32)] == ["triton", "torch"]
+    bf16 = penalty_peers.ours(cuda, torch.bfloat16)
+    assert [peer.variant for peer in bf16] == ["triton", "torch", "triton, stochastic", "torch, stochastic"]
     assert penalty_peers.left_out(cuda) == ["impl='cuda' is left out: no library"]
     assert penalty_peers.left_out(CPU) == []
 
@@ -571,7 +594,7 @@ def test_penalty_command(tmp_path, monkeypatch):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     rows = timing.read_rows(file)
-    assert [row.dtype for row in rows] == 5 * ["float32"] + 5 * ["bfloat16"]
+    assert [row.dtype for row in rows] == 5 * ["float32"] + 7 * ["bfloat16"]
     assert {row.op for row in rows} == {"add_penalty_grad_"}
     assert CliRunner().invoke(app, ["penalty", "--case", "nonsense"]).exit_code == 2
     measured = []
