@@ -325,53 +325,94 @@ struct Step {
         inverse_root(everywhere(rule.inverse_root)) {}
 };
 
-// One vector of each tensor; the formula is at the top of adamw.cu.
-template <bool kDecoupled, bool kSome, typename T>
-inline void update(const Step& step, const T* grad, vec penalty, T* param, T* exp_avg, T* exp_avg_sq, int64_t count) {
-  vec g = load<kSome>(grad, count), m = load<kSome>(exp_avg, count), v = load<kSome>(exp_avg_sq, count);
-  vec p = load<kSome>(param, count);
-  g = fused(g, step.grad_factor, kDecoupled ? everywhere(-0.0f) : usable_sum(penalty));
-  m = fused(step.one_minus_beta1, g - m, m);
-  v = fused(step.one_minus_beta2 * g, g, step.beta2 * v);
-  p = fused(step.minus_decay, p, p);
-  p = p - step.step_size * m / fused(root(v), step.inverse_root, step.eps);
-  if (kDecoupled) p = p + usable_sum(penalty);
-  if (!kSome && std::is_same<T, Bfloat>::value && all_numbers(p)) {  // then so are m and v
-    *reinterpret_cast<svec*>(param) = upper(nearest(p));
-    *reinterpret_cast<svec*>(exp_avg) = upper(nearest(m));
-    *reinterpret_cast<svec*>(exp_avg_sq) = upper(nearest(v));
-    return;
+// Vectors side by side whose loads all come before their stores. CPUs make a load wait for an earlier store to an address
+// that is the same modulo 4096; one vector after the other, a row of Vh a little behind p in its page would wait for the
+// root and the quotient of the vector before. In so many the waits overlap; with fewer registers it gains nothing.
+#if defined(__AVX512F__)
+constexpr int kTogether = 4;
+#else
+constexpr int kTogether = 1;
+#endif
+
+// C vectors of each tensor; the formula is at the top of adamw.cu.
+template <int C, bool kDecoupled, bool kSome, typename T>
+inline void update(const Step& step, const T* grad, const vec (&penalty)[C], T* param, T* exp_avg, T* exp_avg_sq,
+                   int64_t count) {
+  vec g[C], m[C], v[C], p[C];
+#pragma GCC unroll 4
+  for (int i = 0; i < C; ++i) {
+    const int64_t j = i * kWidth;
+    g[i] = load<kSome>(grad + j, count);
+    m[i] = load<kSome>(exp_avg + j, count);
+    v[i] = load<kSome>(exp_avg_sq + j, count);
+    p[i] = load<kSome>(param + j, count);
   }
-  store<kSome>(param, p, count);
-  store<kSome>(exp_avg, m, count);
-  store<kSome>(exp_avg_sq, v, count);
+#pragma GCC unroll 4
+  for (int i = 0; i < C; ++i) {
+    g[i] = fused(g[i], step.grad_factor, kDecoupled ? everywhere(-0.0f) : usable_sum(penalty[i]));
+    m[i] = fused(step.one_minus_beta1, g[i] - m[i], m[i]);
+    v[i] = fused(step.one_minus_beta2 * g[i], g[i], step.beta2 * v[i]);
+    p[i] = fused(step.minus_decay, p[i], p[i]);
+    p[i] = p[i] - step.step_size * m[i] / fused(root(v[i]), step.inverse_root, step.eps);
+    if (kDecoupled) p[i] = p[i] + usable_sum(penalty[i]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < C; ++i) {
+    const int64_t j = i * kWidth;
+    if (!kSome && std::is_same<T, Bfloat>::value && all_numbers(p[i])) {  // then so are m and v
+      *reinterpret_cast<svec*>(param + j) = upper(nearest(p[i]));
+      *reinterpret_cast<svec*>(exp_avg + j) = upper(nearest(m[i]));
+      *reinterpret_cast<svec*>(exp_avg_sq + j) = upper(nearest(v[i]));
+      continue;
+    }
+    store<kSome>(param + j, p[i], count);
+    store<kSome>(exp_avg + j, m[i], count);
+    store<kSome>(exp_avg_sq + j, v[i], count);
+  }
 }
 
 // One row, since several at once are more streams than prefetchers follow; of N components, or `rank` where N is -1.
 template <int N, bool kDecoupled, typename T>
-inline void adamw_row(const AdamWRows& rows, const Step& step, int64_t r) {
-  const int64_t cols = rows.cols, rank = rows.rank, ldr = rows.ldr, start = r * rows.param_stride;
-  T* const param = static_cast<T*>(rows.param) + start;
-  T* const exp_avg = static_cast<T*>(rows.exp_avg) + start;
-  T* const exp_avg_sq = static_cast<T*>(rows.exp_avg_sq) + start;
-  const T* const grad = static_cast<const T*>(rows.grad) + r * rows.grad_stride;
-  const float *const left = rows.left + r * rank, *const right = rows.right;
+struct AdamWRow {
+  const AdamWRows& rows;
+  const Step& step;
+  T *param, *exp_avg, *exp_avg_sq;
+  const T* grad;
+  const float *left, *right;
   vec in_registers[N > 0 ? N : 1];
+
+  AdamWRow(const AdamWRows& all, const Step& its_step, int64_t r)
+      : rows(all),
+        step(its_step),
+        param(static_cast<T*>(all.param) + r * all.param_stride),
+        exp_avg(static_cast<T*>(all.exp_avg) + r * all.param_stride),
+        exp_avg_sq(static_cast<T*>(all.exp_avg_sq) + r * all.param_stride),
+        grad(static_cast<const T*>(all.grad) + r * all.grad_stride),
+        left(all.left + r * all.rank),
+        right(all.right) {
 #pragma GCC unroll 4
-  for (int i = 0; i < N; ++i) in_registers[i] = everywhere(left[i]);
-  vec penalty;
-  int64_t j = 0;
-  for (; j + kWidth <= cols; j += kWidth) {
-    if (N < 0)
-      products<1, false>(left, right + j, ldr, rank, kWidth, &penalty);
-    else
-      penalty = product<N, false>(in_registers, right + j, ldr, kWidth);
-    update<kDecoupled, false>(step, grad + j, penalty, param + j, exp_avg + j, exp_avg_sq + j, kWidth);
+    for (int i = 0; i < N; ++i) in_registers[i] = everywhere(left[i]);
   }
-  if (j == cols) return;
-  products<1, true>(left, right + j, ldr, rank, cols - j, &penalty);
-  update<kDecoupled, true>(step, grad + j, penalty, param + j, exp_avg + j, exp_avg_sq + j, cols - j);
-}
+  // C vectors from column j on; the last `count` columns if kSome.
+  template <int C, bool kSome = false>
+  void columns(int64_t j, int64_t count = kWidth) const {
+    vec penalty[C];
+#pragma GCC unroll 4
+    for (int i = 0; i < C; ++i) {
+      if (N < 0 || kSome)
+        products<1, kSome>(left, right + j + i * kWidth, rows.ldr, rows.rank, count, penalty + i);
+      else
+        penalty[i] = product<N, false>(in_registers, right + j + i * kWidth, rows.ldr, kWidth);
+    }
+    update<C, kDecoupled, kSome>(step, grad + j, penalty, param + j, exp_avg + j, exp_avg_sq + j, count);
+  }
+  void all() const {
+    int64_t j = 0;
+    for (; j + kTogether * kWidth <= rows.cols; j += kTogether * kWidth) columns<kTogether>(j);
+    for (; j + kWidth <= rows.cols; j += kWidth) columns<1>(j);
+    if (j < rows.cols) columns<1, true>(j, rows.cols - j);
+  }
+};
 
 template <bool kDecoupled, typename T>
 void adamw_rows_of(const AdamWRows& rows, const AdamWRule& rule) {
@@ -379,19 +420,19 @@ void adamw_rows_of(const AdamWRows& rows, const AdamWRule& rule) {
   for (int64_t r = 0; r < rows.rows; ++r) {
     switch (rows.rank) {
       case 0:
-        adamw_row<0, kDecoupled, T>(rows, step, r);
+        AdamWRow<0, kDecoupled, T>(rows, step, r).all();
         break;
       case 1:
-        adamw_row<1, kDecoupled, T>(rows, step, r);
+        AdamWRow<1, kDecoupled, T>(rows, step, r).all();
         break;
       case 2:
-        adamw_row<2, kDecoupled, T>(rows, step, r);
+        AdamWRow<2, kDecoupled, T>(rows, step, r).all();
         break;
       case 3:
-        adamw_row<3, kDecoupled, T>(rows, step, r);
+        AdamWRow<3, kDecoupled, T>(rows, step, r).all();
         break;
       default:
-        adamw_row<-1, kDecoupled, T>(rows, step, r);
+        AdamWRow<-1, kDecoupled, T>(rows, step, r).all();
     }
   }
 }
