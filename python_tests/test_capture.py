@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from s2d_kernels.capture import ActivationCapture, GraphCapture
@@ -165,6 +166,125 @@ def test_a_linear_that_returns_its_bias_beside_the_output() -> None:
     x = torch.randn(5, 9)
     layer(x)
     check(capture, "weight", layer.weight.detach(), x)
+
+
+# --- subclasses that are called otherwise than their base ---------------------------------------------------------
+
+
+class Named(nn.Linear):
+    def forward(self, h: Tensor, scale: float = 1.0) -> Tensor:
+        return super().forward(h) * scale
+
+
+class Indexed(nn.Linear):
+    def forward(self, index: object, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x)
+
+
+class InDict(nn.Linear):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"norm": x.norm(), "out": super().forward(x)}
+
+
+class Second(nn.Linear):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.norm(), super().forward(x)
+
+
+class Pixels(nn.Conv2d):
+    def forward(self, step: int, pixels: Tensor) -> Tensor:
+        return super().forward(pixels)
+
+
+GENERATOR = torch.Generator().manual_seed(0)
+X, OTHER, IMAGE = (torch.randn(shape, generator=GENERATOR) for shape in ((5, 9), (5, 9), (2, 3, 12, 8)))
+UNAMBIGUOUS = {
+    "another name": (Named, (), {"h": X, "scale": 1.0}),
+    "the usual name": (nn.Linear, (), {"input": X}),
+    "after a number": (Indexed, (0, X), {}),
+    "after integers": (Indexed, (torch.arange(9), X), {"mask": torch.ones(5, 5)}),
+    "the first": (Named, (X,), {"scale": torch.ones(9)[:1]}),
+    "output in a dict": (InDict, (X,), {}),
+    "second output": (Second, (X,), {}),
+    "patches": (Pixels, (7,), {"pixels": IMAGE}),
+}
+
+
+@pytest.mark.parametrize("how", ["hooks", "graph", "compiled"])
+@pytest.mark.parametrize("case", list(UNAMBIGUOUS))
+def test_a_subclass_with_another_signature(case: str, how: str) -> None:
+    kind, args, kwargs = UNAMBIGUOUS[case]
+    layer = kind(3, 10, 4, stride=4) if kind is Pixels else kind(9, 10)
+    matrices = find_matrices(layer)[0]
+    capture = ActivationCapture(matrices) if how == "hooks" else GraphCapture(matrices)
+    run = torch.compile(layer, backend="eager", fullgraph=True) if how == "compiled" else layer
+    capture.start()
+    run(*args, **kwargs)
+    rows = X if kind is not Pixels else F.unfold(IMAGE, 4, stride=4).mT.reshape(-1, 48)
+    check(capture, "weight", layer.weight.detach().flatten(1), rows)
+
+
+def test_attention_with_another_signature() -> None:
+    class Own(nn.MultiheadAttention):
+        def forward(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
+            return super().forward(h, h, h, attn_mask=mask)[0]
+
+    attention = Own(8, 2)
+    x = torch.randn(5, 3, 8)
+    capture = started(attention)
+    attention(x, torch.zeros(5, 5, dtype=torch.bool))
+    captured = capture.stop()
+    for start in (0, 8, 16):
+        value, neuron, _ = brute_force(attention.in_proj_weight.detach()[start : start + 8], x.reshape(-1, 8))
+        got = captured[f"in_proj_weight[{start}:{start + 8}]"]
+        assert (got.value.item(), got.neuron) == (pytest.approx(value, rel=1e-5), neuron)
+
+
+class Gated(nn.Linear):
+    def forward(self, *, h: Tensor, gate: Tensor) -> Tensor:
+        return super().forward(h * gate)
+
+
+class Listed(nn.Linear):
+    def forward(self, parts: list[Tensor]) -> Tensor:
+        return super().forward(sum(parts))
+
+
+class Pooled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mean(0, keepdim=True))
+
+
+class Cut(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[..., :5]
+
+
+AMBIGUOUS = {
+    Gated: (
+        (),
+        {"h": X, "gate": OTHER},
+        r"expected one input with size 9 in dimension -1 among \[\(5, 9\), \(5, 9\)\]",
+    ),
+    Listed: (([X, OTHER],), {}, r"expected one input with size 9 in dimension -1 among \['list'\]"),
+    Pooled: ((X,), {}, "5 input rows on cpu do not fit 1 output rows on cpu"),
+    Cut: ((X,), {}, r"expected one output with size 27 in dimension -1 among \[\(5, 5\)\]"),
+}
+
+
+@pytest.mark.parametrize("how", ["hooks", "graph"])
+@pytest.mark.parametrize("kind", list(AMBIGUOUS))
+def test_what_cannot_be_told_names_the_layer_and_the_way_out(kind: type[nn.Linear], how: str) -> None:
+    args, kwargs, fault = AMBIGUOUS[kind]
+    model = nn.ModuleDict({"qkv": kind(9, 27)})
+    matrices = find_matrices(model)[0]
+    assert len(matrices) == 3
+    capture = ActivationCapture(matrices) if how == "hooks" else GraphCapture(matrices)
+    capture.start()
+    advice = r"Leave it out with select=\[\('\^qkv.weight\$', False\)\]"
+    with pytest.raises(TypeError, match=rf"a call of {kind.__name__} 'qkv.weight': {fault}. {advice}"):
+        model["qkv"](*args, **kwargs)
+    assert find_matrices(model, select=[("^qkv.weight$", False)])[0] == []
 
 
 # --- the operation that stays in the graph ------------------------------------------------------------------------

@@ -15,8 +15,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from s2d_kernels import demo
-from s2d_kernels.__main__ import app
+from s2d_kernels import demo, ops, topk_svd
+from s2d_kernels.__main__ import app, console
 
 RUNNER = CliRunner()
 
@@ -26,6 +26,25 @@ def test_env_names_versions_and_every_operation() -> None:
     assert result.exit_code == 0
     for words in ("torch", "numpy", "triton", "cupy", "topk_svd", "add_penalty_grad_", "integer_linear", "cpu: torch"):
         assert words in result.output
+
+
+def test_env_lists_as_usable_what_runs_and_gives_the_reason_of_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "width", 1000)
+    monkeypatch.delenv("S2D_NATIVE", raising=False)
+    monkeypatch.setenv("S2D_LIBRARY", "/nowhere/libs2d.so")
+    output = RUNNER.invoke(app, ["env"]).output
+    listed = re.search(r"│ topk_svd +│ cpu: \w+ \(usable: ([\w, ]+)\)", output).group(1).split(", ")
+    assert {"reference", "torch"} <= set(listed)
+    assert "cuda" not in listed
+    for impl in ops.IMPLS:
+        reason = re.search(rf"│ impl={impl} +│ not usable on cpu: (.*?) +│", output)
+        if impl in listed:
+            assert reason is None
+            topk_svd([torch.randn(9, 8)], k=1, impl=impl)
+        else:
+            assert reason.group(1) == (ops.problem_of(impl, torch.device("cpu")) or "it takes CUDA tensors")
+            with pytest.raises(ValueError, match=f"impl='{impl}'"):
+                topk_svd([torch.randn(9, 8)], k=1, impl=impl)
 
 
 def test_validate_exit_codes() -> None:

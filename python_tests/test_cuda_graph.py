@@ -13,12 +13,12 @@ from s2d_kernels import S2D
 STEPS, FIRST = 40, 5  # steps in all, and eager ones before the capture: the first factors arrive at step 3
 
 
-def trained(device: torch.device, *, strength: float, graph: bool) -> tuple[list[Tensor], int]:
+def trained(device: torch.device, *, strength: float, graph: bool, impl: str) -> tuple[list[Tensor], int]:
     """The weights after training with S2D, and how often the captured step was replayed."""
     model, v = spiked_model()
     model = model.to(device)
     x = torch.zeros(16, 32, device=device)
-    reg = S2D(model, strength=strength, interval=10, lead=3, static_factors=True, impl="cuda")
+    reg = S2D(model, strength=strength, interval=10, lead=3, static_factors=True, impl=impl)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     step_in_graph, replays = torch.cuda.CUDAGraph(), 0
 
@@ -50,16 +50,17 @@ def trained(device: torch.device, *, strength: float, graph: bool) -> tuple[list
     return [parameter.detach().cpu() for parameter in model.parameters()], replays
 
 
-def test_a_captured_step_trains_as_eager_ones_do_across_refreshes(device: torch.device) -> None:
+@pytest.mark.parametrize("impl", ["cuda", "triton"])
+def test_a_captured_step_trains_as_eager_ones_do_across_refreshes(impl: str, device: torch.device) -> None:
     """Steps 10, 20 and 30 are refresh steps and run eagerly; the graph then takes their factors without a new capture.
 
     A library may choose another algorithm for a product in a captured step, so that the last bits may differ.
     """
     if device.type != "cuda":
         pytest.skip("needs a GPU: pytest --device cuda")
-    eager, none = trained(device, strength=2e-3, graph=False)
-    captured, replays = trained(device, strength=2e-3, graph=True)
-    without, _ = trained(device, strength=0.0, graph=True)
+    eager, none = trained(device, strength=2e-3, graph=False, impl=impl)
+    captured, replays = trained(device, strength=2e-3, graph=True, impl=impl)
+    without, _ = trained(device, strength=0.0, graph=True, impl=impl)
     assert (none, replays) == (0, STEPS - FIRST - 3)
     for one, other in zip(eager, captured, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

@@ -386,6 +386,26 @@ def test_only_and_what_the_log_says(caplog: pytest.LogCaptureFixture) -> None:
         assert any(f"{name} " in message and rows[name].reason in message for message in caplog.messages)
 
 
+def test_matrices_outside_of_linear_layers_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+    """Mixtures of experts and GPT-2's Conv1D hold most of a model where nothing is quantized."""
+    caplog.set_level("INFO")
+    model = nn.Module()
+    model.up = nn.Linear(10, 10, bias=False)
+    model.experts = nn.Module()
+    model.experts.gate = nn.Parameter(torch.zeros(4, 10, 10))
+    model.experts.scale = nn.Parameter(torch.ones(10))
+    rows = quantize_(model)
+    assert [(row.name, row.shape, row.decision) for row in rows] == [
+        ("up", (10, 10), "quantize"),
+        ("experts.gate", (4, 10, 10), "skip"),
+    ]
+    assert rows[1].reason == "a parameter of Module, which is no linear layer"
+    assert "1 layers are fake-quantized, 19.6 % of the parameters" in caplog.text
+    assert "experts.gate [4, 10, 10] stays float" in caplog.text
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got list"):
+        quantize_([model])
+
+
 def test_a_head_is_converted_where_a_pattern_names_it_alone() -> None:
     x = inputs()[0]
     for only, converted in (

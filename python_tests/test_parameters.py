@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -191,3 +194,38 @@ def test_a_model_on_several_devices_or_without_data_is_refused() -> None:
         S2D(spread)
     with pytest.raises(NotImplementedError, match=r"'0.weight' is on the meta device: load the weights"):
         S2D(nn.Sequential(nn.Linear(32, 32, device="meta")))
+
+
+def test_parameters_unfrozen_later_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(3)))
+    model[0].requires_grad_(False)
+    reg = S2D(model, interval=2, lead=0)
+    for step in range(5):
+        if step == 1:
+            model[0].requires_grad_(True)
+        model(torch.randn(8, 32)).sum().backward()
+        reg.add_grad()
+        warnings = [r.getMessage() for r in caplog.records if "frozen when it was built" in r.getMessage()]
+        assert len(warnings) == (step >= 2)  # at the refresh step after it
+    assert "S2D: 1 parameters that were" in warnings[0]  # its bias is no matrix
+    assert "(first: 0.weight)" in warnings[0]
+    reg.close()
+
+
+def test_an_s2d_says_that_it_cannot_be_copied() -> None:
+    model = nn.Sequential(nn.Linear(32, 32))
+    model.reg = S2D(model)
+    for copying in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"S2D cannot be copied or pickled: .* Store state_dict\(\)"):
+            copying(model)
+    model.reg.close()
+
+
+def test_names_of_implementations_and_states_are_checked() -> None:
+    model = nn.Sequential(nn.Linear(32, 32))
+    with pytest.raises(ValueError, match="impl='x' is none of"):
+        S2D(model, impl="x")
+    reg = S2D(model)
+    with pytest.raises(TypeError, match=r"state must be what S2D.state_dict\(\) returned, got NoneType"):
+        reg.load_state_dict(None)
+    reg.close()

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from s2d_kernels import quantizers
+from s2d_kernels import quantize_, quantizers
 from s2d_kernels.quant_ops import (
     fake_quant_linear,
     integer_accumulator,
@@ -110,6 +110,25 @@ def check_operators(
     check_replays(run, [x, weight, bias], capture)
 
 
+def check_ptq_layer(impl: str, device: torch.device, capture: Callable[[Run], Run]) -> None:
+    """A mode="ptq" layer, whose weight changes between replays and whose eager forwards keep codes of it."""
+    layer, x = nn.Linear(K, N, device=device), torch.ones(M, K, device=device)
+    quantize_(layer, mode="ptq", impl=impl)
+
+    @torch.no_grad()
+    def run() -> list[Tensor]:
+        return [layer(x)]
+
+    check_replays(run, [x, layer.weight, layer.bias], capture)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_ptq_layer_in_a_cuda_graph(impl: str, device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("needs a GPU: pytest --device cuda")
+    check_ptq_layer(impl, device, captured)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("settings", LAYERS.values(), ids=LAYERS)
 @pytest.mark.parametrize("impl", IMPLS)
@@ -145,7 +164,10 @@ def test_the_checks_themselves(device: torch.device) -> None:
     for settings in LAYERS.values():
         check_layer("torch", settings, torch.float32, device, called_again)
     check_operators("torch", GROUPED, "per_tensor", device, called_again)
+    check_ptq_layer("torch", device, called_again)
     with pytest.raises(AssertionError):
         check_layer("torch", {}, torch.bfloat16, device, frozen)
     with pytest.raises(AssertionError):
         check_operators("torch", {}, "per_token", device, frozen)
+    with pytest.raises(AssertionError):
+        check_ptq_layer("torch", device, frozen)

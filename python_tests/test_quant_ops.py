@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from s2d_kernels import integer_gemm, quantizers, reference
+from s2d_kernels import integer_gemm, ops, quantizers, reference
 from s2d_kernels.quant_ops import (
     fake_quant_linear,
     integer_accumulator,
@@ -640,12 +640,12 @@ def test_fake_tensors_leave_nothing_behind() -> None:
 def test_a_table_made_in_a_capture_is_not_kept_but_a_kept_one_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = torch.tensor([[5]], dtype=torch.uint8)
     quantizers._bits_of_bytes_on.clear()
-    monkeypatch.setattr(quantizers, "_capturing", lambda device: True)
+    monkeypatch.setattr(ops, "capturing", lambda device: True)
     assert unpack_mask(mask, 3).tolist() == [[True, False, True]]
     assert not quantizers._bits_of_bytes_on
     monkeypatch.undo()
     unpack_mask(mask, 3)
-    monkeypatch.setattr(quantizers, "_capturing", lambda device: True)
+    monkeypatch.setattr(ops, "capturing", lambda device: True)
     monkeypatch.setattr(quantizers, "_bits_of_bytes", lambda device: pytest.fail("there is one"))
     assert unpack_mask(mask, 3).tolist() == [[True, False, True]]
 

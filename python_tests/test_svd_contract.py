@@ -119,3 +119,13 @@ def test_contract(name: str, impl: str, device: torch.device, monkeypatch: pytes
         pytest.skip("too slow in Triton's interpreter: test_triton_svd.py has both for narrow blocks")
     where = torch.device("cpu") if impl == "cpu" else device
     CHECKS[name](impl, where, *([EXAMPLES[impl]] if name == "properties" else []))
+
+
+def test_a_warm_start_of_another_shape_is_refused_on_either_side() -> None:
+    for m, n in ((40, 60), (60, 40), (5, 5)):
+        (before,) = topk_svd([torch.randn(m, n)], k=2)
+        for start in (before, before.basis):
+            topk_svd([torch.randn(m, n)], k=2, warm=[start])
+            for shape in ((m + 1, n), (m, n + 1), (m - 1, n), (m, n - 1), (50 * m, n), (m, 50 * n)):
+                with pytest.raises(ValueError, match=r"warm\[0\] has U .* do not fit weights\[0\] of shape"):
+                    topk_svd([torch.randn(*shape)], k=2, warm=[start])

@@ -131,12 +131,12 @@ def validate(
 
 @app.command()
 def env() -> None:
-    """Versions, devices, and which implementation each operation would choose: paste it into a bug report."""
+    """Versions, devices, which implementations are usable here and would be chosen: paste it into a bug report."""
     import numpy
     import torch
 
     import s2d_kernels
-    from s2d_kernels import _native, _native_cpu, ops
+    from s2d_kernels import _native, _native_cpu, ops, validation
 
     table = Table(title="s2d_kernels environment", show_header=False)
     table.add_row("s2d_kernels", f"{s2d_kernels.__version__} ({Path(s2d_kernels.__file__).parent})")
@@ -162,11 +162,20 @@ def env() -> None:
         table.add_row("native library", f"{problem} (this package needs ABI {_native.ABI_VERSION})")
     cpu_problem = _native_cpu.problem()
     table.add_row("CPU library", cpu_problem or f"{_native_cpu.library_path()}, {_native_cpu.capability()}")
+    devices = [torch.device(kind) for kind in ("cpu", "cuda") if kind == "cpu" or torch.cuda.is_available()]
+    usable = {device: ("reference", *validation.usable(device)) for device in devices}
+    for device in devices:
+        for impl in ops.IMPLS:
+            if impl not in usable[device]:
+                reason = ops.problem_of(impl, device) or "it takes CUDA tensors"
+                table.add_row(f"impl={impl}", f"not usable on {device}: {reason}")
     table.add_section()
     for op in ops.names():
-        devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-        chosen = ", ".join(f"{device}: {ops.choose(op, None, torch.device(device))}" for device in devices)
-        table.add_row(op, f"{chosen} (available: {', '.join(ops.available(op))})")
+        cells = []
+        for device in devices:
+            here = ", ".join(impl for impl in ops.available(op) if impl in usable[device])
+            cells.append(f"{device}: {ops.choose(op, None, device)} (usable: {here})")
+        table.add_row(op, "; ".join(cells))
     console.print(table)
 
 

@@ -6,8 +6,8 @@ import dataclasses
 import logging
 import sys
 import weakref
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +119,8 @@ class ActivationCapture:
     Only calls with gradients enabled count, so validation in between does not. Several calls (gradient accumulation,
     a module used twice) give the maximum over the calls; a repeated forward (activation checkpointing) changes
     nothing. Rows of the input that hold NaN or Inf are left out; an output that overflows to Inf from a finite row is
-    the largest there is. Nothing is read back to the host.
+    the largest there is. Nothing is read back to the host. A call whose input or output cannot be told is a TypeError
+    that names the layer.
 
     The hooks hold this object weakly: where it is dropped, or the model is copied or pickled, they do nothing.
     """
@@ -189,8 +190,9 @@ class ActivationCapture:
                 f"a replica of a {type(module).__name__} ran, as nn.DataParallel makes them. S2D is not supported "
                 "there: train on one GPU, without DataParallel"
             )
-        with exact_arithmetic(output[0].device if isinstance(output, tuple | list) else output.device):
-            for matrix in self._by_module[module]:
+        matrices = self._by_module[module]
+        with exact_arithmetic(matrices[0].parameter.device):
+            for matrix in matrices:
                 self._keep_larger(matrix, *_inputs_and_outputs(matrix, module, args, kwargs, output))
 
     def _keep_larger(self, matrix: Matrix, x: Tensor, y: Tensor, bias: Tensor | None) -> None:
@@ -324,23 +326,66 @@ def _by_module(matrices: Iterable[Matrix]) -> dict[nn.Module, list[Matrix]]:
 def _inputs_and_outputs(
     matrix: Matrix, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Input rows x `[tokens, n]`, the output y `[tokens, m]`, and the bias in it, of one call of a module."""
+    """Input rows x `[tokens, n]`, the output y `[tokens, m]`, and the bias in it, of one call of a module.
+
+    A subclass may be called otherwise than its base: then they must be the only tensors of their size.
+
+    Raises:
+        TypeError: naming the layer, where they are not.
+    """
     block = slice(matrix.start, matrix.stop)
+    rows, columns = matrix.parameter.shape[:2]
+    given = (*args, *kwargs.values())
     if matrix.kind == "attention":
         # The projected values stay inside the attention function: recompute this block's.
         position = matrix.start // module.embed_dim
-        names = ("query", "key", "value")
-        x = args[position] if len(args) > position else kwargs[names[position]]
-        x = x.reshape(-1, x.shape[-1])
+        name = ("query", "key", "value")[position]
+        x = args[position] if len(args) > position else kwargs.get(name)
+        x = _pick(matrix, module, name, x, given, columns)
+        x = x.reshape(-1, columns)
         return x, F.linear(x, matrix.rows(matrix.parameter).to(x.dtype)), None
-    x = args[0] if args else kwargs["input"]
-    bias = module.bias
-    output = output[0] if isinstance(output, tuple | list) else output  # some subclasses return the bias beside it
+    x = _pick(matrix, module, "input", args[0] if args else kwargs.get("input"), given, columns)
+    if isinstance(output, tuple | list):
+        y = _pick(matrix, module, "output", output[0] if output else None, output, rows)  # the bias may be beside it
+    else:
+        named = tuple(output.values()) if isinstance(output, Mapping) else (output,)
+        y = _pick(matrix, module, "output", output, named, rows)
     if matrix.kind == "patch":
         x = x if x.ndim == 4 else x.unsqueeze(0)
-        y = output if output.ndim == 4 else output.unsqueeze(0)
+        y = y if y.ndim == 4 else y.unsqueeze(0)
         x = F.unfold(x, module.kernel_size, stride=module.stride).mT.reshape(-1, matrix.shape[1])
-        y = y.flatten(2).mT.reshape(-1, y.shape[1])
+        y = y.flatten(2).mT.reshape(-1, rows)
     else:
-        x, y = x.reshape(-1, x.shape[-1]), output.reshape(-1, output.shape[-1])
+        x, y = x.reshape(-1, columns), y.reshape(-1, rows)
+    if len(x) != len(y) or x.device != y.device:
+        fault = f"{len(x)} input rows on {x.device} do not fit {len(y)} output rows on {y.device}"
+        raise _refusal(matrix, module, fault)
+    bias = module.bias
     return x, y[:, block], bias[block] if isinstance(bias, Tensor) else None
+
+
+def _pick(matrix: Matrix, module: nn.Module, role: str, usual: object, given: Sequence[object], size: int) -> Tensor:
+    """`usual` if it is a tensor of the layer's `size`, else the only such one of those `given`."""
+    axis = -3 if matrix.kind == "patch" else -1
+
+    def fits(value: object) -> TypeGuard[Tensor]:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return False
+        return (value.ndim in (3, 4) if axis == -3 else value.ndim > 0) and value.shape[axis] == size
+
+    if fits(usual):
+        return usual
+    found = [value for value in given if fits(value)]
+    if len(found) != 1:
+        seen = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in given]
+        fault = f"expected one {role} with size {size} in dimension {axis} among {seen}"
+        raise _refusal(matrix, module, fault)
+    return found[0]
+
+
+def _refusal(matrix: Matrix, module: nn.Module, fault: str) -> TypeError:
+    name = matrix.name.removesuffix(f"[{matrix.start}:{matrix.stop}]")
+    return TypeError(
+        f"S2D cannot follow a call of {type(module).__name__} {name!r}: {fault}. Leave it out with "
+        f"select=[({f'^{name}$'!r}, False)]"
+    )

@@ -8,10 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from s2d_kernels.penalty import BLOCK_ELEMENTS, LowRank, added, screened
-
-# As BLOCK_ELEMENTS, on a GPU: large enough that a launch costs less than the block.
-GPU_BLOCK_ELEMENTS = 2**22
+from s2d_kernels.penalty import LowRank, added, rows_of_a_block, screened
 
 
 class PenalizedRows(NamedTuple):
@@ -61,8 +58,7 @@ def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _blocks(grad: Tensor, low_rank: LowRank | None) -> list[tuple[Tensor, LowRank | None]]:
-    elements = BLOCK_ELEMENTS if grad.device.type == "cpu" else GPU_BLOCK_ELEMENTS
-    rows = max(1, elements // max(grad.shape[1], 1))
+    rows = rows_of_a_block(grad)
     parts = []
     for first in range(0, len(grad), rows):
         left = None if low_rank is None else low_rank._replace(left=low_rank.left[first : first + rows])

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from s2d_kernels import ops, quant_ops, quantizers
 from s2d_kernels.evaluation import run_batches
@@ -23,6 +24,24 @@ logger = logging.getLogger("s2d_kernels")
 
 SMALLEST_RANGE = 2**8 * SMALLEST_SCALE  # of at most 2^8 - 1 steps, each a normal number
 KEPT_CODES = "_weight_codes"  # attribute of a mode="ptq" layer: its weight, when that was, and its codes
+
+
+class _OptimizerSteps:
+    """Counts the steps of all optimizers from the first question on: fused ones change weights but no version."""
+
+    count = 0
+    handle: torch.utils.hooks.RemovableHandle | None = None
+
+    @classmethod
+    def so_far(cls) -> int:
+        if cls.handle is None:
+            cls.handle = register_optimizer_step_post_hook(cls._add)
+        return cls.count
+
+    @classmethod
+    def _add(cls, *_: Any) -> None:
+        cls.count += 1
+
 
 _DEFAULTS: dict[str, Any] = {
     "weight_bits": 4,
@@ -213,11 +232,16 @@ class _FakeQuantized(nn.Module):
         )
 
     def _kept_codes(self) -> QuantizedOperand:
-        """`quantized_weight()`, computed again only after the weight was written, moved or replaced."""
+        """`quantized_weight()`, computed again only after the weight was written, moved or replaced.
+
+        A captured CUDA graph computes them at each replay: kept ones would be freed under it when the weight changes,
+        and those made in a capture are not there before its first replay.
+        """
         weight = self.weight
-        if weight.is_inference():  # these do not count their changes
+        if weight.is_inference() or ops.capturing(weight.device):  # inference tensors do not count their changes
             return self.quantized_weight()
-        key = (weight._version, weight.data_ptr(), weight.dtype, weight.device, *self.weight_settings().values())
+        steps = _OptimizerSteps.so_far() if weight.requires_grad else 0
+        key = (weight._version, steps, weight.data_ptr(), weight.dtype, weight.device, *self.weight_settings().values())
         # Another tensor may get a freed one's address and starts at the same version: the object itself must be ours.
         kept = self.__dict__.get(KEPT_CODES)
         if kept is None or kept[0]() is not weight or kept[1] != key:
@@ -237,10 +261,14 @@ class _FakeQuantized(nn.Module):
             f"{'static' if self.static else 'dynamic'}{', learned' if self.learn_range else ''}"
         )
 
+    def train(self, mode: bool = True) -> Self:
+        self.__dict__.pop(KEPT_CODES, None)  # replays of a captured training step change no version and call no hook
+        return super().train(mode)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self.__dict__.pop(KEPT_CODES, None)  # two casts can put other values at the old address
         ranges = {name: getattr(self, name).detach() for name in self._range_names()}
         super()._apply(fn, recurse)
-        self.__dict__.pop(KEPT_CODES, None)  # two casts can put other values at the old address
         # A range rounded to bf16 would change codes. Moving is allowed, casting is undone.
         for name, value in ranges.items():
             moved = getattr(self, name)
@@ -410,7 +438,7 @@ class FakeQuantPatchEmbedding(_FakeQuantized, nn.Conv2d):
 
 
 class LayerDecision(NamedTuple):
-    """One row of `quantize_`'s report: name and shape of the layer, "quantize" or "skip", and the reason."""
+    """A row of `quantize_`'s report: name and shape of a layer or parameter, "quantize" or "skip", and the reason."""
 
     name: str
     shape: tuple[int, ...]
@@ -460,21 +488,24 @@ def quantize_(
             converted. One that matches other layers too, such as ".", leaves the heads alone.
         skip: regular expressions likewise; matching layers are left alone.
         mode: "qat": the weights are trained on, and rounded in each forward. "ptq": they are finished; each weight is
-            rounded to nearest once and its codes are used again in forwards without gradients until it changes (a write
-            through `.data` goes unnoticed). Both give the same bits.
+            rounded to nearest once and its codes are used again in forwards without gradients until it changes or
+            `train()` or `eval()` is called (only a write through `.data` goes unnoticed, and replays of a captured
+            training step do until then). Both give the same bits.
         learn_range: as `FakeQuantLinear`; the calibrated ranges are where learning starts. Hand the new parameters to
             the optimizer.
         show_progress: show a progress bar of the calibration; needs rich.
 
     Returns:
-        One `LayerDecision` per linear layer, convolution and embedding, in the order of `named_modules`. The
-        model is unchanged if this raises.
+        One `LayerDecision` per linear layer, convolution and embedding, in the order of `named_modules`, then one per
+        matrix that is a parameter of another module, such as a stack of experts. The model is unchanged if this raises.
 
     Raises:
-        TypeError: an argument of the wrong type, such as one batch in place of an iterable of batches.
+        TypeError: an argument of the wrong type, such as one batch in place of an iterable of batches, or no module.
         ValueError: settings that do not fit a layer, a pattern that matches no layer, an empty calibration, or an
             activation with NaN or Inf in it.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     given = {
         "weight_bits": weight_bits,
         "act_bits": act_bits,
@@ -535,7 +566,9 @@ def quantize_(
             source = "dynamic range" if static is None else f"static range [{static[0]:.6g}, {static[1]:.6g}]"
             report[index] = row._replace(reason=f"W{weight_bits}A{act_bits}, {source}{row.reason}")
     if layers:
-        logger.info("quantize_: %d of %d layers are fake-quantized", len(layers), len(report))
+        total = sum(p.numel() for p in model.parameters() if not is_lazy(p))
+        share = 100 * sum(layer.weight.numel() for layer in layers.values()) / total
+        logger.info("quantize_: %d layers are fake-quantized, %.3g %% of the parameters", len(layers), share)
         for row in report:
             if row.decision == "skip":
                 logger.info("quantize_: %s %s stays float: %s", row.name, list(row.shape), row.reason)
@@ -604,6 +637,12 @@ def _decide(
         decision = "quantize" if reason is None else "skip"
         shape = () if is_lazy(layer.weight) else tuple(layer.weight.shape)
         report.append(LayerDecision(name, shape, decision, (reason or "") + also))
+    for name, module in model.named_modules():
+        if module not in names:
+            for of_module, parameter in module.named_parameters(name, recurse=False):
+                if not is_lazy(parameter) and parameter.ndim >= 2:
+                    why = f"a parameter of {type(module).__name__}, which is no linear layer"
+                    report.append(LayerDecision(of_module, tuple(parameter.shape), "skip", why))
     return layers, report
 
 

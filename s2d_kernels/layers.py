@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from s2d_kernels import reference
+from s2d_kernels import ops, reference
 from s2d_kernels.penalty import penalty_coefficients
 from s2d_kernels.selection import PCDR
+from s2d_kernels.static_memory import Chosen, on_device
 from s2d_kernels.svd import CONVERGED, SVDBasis, TopkSVD, warm_width
+
+DEVIATION_WARNING = 0.3
+DEVIATION_LIMIT = 1.0
 
 
 class LayerReport(NamedTuple):
@@ -122,6 +126,66 @@ def decay(layers: Sequence[LayerState], rates: Sequence[float], *, strength: flo
     return list(changes)
 
 
+def overshoots(
+    layers: Mapping[str, LayerState], rates: Mapping[str, float], *, interval: int, strength: float, power: float
+) -> dict[str, str]:
+    """Of the decided layers whose stale factors overshoot by interval * lr * strength * s_1^(power-1), what to warn of.
+
+    Raises:
+        ValueError: it is `DEVIATION_LIMIT` and more.
+    """
+    found = {}
+    for name, rate in rates.items():
+        layer = layers[name]
+        c = interval * rate * strength * layer.sigma ** (power - 1) if layer.rank else 0.0
+        if c < DEVIATION_WARNING:
+            continue
+        found[name] = (
+            f"interval * lr * strength * s_1^(power-1) = {c:.3g} on {name!r} (s_1 = {layer.sigma:.4g}, "
+            f"lr / (1 - momentum) = {rate:.3g}): factors {interval} steps old overshoot"
+        )
+        if c >= DEVIATION_LIMIT:
+            raise ValueError(f"{found[name]}; lower interval or strength, or use mode='decoupled', which is exact")
+    return found
+
+
+class StaticFactors:
+    """Ranks and coefficients of S2D(static_factors=True), whose factors are written in place too.
+
+    Attributes:
+        ranks: int32 `[layers]` on the device.
+    """
+
+    def __init__(self, layers: Sequence[LayerState], device: torch.device) -> None:
+        self.ranks = torch.zeros(len(layers), dtype=torch.int32, device=device)
+        self._chosen = Chosen(self.ranks)
+        self._S = [layer.basis.S[: len(layer.S)] for layer in layers]
+        self._coefficients = [torch.zeros_like(S) for S in self._S]
+        self._settings: tuple[float, float] | None = None  # strength and power of the coefficients
+        self.follow(layers)
+
+    def follow(self, layers: Sequence[LayerState]) -> None:
+        """Take over the ranks and singular values that the layers have now."""
+        self.ranks.copy_(on_device([layer.rank for layer in layers], torch.int32, self.ranks.device))
+        if self._settings is not None:
+            self._compute(*self._settings)
+
+    def options(self, places: Sequence[int], strength: float, power: float) -> dict[str, Any]:
+        """Arguments of `add_penalty_grad_` for the layers at these places."""
+        ranks = self._chosen.at(places)
+        if self._settings != (strength, power):
+            if ops.capturing(ranks.device):  # the graph's own: the ones kept are not there before a replay
+                S = [self._S[place] for place in places]
+                return {"ranks": ranks, "coefficients": penalty_coefficients(S, strength=strength, power=power)}
+            self._compute(strength, power)
+            self._settings = strength, power
+        return {"ranks": ranks, "coefficients": [self._coefficients[place] for place in places]}
+
+    def _compute(self, strength: float, power: float) -> None:
+        if self._S:
+            torch._foreach_copy_(self._coefficients, penalty_coefficients(self._S, strength=strength, power=power))
+
+
 class Refreshed(NamedTuple):
     """Result of a refresh for one matrix, on the host's side of the decision."""
 
@@ -209,6 +273,8 @@ def unpack(state: Mapping[str, Tensor], empty: LayerState) -> tuple[LayerState, 
 
 def check_state(state: Mapping[str, object], like: Mapping[str, Tensor]) -> None:
     """Raise a TypeError or ValueError where `state` has not the keys and shapes of `like`."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state must be what S2D.state_dict() returned, got {type(state).__name__}")
     strange = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if strange:
         raise TypeError(f"state {strange[0]!r} is a {type(state[strange[0]]).__name__}, expected a tensor")

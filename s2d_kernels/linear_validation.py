@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 BITS = ((3, 4), (4, 4), (5, 5), (6, 6), (8, 8))  # weight, activation: the paper's
 WEIGHTS = (("per_channel", None), ("per_tensor", None), ("per_group", 32), ("per_group", 64), ("per_group", 128))
+_ENOUGH = 8  # fewer numbers than these agree with some convention by chance
 _ROUNDING = 1e-5  # relative to the largest output: what sums in another order or epilogue may differ by
 
 
@@ -365,8 +366,8 @@ def _other_settings(setting: Setting) -> Iterator[tuple[str, Setting]]:
 def explain_linear(got: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, setting: Setting) -> str:
     """What a kernel's output `[M, N]` has in it that ours has not: sentences on the first element that differs.
 
-    They name its inputs and, where they are known, the conventions that give the kernel's numbers: one, else one of
-    the activations and another of the weight, else several of either.
+    They name its inputs and, where they are known and `_ENOUGH` numbers were compared, the conventions that give the
+    kernel's numbers: one, else one of the activations and another of the weight, else several of either.
     """
     got, x, weight = got.detach().cpu(), x.detach().cpu(), weight.detach().cpu()
     bias = None if bias is None else bias.detach().cpu()
@@ -382,6 +383,8 @@ def explain_linear(got: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, 
         _inputs("x", x, qx, row),
         _inputs("weight", weight, qw, column),
     ]
+    if distance.numel() < _ENOUGH:
+        return " ".join((*parts, f"Too few numbers ({distance.numel()}) to tell a convention by."))
     largest = float(ours.double().nan_to_num().abs().max())
 
     def unlike(y: Tensor) -> tuple[int, int]:
@@ -464,6 +467,9 @@ def explain_codes(
     count = int((theirs != ours.codes).sum())
     if not count:
         return ""
+    found = f"{count:,} of {theirs.numel():,} codes differ. {_first_code('x', x, ours, theirs)}"
+    if theirs.numel() < _ENOUGH:
+        return f"{found} Too few codes to tell a convention by."
     left = [
         (int((other.quantize(x, **settings).codes != theirs).sum()), other.name)
         for other in OTHERS
@@ -471,7 +477,7 @@ def explain_codes(
     ]
     rest, name = min(left)
     why = f"Explained by: {name}." if rest == 0 else f"Nearest is {name}, which leaves {rest:,}."
-    return f"{count:,} of {theirs.numel():,} codes differ. {_first_code('x', x, ours, theirs)} {why}"
+    return f"{found} {why}"
 
 
 def spoil(rows: Tensor) -> Tensor:

@@ -59,6 +59,13 @@ def names() -> tuple[str, ...]:
     return tuple(_TABLE)
 
 
+def check_impl(impl: str | None) -> str | None:
+    """`impl`, or a ValueError where no implementation is called that."""
+    if impl is not None and impl not in IMPLS:
+        raise ValueError(f"impl={impl!r} is none of {IMPLS} (or None to choose by device)")
+    return impl
+
+
 def available(op: str) -> tuple[str, ...]:
     """The implementations of `op` in this installation, in the order of `IMPLS`."""
     return tuple(impl for impl in IMPLS if impl in _TABLE[op])
@@ -129,6 +136,11 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
     """No gradients, and no autocast: it would turn an exact or an fp32 product into a bf16 one."""
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the current stream of `device`."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def fp32_is_reduced(device: torch.device) -> bool:

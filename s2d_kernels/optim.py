@@ -108,14 +108,13 @@ class SpectralAdamW(AdamW):
         impl: str | None = None,
     ) -> None:
         _refuse_amsgrad(amsgrad)
-        if impl is not None and impl not in ops.IMPLS:
-            raise ValueError(f"impl={impl!r} is none of {ops.IMPLS} (or None to choose by device)")
+        self.impl = ops.check_impl(impl)
         super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize, capturable=capturable, fused=True)
-        self.impl = impl
         self._penalties: list[Penalty] = []
         self._decoupled = False
         self._tables: dict[tuple[torch.device, torch.dtype], tuple[Any, Any]] = {}
         self._rates: dict[torch.device, Tensor] = {}
+        self._clips: dict[torch.device, Tensor] = {}
         self.total_norm: Tensor | None = None
         self.regularizer: S2D | None = None
         if regularizer is not None:
@@ -126,7 +125,7 @@ class SpectralAdamW(AdamW):
         super().__setstate__(state)
         for name, value in (
             *(("impl", None), ("_penalties", []), ("_decoupled", False)),
-            *(("regularizer", None), ("total_norm", None), ("_tables", {}), ("_rates", {})),
+            *(("regularizer", None), ("total_norm", None), ("_tables", {}), ("_rates", {}), ("_clips", {})),
         ):
             self.__dict__.setdefault(name, value)
         for group in self.param_groups:
@@ -219,7 +218,7 @@ class SpectralAdamW(AdamW):
                 clip_coef = self._clip_coef(self._penalties, self._decoupled, max_norm, clip_penalty, grad_scale)
             self._update(self._penalties, self._decoupled, clip_coef, clip_penalty, grad_scale, found_inf)
             return loss
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # on whichever device
             raise ValueError(
                 "the schedule of S2D runs on the host and cannot be captured in a CUDA graph: use set_penalties, and "
                 "overwrite their tensors between the replays"
@@ -270,7 +269,11 @@ class SpectralAdamW(AdamW):
         first = (plain or [rows.grad for rows in penalized])[0]
         with ops.exact_arithmetic(first.device):
             self.total_norm = total_norm(plain, penalized, signs, grad_scale)
-            return (max_norm / (self.total_norm + 1e-6)).clamp(max=1.0)
+            coefficient = (max_norm / (self.total_norm + 1e-6)).clamp(max=1.0)
+            kept = self._clips.get(first.device)
+            if kept is None:
+                kept = self._clips[first.device] = torch.zeros((), dtype=torch.float32, device=first.device)
+            return kept.copy_(coefficient)  # at one address, for CUDA graphs
 
     def _update(
         self,

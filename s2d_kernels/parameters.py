@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -226,6 +227,26 @@ def log_selection(
             len(low),
             low[0],
         )
+
+
+def frozen_parameters(model: nn.Module, decisions: Sequence[ParameterDecision]) -> dict[str, weakref.ref[nn.Parameter]]:
+    """The parameters that are left alone because they are frozen, by name."""
+    names = {decision.name for decision in decisions if decision.reason == "frozen"}
+    named = ((_COMPILED.sub("", name), parameter) for name, parameter in _unwrapped(model).named_parameters())
+    return {name: weakref.ref(parameter) for name, parameter in named if name in names}
+
+
+def warn_of_unfrozen(frozen: dict[str, weakref.ref[nn.Parameter]]) -> None:
+    """Log once where some of them are trained after all."""
+    trained = [name for name, known in frozen.items() if (parameter := known()) is not None and parameter.requires_grad]
+    if trained:
+        logger.warning(
+            "S2D: %d parameters that were frozen when it was built are trained now, without a penalty (first: %s): "
+            "build S2D after unfreezing",
+            len(trained),
+            trained[0],
+        )
+        frozen.clear()
 
 
 def check_whole(name: str, parameter: Tensor) -> None:

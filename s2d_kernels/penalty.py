@@ -21,8 +21,10 @@ from s2d_kernels.svd import NON_FINITE, OVERFLOW, TopkSVD
 
 # Below this product of the largest elements of both sides no sum over a rank overflows fp32.
 SAFE_SIZE = 1e36
-# Elements of a gradient in bf16 or fp16 that are widened at a time on a CPU.
+# Elements of a gradient that torch widens or sums at a time: so many stay in a CPU's cache; on a GPU a launch must cost
+# less than the block.
 BLOCK_ELEMENTS = 2**16
+GPU_BLOCK_ELEMENTS = 2**22
 
 
 def penalty_coefficients(S: Sequence[Tensor], *, strength: float, power: float) -> list[Tensor]:
@@ -83,9 +85,10 @@ def add_penalty_grad_(
         seed: of "stochastic", which needs one: an int64 tensor `[layers]` on the gradients' device, one of `[1]`, or an
             int of 0..2^63 - 1; layer i then has seed + i 0x9e3779b97f4a7c15 modulo 2^64. Give another one at each
             call. A captured CUDA graph reads a tensor at each replay: change it in place between replays, else each
-            draws the same numbers, as it does from an int. impl="triton" can be captured only with a contiguous one of
-            `[layers]`, and with no layer of rank 0 given as an int.
-        impl: "reference", "torch", "cpu", "triton" or "cuda", as far as installed; None chooses.
+            draws the same numbers, as it does from an int.
+        impl: "reference", "torch", "cpu", "triton" or "cuda", as far as installed; None chooses. "triton" is captured
+            in a CUDA graph only after a call with the same tensors: give `coefficients`, a contiguous seed `[layers]`
+            if any, and no layer of rank 0 given as an int.
 
     Raises:
         TypeError: an element is no dense floating tensor, `ranks` no list.
@@ -298,6 +301,12 @@ def _largest(tensor: Tensor) -> float:
     return float(torch.maximum(-low, high))
 
 
+def rows_of_a_block(grad: Tensor) -> int:
+    """How many rows of a gradient `[m, n]` torch works on at a time."""
+    elements = BLOCK_ELEMENTS if grad.device.type == "cpu" else GPU_BLOCK_ELEMENTS
+    return max(1, elements // max(grad.shape[1], 1))
+
+
 def added(grad: Tensor, low_rank: LowRank) -> Tensor:
     """grad + left right, in the dtype of the sum; a new tensor."""
     return _added(grad, low_rank)[0]
@@ -359,8 +368,7 @@ def _add_torch(
         if not guarded and grad.dtype == left.dtype:
             grad.addmm_(left, right)
             continue
-        # In blocks of rows: what is widened stays in the cache.
-        rows = max(1, BLOCK_ELEMENTS // max(grad.shape[1], 1))
+        rows = rows_of_a_block(grad)
         for first in range(0, grad.shape[0], rows):
             block = grad[first : first + rows]
             total, usable = _added(block, LowRank(left[first : first + rows], right, guarded))

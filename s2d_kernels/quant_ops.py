@@ -406,7 +406,7 @@ def fake_quant_linear(
         backward, plus elementwise passes; elsewhere fp32 GEMMs (of `exact_chunk` columns forward where K is larger).
         Saved for backward: packed codes and mask bits of `x`, 0.63 B an element at 4 bits or fewer, 1.13 B above, plus
         8 B a row, and `weight` itself, no copy: it is quantized again in the backward and must not be written before.
-        With learned ranges `x` itself and the weight's codes too. Not differentiable twice.
+        With learned ranges `x` itself and the weight's codes too. Not differentiable twice, nor by torch.func.
     Determinism: the forward does not depend on tiling; gradients are as deterministic as torch's GEMM.
     """
     x = ops.check_tensor("x", x)

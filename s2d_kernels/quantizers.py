@@ -108,24 +108,24 @@ def _bits_of_bytes(device: torch.device) -> Tensor:
     return torch.stack([byte >> bit & 1 for bit in range(8)], dim=1).to(torch.uint8).view(torch.int64).squeeze(1)
 
 
-_bits_of_bytes_on: dict[torch.device, Tensor] = {}
-
-
-def _capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+_bits_of_bytes_on: dict[tuple[torch.device, int], Tensor] = {}  # by device and the stream that made it
 
 
 def _table(mask: Tensor) -> Tensor:
-    """`_bits_of_bytes`, kept. Not a FakeTensor's, nor one made in a capture, whose memory the graph writes again."""
+    """`_bits_of_bytes`, kept. Not a FakeTensor's, nor one made in a capture, whose memory the graph writes again.
+
+    Another stream's may not be there yet; in a capture each is, since torch.cuda.graph waits for the device first.
+    """
+    device = mask.device
     if torch.compiler.is_compiling() or type(mask) is not Tensor:
-        return _bits_of_bytes(mask.device)
-    table = _bits_of_bytes_on.get(mask.device)
-    if table is None:
-        table = _bits_of_bytes(mask.device)
-        if not _capturing(mask.device):
-            _bits_of_bytes_on[mask.device] = table
-    return table
+        return _bits_of_bytes(device)
+    if ops.capturing(device):
+        kept = [table for (place, _), table in _bits_of_bytes_on.items() if place == device]
+        return kept[0] if kept else _bits_of_bytes(device)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    if (device, stream) not in _bits_of_bytes_on:
+        _bits_of_bytes_on[device, stream] = _bits_of_bytes(device)
+    return _bits_of_bytes_on[device, stream]
 
 
 def unpack_mask(mask: Tensor, K: int) -> Tensor:

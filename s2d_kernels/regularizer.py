@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,14 @@ from s2d_kernels.layers import (
     LayerReport,
     LayerState,
     Refreshed,
+    StaticFactors,
     arrived,
     check_state,
     copied,
     decay,
     empty_layer,
     moved,
+    overshoots,
     pack,
     unpack,
 )
@@ -45,7 +47,9 @@ from s2d_kernels.parameters import (
     check_supported,
     checked_rate,
     find_matrices,
+    frozen_parameters,
     log_selection,
+    warn_of_unfrozen,
 )
 from s2d_kernels.penalty import add_penalty_grad_
 from s2d_kernels.refresh import compute_refresh, log_arrival
@@ -57,8 +61,6 @@ from s2d_kernels.svd import CONVERGED, STATUS_NAMES, SVDBasis
 logger = logging.getLogger("s2d_kernels")
 
 STRENGTH = 5e-4
-DEVIATION_WARNING = 0.3
-DEVIATION_LIMIT = 1.0
 
 
 class S2D:
@@ -175,12 +177,13 @@ class S2D:
         self.k_max = k_max = ops.check_integer("k_max", k_max, low=1)
         self.interval = ops.check_integer("interval", interval, low=1)
         self.lead = ops.check_integer("lead", lead, low=0, high=self.interval - 1)
-        self.seed, self.impl = ops.check_integer("seed", seed, low=0), impl
+        self.seed, self.impl = ops.check_integer("seed", seed, low=0), ops.check_impl(impl)
         self.rounding, stochastic = rounding, check_rounding(rounding)
         self.max_sms = None if max_sms is None else ops.check_integer("max_sms", max_sms, low=1)
         self.step = 0
         self.decisions: list[ParameterDecision]
         self._matrices, self.decisions = find_matrices(model, k_max=k_max, select=select, splits=splits)
+        self._frozen = frozen_parameters(model, self.decisions)
         check_one_device(self._matrices)
         log_selection(model, self._matrices, self.decisions, warn_of_rounding=mode == "decoupled" and not stochastic)
         if static_factors and mode != "coupled":
@@ -191,8 +194,7 @@ class S2D:
         self._layers = {matrix.name: self._empty_layer(matrix) for matrix in self._matrices}
         self._built_for = device, _ = self._place()
         self._side = SideStream(device, asynchronous=asynchronous)
-        ranks = torch.zeros(len(self._matrices), dtype=torch.int32, device=device)
-        self._static_ranks = ranks if static_factors else None
+        self._static = StaticFactors(list(self._layers.values()), device) if static_factors else None
         self._places = {matrix.name: place for place, matrix in enumerate(self._matrices)}
         self._seeds = StepSeeds(self.seed, len(self._matrices), device) if stochastic else None
         self._check_dtypes()
@@ -235,8 +237,8 @@ class S2D:
         self._add_grad(grad_scale, lr)
 
     def _add_grad(self, grad_scale: float, rates: Mapping[str, float]) -> None:
-        if self._side.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            if self._static_ranks is None:
+        if ops.capturing(self._side.device):
+            if self._static is None:
                 raise ValueError(
                     "a captured CUDA graph needs S2D(static_factors=True): other factors change their memory"
                 )
@@ -258,7 +260,9 @@ class S2D:
             if not self._launch_if_due():
                 return
             self._arrive_if_due()
-            self._check_deviation(rates)
+            warnings = overshoots(self._layers, rates, interval=self.interval, strength=self.strength, power=self.power)
+            for name, message in warnings.items():
+                self._warn_once("S2D: %s", message, key=name)
             self._draw()
             self._add_factors(grad_scale)
         self._end_step()
@@ -268,7 +272,7 @@ class S2D:
         grads, factors, indices, touched = [], [], [], []
         for index, matrix in enumerate(self._matrices):
             layer, grad = self._layers[matrix.name], matrix.parameter.grad
-            if matrix.parameter.requires_grad and grad is not None and (layer.rank or self._static_ranks is not None):
+            if matrix.parameter.requires_grad and grad is not None and (layer.rank or self._static is not None):
                 grads.append(matrix.rows(grad))
                 factors.append(layer.factors(layer.S.shape[0]))
                 indices.append(index)
@@ -276,10 +280,8 @@ class S2D:
         if not grads:
             return
         options = self._stochastic_rounding(indices)
-        if self._static_ranks is not None:
-            static = self._static_ranks
-            options["ranks"] = static if len(indices) == len(static) else torch.stack([static[i] for i in indices])
-            options |= {"strength": self.strength * grad_scale, "power": self.power}
+        if self._static is not None:
+            options |= self._static.options(indices, self.strength * grad_scale, self.power)
         else:
             layers = [self._layers[self._matrices[index].name] for index in indices]
             options["coefficients"] = [layer.coefficients(self.strength * grad_scale, self.power) for layer in layers]
@@ -320,7 +322,7 @@ class S2D:
             RuntimeError: a refresh failed in the worker.
         """
         self._check_callable("advance")
-        if self._static_ranks is None:
+        if self._static is None:
             raise ValueError("advance belongs to S2D(static_factors=True)")
         if self.refresh_due:
             raise ValueError(f"step {self.step} is a refresh step: run it without the graph, so that hooks see it")
@@ -541,6 +543,12 @@ class S2D:
         """
         return reference.strength_for_half_life(sigma, lr_sum, power=power)
 
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(
+            "S2D cannot be copied or pickled: it has a worker, and hooks on the model. Store state_dict(). If a module "
+            "that holds one is to be copied (EMA, copy.deepcopy), keep it outside, or drop it in __getstate__"
+        )
+
     def close(self) -> None:
         """Remove the hooks, `attach`'s too, and end the worker; a refresh under way is dropped. Final."""
         self._closed, self._unarmed = True, False
@@ -589,13 +597,14 @@ class S2D:
         for matrix in self._matrices:
             stored = {key: state_dict[f"{matrix.name}.{key}"] for key in KEYS}
             layer, fresh = unpack(stored, self._empty_layer(matrix))
-            if self._static_ranks is not None:
+            if self._static is not None:
                 old = self._layers[matrix.name]
                 layer.basis, layer.S = copied(old.basis, layer.basis), old.S.copy_(layer.S)
             self._layers[matrix.name] = layer
             if fresh is not None:
                 pending[matrix.name] = fresh
-        self._store_ranks()
+        if self._static is not None:
+            self._static.follow(list(self._layers.values()))
         self._pending = completed(self._side, pending) if self._pending_step >= 0 else None
         self._arm()
 
@@ -623,8 +632,8 @@ class S2D:
         self._built_for = self._place()
         self._side.move(self._built_for[0])
         self._pending = None if pending is None else completed(self._side, pending)
-        if self._static_ranks is not None:
-            self._static_ranks = self._static_ranks.to(self._built_for[0])
+        if self._static is not None:
+            self._static = StaticFactors(list(self._layers.values()), self._built_for[0])
         if self._seeds is not None:
             self._seeds.move(self._built_for[0])
             self._check_dtypes()
@@ -640,6 +649,11 @@ class S2D:
 
     def _launch_if_due(self) -> bool:
         """Start the refresh of this step if it is one; False if it should have one but nothing was captured."""
+        if ops.capturing(self._side.device):
+            raise ValueError(
+                "the schedule of S2D runs on the host: a captured CUDA graph can hold add_grad of "
+                "S2D(static_factors=True), with advance() before each replay; call decay_ outside of it"
+            )
         if self._built_for != self._place():
             self._follow_parameters()
         if self._unarmed:
@@ -652,6 +666,7 @@ class S2D:
             self._join_pending()
         if self._capture.active or self._unchecked:  # a refresh step, or the first one
             check_supported(self._matrices)
+            warn_of_unfrozen(self._frozen)
             if self._unchecked:
                 warn_of_others(self)
             self._unchecked = False
@@ -733,17 +748,10 @@ class S2D:
         self._warned.clear()
         self._pending = None
         for name, fresh in refreshed.items():
-            self._layers[name] = arrived(fresh, self._layers[name], in_place=self._static_ranks is not None)
-        self._store_ranks()
+            self._layers[name] = arrived(fresh, self._layers[name], in_place=self._static is not None)
+        if self._static is not None:
+            self._static.follow(list(self._layers.values()))
         log_arrival(self._pending_step, refreshed)
-
-    def _store_ranks(self) -> None:
-        if self._static_ranks is not None:
-            counts = [self._layers[m.name].rank for m in self._matrices]
-            ranks = torch.tensor(counts, dtype=torch.int32, device="cpu")
-            if self._static_ranks.device.type == "cuda":  # from pageable memory the copy would wait for the device
-                ranks = ranks.pin_memory()
-            self._static_ranks.copy_(ranks, non_blocking=True)
 
     def _catch_up(self, before: Mapping[str, LayerState]) -> dict[str, Tensor]:
         """By name what gives fresh factors the decay of the steps between their snapshot and now."""
@@ -753,23 +761,6 @@ class S2D:
             if layer is not old and layer.rank and matrix.parameter.requires_grad:
                 changes[matrix.name] = layer.catch_up(old, strength=self.strength, power=self.power)
         return changes
-
-    def _check_deviation(self, rates: Mapping[str, float]) -> None:
-        """interval * lr * strength * s_1^(power-1) of the decided layers: how far stale factors overshoot."""
-        for name, rate in rates.items():
-            layer = self._layers[name]
-            if not layer.rank:
-                continue
-            c = self.interval * rate * self.strength * layer.sigma ** (self.power - 1)
-            if c < DEVIATION_WARNING:
-                continue
-            message = (
-                f"interval * lr * strength * s_1^(power-1) = {c:.3g} on {name!r} (s_1 = {layer.sigma:.4g}, "
-                f"lr / (1 - momentum) = {rate:.3g}): factors {self.interval} steps old overshoot"
-            )
-            if c >= DEVIATION_LIMIT:
-                raise ValueError(f"{message}; lower interval or strength, or use mode='decoupled', which is exact")
-            self._warn_once("S2D: %s", message, key=name)
 
     def _warn_once(self, message: str, *arguments: object, key: str = "") -> None:
         """Log a warning unless one with this key was logged since the last arrival."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from s2d_kernels import ops
+from s2d_kernels.static_memory import Chosen
 
 ROUNDINGS = ("nearest", "stochastic")
 # Between the seeds of two layers, modulo 2^64: the odd number nearest to 2^64 / golden ratio, as in SplitMix64.
@@ -61,7 +62,7 @@ class StepSeeds:
         self._seed = seed
         self._offsets = torch.arange(count, device=device).mul_(STEP)
         self._seeds = self._offsets.clone()
-        self._some: tuple[tuple[int, ...], Tensor, Tensor] | None = None  # places, the same on the device, their seeds
+        self._chosen = Chosen(self._seeds)
 
     def draw(self, step: int, use: int = 0) -> None:
         """Those of one use of random numbers in a step, in the place of the ones before."""
@@ -71,17 +72,12 @@ class StepSeeds:
 
     def of(self, places: Sequence[int]) -> Tensor:
         """int64 `[places]`, in the same memory as long as the places are the same: captured graphs read it."""
-        if len(places) == len(self._seeds):
-            return self._seeds
-        if self._some is None or self._some[0] != tuple(places):
-            chosen = torch.tensor(places, device=self._seeds.device)
-            self._some = tuple(places), chosen, self._seeds[chosen]
-        _, chosen, seeds = self._some
-        return torch.index_select(self._seeds, 0, chosen, out=seeds)
+        return self._chosen.at(places)
 
     def move(self, device: torch.device) -> None:
         """Go on on another device."""
-        self._offsets, self._seeds, self._some = self._offsets.to(device), self._seeds.to(device), None
+        self._offsets, self._seeds = self._offsets.to(device), self._seeds.to(device)
+        self._chosen = Chosen(self._seeds)
 
 
 def check_seeds(grads: Sequence[Tensor], seeds: Tensor | None) -> None:

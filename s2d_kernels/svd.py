@@ -234,9 +234,8 @@ def _check_warm(index: int, weight: Tensor, before: object) -> None:
         return
     if not isinstance(before, TopkSVD | SVDBasis):
         raise TypeError(f"warm[{index}] must be a TopkSVD, its basis, or None, got {type(before).__name__}")
-    basis, d = before.basis if isinstance(before, TopkSVD) else before, min(weight.shape)
-    side = basis.Vh if weight.shape[0] >= weight.shape[1] else basis.U.mT
-    if side.ndim != 2 or side.shape[1] != d:
+    basis = before.basis if isinstance(before, TopkSVD) else before
+    if basis.U.ndim != 2 or basis.Vh.ndim != 2 or (len(basis.U), basis.Vh.shape[1]) != weight.shape:
         raise ValueError(
             f"warm[{index}] has U {tuple(basis.U.shape)} and Vh {tuple(basis.Vh.shape)}, which do not fit "
             f"weights[{index}] of shape {tuple(weight.shape)}: pass the previous result of the same matrix, or None"
