@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -191,6 +192,11 @@ class Second(nn.Linear):
         return x.norm(), super().forward(x)
 
 
+class WithBias(nn.Linear):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x), self.bias
+
+
 class Pixels(nn.Conv2d):
     def forward(self, step: int, pixels: Tensor) -> Tensor:
         return super().forward(pixels)
@@ -206,6 +212,8 @@ UNAMBIGUOUS = {
     "the first": (Named, (X,), {"scale": torch.ones(9)[:1]}),
     "output in a dict": (InDict, (X,), {}),
     "second output": (Second, (X,), {}),
+    "its bias beside it": (WithBias, (X,), {}),
+    "one row, its bias beside it": (WithBias, (X[:1],), {}),
     "patches": (Pixels, (7,), {"pixels": IMAGE}),
 }
 
@@ -217,10 +225,13 @@ def test_a_subclass_with_another_signature(case: str, how: str) -> None:
     layer = kind(3, 10, 4, stride=4) if kind is Pixels else kind(9, 10)
     matrices = find_matrices(layer)[0]
     capture = ActivationCapture(matrices) if how == "hooks" else GraphCapture(matrices)
+    torch.compiler.reset()  # each case is another program for the same code
     run = torch.compile(layer, backend="eager", fullgraph=True) if how == "compiled" else layer
     capture.start()
     run(*args, **kwargs)
-    rows = X if kind is not Pixels else F.unfold(IMAGE, 4, stride=4).mT.reshape(-1, 48)
+    rows = X[:1] if case.startswith("one row") else X
+    if kind is Pixels:
+        rows = F.unfold(IMAGE, 4, stride=4).mT.reshape(-1, 48)
     check(capture, "weight", layer.weight.detach().flatten(1), rows)
 
 
@@ -255,6 +266,12 @@ class Pooled(nn.Linear):
         return super().forward(x.mean(0, keepdim=True))
 
 
+class Router(nn.Linear):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = super().forward(x)
+        return logits.sigmoid(), logits
+
+
 class Cut(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)[..., :5]
@@ -268,6 +285,7 @@ AMBIGUOUS = {
     ),
     Listed: (([X, OTHER],), {}, r"expected one input with size 9 in dimension -1 among \['list'\]"),
     Pooled: ((X,), {}, "5 input rows on cpu do not fit 1 output rows on cpu"),
+    Router: ((X,), {}, r"expected one output with size 27 in dimension -1 among \[\(5, 27\), \(5, 27\)\]"),
     Cut: ((X,), {}, r"expected one output with size 27 in dimension -1 among \[\(5, 5\)\]"),
 }
 
@@ -281,10 +299,22 @@ def test_what_cannot_be_told_names_the_layer_and_the_way_out(kind: type[nn.Linea
     assert len(matrices) == 3
     capture = ActivationCapture(matrices) if how == "hooks" else GraphCapture(matrices)
     capture.start()
-    advice = r"Leave it out with select=\[\('\^qkv.weight\$', False\)\]"
+    advice = r'Leave it out with select=\[\(r"\^qkv.weight\$", False\)\]'
     with pytest.raises(TypeError, match=rf"a call of {kind.__name__} 'qkv.weight': {fault}. {advice}"):
         model["qkv"](*args, **kwargs)
+    capture.stop()
     assert find_matrices(model, select=[("^qkv.weight$", False)])[0] == []
+
+
+def test_the_way_out_of_one_block_is_that_of_all() -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"router2": Router(9, 10)}) for _ in range(12))})
+    capture = ActivationCapture(find_matrices(model)[0])
+    capture.start()
+    with pytest.raises(TypeError, match=r"layers.11.router2.weight") as raised:
+        model["layers"][11]["router2"](X)
+    capture.stop()
+    pattern = re.search(r'select=\[\(r"(.*)", False\)\]', str(raised.value))[1]
+    assert find_matrices(model, select=[(pattern, False)])[0] == []
 
 
 # --- the operation that stays in the graph ------------------------------------------------------------------------

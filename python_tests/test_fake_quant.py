@@ -273,7 +273,7 @@ def test_only_exact_linears_are_converted() -> None:
     rows = {row.name: row for row in quantize_(model)}
     assert "Scaled, a subclass" in rows["scaled"].reason
     assert "MultiheadAttention" in rows["attention.out_proj"].reason
-    assert "packed projection" in rows["attention.in_proj_weight"].reason
+    assert "is no module" in rows["attention.in_proj_weight"].reason
     assert "replaced" in rows["wrapped"].reason
     assert [name for name, row in rows.items() if row.decision == "quantize"] == ["plain"]
 
@@ -402,6 +402,13 @@ def test_matrices_outside_of_linear_layers_are_reported(caplog: pytest.LogCaptur
     assert rows[1].reason == "a parameter of Module, which is no linear layer"
     assert "1 layers are fake-quantized, 19.6 % of the parameters" in caplog.text
     assert "experts.gate [4, 10, 10] stays float" in caplog.text
+    caplog.clear()
+    twins = nn.ModuleList(nn.Linear(10, 10, bias=False) for _ in range(2))
+    twins[1].weight = twins[0].weight
+    quantize_(twins)
+    assert "2 layers are fake-quantized, 100 % of the parameters" in caplog.text
+    attention = nn.MultiheadAttention(8, 2, kdim=4)
+    assert [row.name for row in quantize_(attention) if row.name.startswith("k_proj")] == ["k_proj_weight"]
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got list"):
         quantize_([model])
 

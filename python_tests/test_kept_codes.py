@@ -54,6 +54,16 @@ def test_steps_of_others_leave_the_codes_of_a_frozen_weight(monkeypatch: pytest.
         model(x)
 
 
+def test_a_weight_that_was_frozen_before_and_after_it_was_trained() -> None:
+    model, x = quantized().requires_grad_(False), torch.randn(4, 16)
+    assert agrees(model, x)
+    model.requires_grad_(True)
+    model(x).square().sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1, fused=True).step()
+    model.requires_grad_(False)
+    assert agrees(model, x)
+
+
 @pytest.mark.parametrize("mode", [False, True])
 def test_train_and_eval_end_them(mode: bool) -> None:
     """What replays of a captured training step do to a weight is seen by nobody."""
@@ -90,6 +100,9 @@ def test_conversion_may_swap_parameters() -> None:
         model(x)
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
+        model.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            model(x)
         model.bfloat16()
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)

@@ -93,6 +93,7 @@ def test_a_capture_with_another_strength_leaves_the_kept_coefficients_alone(monk
     static.follow(layers)
     assert first.tolist() == [9.0, 9.0]
     assert static.options([0], 2.0, 2.0)["coefficients"][0].tolist() == [18.0, 18.0]
+    assert first.tolist() == [9.0, 9.0]  # the graph's, whatever eager calls ask for
 
 
 def test_the_decoupled_form_is_refused_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:

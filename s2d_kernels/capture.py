@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import sys
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -328,10 +329,11 @@ def _inputs_and_outputs(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Input rows x `[tokens, n]`, the output y `[tokens, m]`, and the bias in it, of one call of a module.
 
-    A subclass may be called otherwise than its base: then they must be the only tensors of their size.
+    A subclass may be called otherwise than its base: what is not at the usual place must be the only tensor of its
+    size, and of several outputs only one may have the input's rows.
 
     Raises:
-        TypeError: naming the layer, where they are not.
+        TypeError: naming the layer, where they cannot be told.
     """
     block = slice(matrix.start, matrix.stop)
     rows, columns = matrix.parameter.shape[:2]
@@ -345,11 +347,15 @@ def _inputs_and_outputs(
         x = x.reshape(-1, columns)
         return x, F.linear(x, matrix.rows(matrix.parameter).to(x.dtype)), None
     x = _pick(matrix, module, "input", args[0] if args else kwargs.get("input"), given, columns)
-    if isinstance(output, tuple | list):
-        y = _pick(matrix, module, "output", output[0] if output else None, output, rows)  # the bias may be beside it
+    if isinstance(output, tuple | list | Mapping):
+        given = tuple(output.values() if isinstance(output, Mapping) else output)
+        likely: Sequence[object] = given
+        if matrix.kind == "linear":  # no bias beside it
+            whole = [t for t in given if isinstance(t, Tensor) and t.numel() * columns == x.numel() * rows]
+            likely = [t for t in whole if t.shape[:-1] == x.shape[:-1]] or whole
+        y = _pick(matrix, module, "output", None, likely, rows, seen=given)
     else:
-        named = tuple(output.values()) if isinstance(output, Mapping) else (output,)
-        y = _pick(matrix, module, "output", output, named, rows)
+        y = _pick(matrix, module, "output", output, (output,), rows)
     if matrix.kind == "patch":
         x = x if x.ndim == 4 else x.unsqueeze(0)
         y = y if y.ndim == 4 else y.unsqueeze(0)
@@ -364,7 +370,15 @@ def _inputs_and_outputs(
     return x, y[:, block], bias[block] if isinstance(bias, Tensor) else None
 
 
-def _pick(matrix: Matrix, module: nn.Module, role: str, usual: object, given: Sequence[object], size: int) -> Tensor:
+def _pick(
+    matrix: Matrix,
+    module: nn.Module,
+    role: str,
+    usual: object,
+    given: Sequence[object],
+    size: int,
+    seen: Sequence[object] = (),
+) -> Tensor:
     """`usual` if it is a tensor of the layer's `size`, else the only such one of those `given`."""
     axis = -3 if matrix.kind == "patch" else -1
 
@@ -377,15 +391,16 @@ def _pick(matrix: Matrix, module: nn.Module, role: str, usual: object, given: Se
         return usual
     found = [value for value in given if fits(value)]
     if len(found) != 1:
-        seen = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in given]
-        fault = f"expected one {role} with size {size} in dimension {axis} among {seen}"
+        shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in seen or given]
+        fault = f"expected one {role} with size {size} in dimension {axis} among {shapes}"
         raise _refusal(matrix, module, fault)
     return found[0]
 
 
 def _refusal(matrix: Matrix, module: nn.Module, fault: str) -> TypeError:
     name = matrix.name.removesuffix(f"[{matrix.start}:{matrix.stop}]")
+    alike = re.sub(r"\b[0-9]+\b", r"\\d+", name)  # that of all blocks
     return TypeError(
         f"S2D cannot follow a call of {type(module).__name__} {name!r}: {fault}. Leave it out with "
-        f"select=[({f'^{name}$'!r}, False)]"
+        f'select=[(r"^{alike}$", False)]'
     )

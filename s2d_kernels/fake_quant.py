@@ -213,13 +213,11 @@ class _FakeQuantized(nn.Module):
 
     def _rows(self, rows: Tensor) -> Tensor:
         """The layer on `rows [..., in]`."""
-        if (
-            self.reuse_codes
-            and not self.learn_range
-            and not torch.compiler.is_compiling()
-            and not torch.is_grad_enabled()
-        ):
-            return quant_ops.quantized_linear(rows, self._kept_codes(), self.bias, **self.act_settings())
+        if self.reuse_codes and not self.learn_range and not torch.compiler.is_compiling():
+            if not torch.is_grad_enabled():
+                return quant_ops.quantized_linear(rows, self._kept_codes(), self.bias, **self.act_settings())
+            if self.weight.requires_grad:  # it may be frozen again after the step
+                self.__dict__.pop(KEPT_CODES, None)
         weight = {f"weight_{name}": value for name, value in self.weight_settings().items() if name != "group_size"}
         return quant_ops.fake_quant_linear(
             rows,
@@ -235,13 +233,14 @@ class _FakeQuantized(nn.Module):
         """`quantized_weight()`, computed again only after the weight was written, moved or replaced.
 
         A captured CUDA graph computes them at each replay: kept ones would be freed under it when the weight changes,
-        and those made in a capture are not there before its first replay.
+        and those made in a capture are not there before its first replay. Another stream's may not be there yet.
         """
         weight = self.weight
         if weight.is_inference() or ops.capturing(weight.device):  # inference tensors do not count their changes
             return self.quantized_weight()
         steps = _OptimizerSteps.so_far() if weight.requires_grad else 0
-        key = (weight._version, steps, weight.data_ptr(), weight.dtype, weight.device, *self.weight_settings().values())
+        place = (weight.data_ptr(), weight.dtype, weight.device, ops.current_stream(weight.device))
+        key = (weight._version, steps, *place, *self.weight_settings().values())
         # Another tensor may get a freed one's address and starts at the same version: the object itself must be ours.
         kept = self.__dict__.get(KEPT_CODES)
         if kept is None or kept[0]() is not weight or kept[1] != key:
@@ -277,6 +276,7 @@ class _FakeQuantized(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self.__dict__.pop(KEPT_CODES, None)  # a parameter with a weak reference to it cannot be swapped
         super()._load_from_state_dict(state_dict, prefix, *args)
         missing_keys = args[2]
         ranges = [prefix + name for name in self._range_names()]
@@ -490,7 +490,8 @@ def quantize_(
         mode: "qat": the weights are trained on, and rounded in each forward. "ptq": they are finished; each weight is
             rounded to nearest once and its codes are used again in forwards without gradients until it changes or
             `train()` or `eval()` is called (only a write through `.data` goes unnoticed, and replays of a captured
-            training step do until then). Both give the same bits.
+            training step do until then). A captured CUDA graph rounds at each replay; a packed layer (`export`,
+            `load_`) never does. Both modes give the same bits.
         learn_range: as `FakeQuantLinear`; the calibrated ranges are where learning starts. Hand the new parameters to
             the optimizer.
         show_progress: show a progress bar of the calibration; needs rich.
@@ -567,7 +568,8 @@ def quantize_(
             report[index] = row._replace(reason=f"W{weight_bits}A{act_bits}, {source}{row.reason}")
     if layers:
         total = sum(p.numel() for p in model.parameters() if not is_lazy(p))
-        share = 100 * sum(layer.weight.numel() for layer in layers.values()) / total
+        sizes = {id(layer.weight): layer.weight.numel() for layer in layers.values()}
+        share = 100 * sum(sizes.values()) / max(total, 1)
         logger.info("quantize_: %d layers are fake-quantized, %.3g %% of the parameters", len(layers), share)
         for row in report:
             if row.decision == "skip":
@@ -616,10 +618,12 @@ def _decide(
     for module, all_names in names.items():
         name = all_names[0]
         if isinstance(module, nn.MultiheadAttention):
-            if module.in_proj_weight is not None:
-                packed = f"{name}.in_proj_weight".lstrip(".")
-                why = "nn.MultiheadAttention's packed projection is no module"
-                report.append(LayerDecision(packed, tuple(module.in_proj_weight.shape), "skip", why))
+            for attribute in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+                weight = getattr(module, attribute)
+                if weight is not None:
+                    why = "nn.MultiheadAttention's projection of its inputs is no module"
+                    of_module = f"{name}.{attribute}".lstrip(".")
+                    report.append(LayerDecision(of_module, tuple(weight.shape), "skip", why))
             continue
         layer = cast("nn.Linear | nn.Conv2d", module)
         reason = _why_not(layer, all_names, embeddings)

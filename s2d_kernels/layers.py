@@ -162,6 +162,7 @@ class StaticFactors:
         self._S = [layer.basis.S[: len(layer.S)] for layer in layers]
         self._coefficients = [torch.zeros_like(S) for S in self._S]
         self._settings: tuple[float, float] | None = None  # strength and power of the coefficients
+        self._captured = False  # a graph reads them: they stay at these settings
         self.follow(layers)
 
     def follow(self, layers: Sequence[LayerState]) -> None:
@@ -172,14 +173,17 @@ class StaticFactors:
 
     def options(self, places: Sequence[int], strength: float, power: float) -> dict[str, Any]:
         """Arguments of `add_penalty_grad_` for the layers at these places."""
-        ranks = self._chosen.at(places)
-        if self._settings != (strength, power):
-            if ops.capturing(ranks.device):  # the graph's own: the ones kept are not there before a replay
-                S = [self._S[place] for place in places]
-                return {"ranks": ranks, "coefficients": penalty_coefficients(S, strength=strength, power=power)}
+        capturing = ops.capturing(self.ranks.device)
+        if self._settings != (strength, power) and not capturing and not self._captured:
             self._compute(strength, power)
             self._settings = strength, power
-        return {"ranks": ranks, "coefficients": [self._coefficients[place] for place in places]}
+        if self._settings == (strength, power):
+            self._captured |= capturing
+            coefficients = [self._coefficients[place] for place in places]
+        else:  # graphs go on reading the kept ones; those made in a capture are there after a replay only
+            S = [self._S[place] for place in places]
+            coefficients = penalty_coefficients(S, strength=strength, power=power)
+        return {"ranks": self._chosen.at(places), "coefficients": coefficients}
 
     def _compute(self, strength: float, power: float) -> None:
         if self._S:

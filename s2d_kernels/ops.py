@@ -139,8 +139,13 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured on the current stream of `device`."""
+    """Whether a CUDA graph is being captured on the current stream; never for a CPU."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def current_stream(device: torch.device) -> int:
+    """The current CUDA stream of `device`; 0 for a CPU."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def fp32_is_reduced(device: torch.device) -> bool:

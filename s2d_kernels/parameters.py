@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -30,6 +29,9 @@ INTERLEAVED_QKV = re.compile(r"(^|[._])query_key_value$", re.IGNORECASE)
 ADAPTIVE = re.compile(r"adam|rmsprop|adagrad|adadelta|adafactor|lamb|lion|muon|sophia|shampoo|soap", re.IGNORECASE)
 _COMPILED = re.compile(r"\b_orig_mod\.")  # torch.compile puts its own level into names
 ADAPTER = re.compile(r"lora_(A|B|embedding)|(^|\.)adapter", re.IGNORECASE)
+
+
+FROZEN = "frozen"  # a reason
 
 
 class ParameterDecision(NamedTuple):
@@ -138,9 +140,7 @@ def find_matrices(
         earlier = occurrences[id(parameter)].index(name) > 0
         modules_of_others = [type(owners[n][0]) for n in others]
         if kind is not None:
-            if not parameter.requires_grad:
-                kind, reason = None, "frozen"
-            elif any(issubclass(owner, nn.Embedding) for owner in modules_of_others):
+            if any(issubclass(owner, nn.Embedding) for owner in modules_of_others):
                 kind, reason = None, f"tied to the embedding {others[0]}"
             elif earlier:
                 kind, reason = None, f"tied to {occurrences[id(parameter)][0]}"
@@ -160,6 +160,9 @@ def find_matrices(
         if rank <= 2 * k_max and chosen is None:
             reason = f"only {rank} singular values: PCDR_{min(rank, k_max)} is close to 1 whatever they are"
             decisions.append(ParameterDecision(name, shape, "skip", reason))
+            continue
+        if not parameter.requires_grad:  # the last reason: what is unfrozen later would be penalized but for it
+            decisions.append(ParameterDecision(name, shape, "skip", FROZEN))
             continue
         if len(sizes) == 1 and split is None and FUSED_QKV.search(name.rsplit(".", 1)[0]):
             reason += "; looks like a fused projection of unequal parts: splits= treats each as its own matrix"
@@ -229,16 +232,22 @@ def log_selection(
         )
 
 
-def frozen_parameters(model: nn.Module, decisions: Sequence[ParameterDecision]) -> dict[str, weakref.ref[nn.Parameter]]:
-    """The parameters that are left alone because they are frozen, by name."""
-    names = {decision.name for decision in decisions if decision.reason == "frozen"}
-    named = ((_COMPILED.sub("", name), parameter) for name, parameter in _unwrapped(model).named_parameters())
-    return {name: weakref.ref(parameter) for name, parameter in named if name in names}
+def frozen_parameters(model: nn.Module, decisions: Sequence[ParameterDecision]) -> dict[str, tuple[nn.Module, str]]:
+    """By name, the module and attribute of what is left alone for no reason but that it is frozen."""
+    names = {decision.name for decision in decisions if decision.reason == FROZEN}
+    found = {}
+    for prefix, module in _unwrapped(model).named_modules():
+        for attribute in module._parameters:
+            name = _COMPILED.sub("", f"{prefix}.{attribute}" if prefix else attribute)
+            if name in names:
+                found[name] = module, attribute
+    return found
 
 
-def warn_of_unfrozen(frozen: dict[str, weakref.ref[nn.Parameter]]) -> None:
+def warn_of_unfrozen(frozen: dict[str, tuple[nn.Module, str]]) -> None:
     """Log once where some of them are trained after all."""
-    trained = [name for name, known in frozen.items() if (parameter := known()) is not None and parameter.requires_grad]
+    now = {name: module._parameters.get(attribute) for name, (module, attribute) in frozen.items()}
+    trained = [name for name, parameter in now.items() if parameter is not None and parameter.requires_grad]
     if trained:
         logger.warning(
             "S2D: %d parameters that were frozen when it was built are trained now, without a penalty (first: %s): "

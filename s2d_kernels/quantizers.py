@@ -122,7 +122,7 @@ def _table(mask: Tensor) -> Tensor:
     if ops.capturing(device):
         kept = [table for (place, _), table in _bits_of_bytes_on.items() if place == device]
         return kept[0] if kept else _bits_of_bytes(device)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    stream = ops.current_stream(device)
     if (device, stream) not in _bits_of_bytes_on:
         _bits_of_bytes_on[device, stream] = _bits_of_bytes(device)
     return _bits_of_bytes_on[device, stream]

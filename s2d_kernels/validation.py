@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -282,6 +282,9 @@ def _layer(
         return
     check = _compare(op, case, "y", y, expected)
     if _misfit(y, expected):
+        if isinstance(y, Tensor) and y.dtype != expected.dtype and y.is_floating_point():
+            advice = f"A kernel for {y.dtype} is fed it by validate(..., dtype={y.dtype}), at a setting."
+            check = check._replace(note=f"{check.note}. {advice}")
         yield check
         return
     if explain is not None:
@@ -531,7 +534,14 @@ def _check_svd(kernel: Kernel, impl: str, device: torch.device, generator: torch
 
 def _listed(found: object, count: int) -> Sequence[Any]:
     """`found` if these are as many as there should be, else nothing, that many times."""
-    return found if isinstance(found, (list, tuple)) and len(found) == count else [None] * count
+    listed = list(found) if isinstance(found, Iterable) and not isinstance(found, Tensor) else []
+    return listed if len(listed) == count else [None] * count
+
+
+def _is_integer(t: Any) -> bool:
+    if isinstance(t, Tensor):
+        return t.numel() == 1 and not t.is_floating_point() and not t.is_complex()
+    return isinstance(t, Integral)
 
 
 def _check_pcdr(kernel: Kernel, impl: str, device: torch.device, generator: torch.Generator) -> Iterator[Check]:
@@ -550,10 +560,12 @@ def _check_pcdr(kernel: Kernel, impl: str, device: torch.device, generator: torc
         if found is _RAISED:
             continue
         truth = pcdr(weights, inputs, neurons, threshold=threshold, impl="reference")
-        targets = [getattr(decision, "k_target", None) for decision in _listed(found, len(weights))]
-        whole = all(isinstance(target, Integral) for target in targets)
+        targets: list[Any] = [getattr(decision, "k_target", None) for decision in _listed(found, len(weights))]
+        whole = [int(t) for t in targets if _is_integer(t)]
         expected = torch.tensor([decision.k_target for decision in truth])
-        yield _compare("pcdr", case, "k_target", torch.tensor(targets) if whole else targets, expected)
+        yield _compare(
+            "pcdr", case, "k_target", torch.tensor(whole) if len(whole) == len(targets) else targets, expected
+        )
 
 
 def summarize(checks: Sequence[Check]) -> list[Check]:
