@@ -197,6 +197,17 @@ class WithBias(nn.Linear):
         return super().forward(x), self.bias
 
 
+class Flat(nn.Linear):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x).flatten(0, -2), self.bias
+
+
+class PixelsAndSum(nn.Conv2d):
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        y = super().forward(pixels)
+        return y.sum(), y
+
+
 class Pixels(nn.Conv2d):
     def forward(self, step: int, pixels: Tensor) -> Tensor:
         return super().forward(pixels)
@@ -214,7 +225,9 @@ UNAMBIGUOUS = {
     "second output": (Second, (X,), {}),
     "its bias beside it": (WithBias, (X,), {}),
     "one row, its bias beside it": (WithBias, (X[:1],), {}),
+    "tokens in one row, its bias beside it": (Flat, (X.view(5, 1, 9),), {}),
     "patches": (Pixels, (7,), {"pixels": IMAGE}),
+    "patches, second output": (PixelsAndSum, (IMAGE,), {}),
 }
 
 
@@ -222,7 +235,8 @@ UNAMBIGUOUS = {
 @pytest.mark.parametrize("case", list(UNAMBIGUOUS))
 def test_a_subclass_with_another_signature(case: str, how: str) -> None:
     kind, args, kwargs = UNAMBIGUOUS[case]
-    layer = kind(3, 10, 4, stride=4) if kind is Pixels else kind(9, 10)
+    patches = issubclass(kind, nn.Conv2d)
+    layer = kind(3, 10, 4, stride=4) if patches else kind(9, 10)
     matrices = find_matrices(layer)[0]
     capture = ActivationCapture(matrices) if how == "hooks" else GraphCapture(matrices)
     torch.compiler.reset()  # each case is another program for the same code
@@ -230,7 +244,7 @@ def test_a_subclass_with_another_signature(case: str, how: str) -> None:
     capture.start()
     run(*args, **kwargs)
     rows = X[:1] if case.startswith("one row") else X
-    if kind is Pixels:
+    if patches:
         rows = F.unfold(IMAGE, 4, stride=4).mT.reshape(-1, 48)
     check(capture, "weight", layer.weight.detach().flatten(1), rows)
 
@@ -248,7 +262,7 @@ def test_attention_with_another_signature() -> None:
     for start in (0, 8, 16):
         value, neuron, _ = brute_force(attention.in_proj_weight.detach()[start : start + 8], x.reshape(-1, 8))
         got = captured[f"in_proj_weight[{start}:{start + 8}]"]
-        assert (got.value.item(), got.neuron) == (pytest.approx(value, rel=1e-5), neuron)
+        assert (got.value.item(), got.neuron) == (pytest.approx(value, rel=1e-5), neuron)  # fp32 sums
 
 
 class Gated(nn.Linear):

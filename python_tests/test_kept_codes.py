@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from s2d_kernels import fake_quant, ops, quantize_
+from s2d_kernels import fake_quant, ops, quantize_, quantizers
 
 
 def quantized() -> nn.Sequential:
@@ -92,6 +92,25 @@ def test_a_capture_neither_keeps_codes_nor_uses_kept_ones(monkeypatch: pytest.Mo
         capturing = True
         model(x)
         assert len(made) == 3
+
+
+def test_another_stream_neither_uses_nor_ends_what_is_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes and tables that one stream has queued may not be there yet for another."""
+    model, x = quantized(), torch.randn(4, 16)
+    stream = 1
+    monkeypatch.setattr(ops, "current_stream", lambda device: stream)
+    made = []
+    original = fake_quant.quant_ops.quantize_weight
+    monkeypatch.setattr(fake_quant.quant_ops, "quantize_weight", lambda *a, **k: made.append(1) or original(*a, **k))
+    mask = torch.tensor([[5]], dtype=torch.uint8)
+    with torch.no_grad():
+        model(x), model(x)
+        here = quantizers._table(mask)
+        assert quantizers._table(mask) is here
+        stream = 2
+        model(x)
+        assert len(made) == 2
+        assert quantizers._table(mask) is not here
 
 
 def test_conversion_may_swap_parameters() -> None:

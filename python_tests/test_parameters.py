@@ -97,6 +97,10 @@ def test_splits() -> None:
     ]
     with pytest.raises(ValueError, match="add up to its 32 rows"):
         find_matrices(Model(), splits={"c_attn": [16, 8]})
+    frozen = Model()
+    frozen.c_attn.requires_grad_(False)  # such as a tower whose projections are cut otherwise
+    reasons = {d.name: d.reason for d in find_matrices(frozen, splits={"c_attn": [16, 8]})[1]}
+    assert reasons["c_attn.weight"] == "frozen"
 
 
 @pytest.mark.parametrize("arguments", [{"select": [("no_such", True)]}, {"splits": {"no_such": [1]}}])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from s2d_kernels import S2D, SpectralAdamW, ops, regularizer
+from s2d_kernels import S2D, SpectralAdamW, ops
 from s2d_kernels.layers import StaticFactors, empty_layer
 from s2d_kernels.penalty import rows_of_a_block
 from s2d_kernels.static_memory import Chosen
@@ -33,18 +33,17 @@ def test_all_that_add_grad_passes_on_stays_in_place(
 ) -> None:
     """Across refreshes, for all layers and where one has no gradient: tables of addresses made once stay true."""
     model = model_of()
-    reg = S2D(model, interval=4, lead=1, static_factors=True, threshold=1e-3, rounding=rounding)
+    reg = S2D(model, interval=4, lead=1, static_factors=True, threshold=1e-3, rounding=rounding, impl="torch")
     model[1].requires_grad_(not frozen)
     seen = []
-    original = regularizer.add_penalty_grad_
+    original = ops.implementation("add_penalty_grad_", "torch")
 
-    def recorded(grads: Any, factors: Any, **options: Any) -> None:
-        tensors = [*(t for f in factors for t in (f.U, f.Vh)), *options["coefficients"], options["ranks"]]
-        tensors += [options["seed"]] if rounding == "stochastic" else []
-        seen.append(tuple(t.data_ptr() for t in tensors))
-        original(grads, factors, **options)
+    def recorded(grads: Any, Us: Any, Vhs: Any, coefficients: Any, ranks: Any, **options: Any) -> None:
+        tensors = [*Us, *Vhs, *coefficients, ranks] + ([options["seeds"]] if rounding == "stochastic" else [])
+        seen.append(tuple((t.data_ptr(), t.stride()) for t in tensors))
+        original(grads, Us, Vhs, coefficients, ranks, **options)
 
-    monkeypatch.setattr(regularizer, "add_penalty_grad_", recorded)
+    monkeypatch.setitem(ops._TABLE["add_penalty_grad_"], "torch", recorded)
     for _ in range(14):
         train(model, reg)
     assert len(seen) == 14

@@ -13,7 +13,7 @@ from torch import Tensor
 from s2d_kernels import ops, reference
 from s2d_kernels.penalty import penalty_coefficients
 from s2d_kernels.selection import PCDR
-from s2d_kernels.static_memory import Chosen, on_device
+from s2d_kernels.static_memory import Chosen
 from s2d_kernels.svd import CONVERGED, SVDBasis, TopkSVD, warm_width
 
 DEVIATION_WARNING = 0.3
@@ -167,7 +167,7 @@ class StaticFactors:
 
     def follow(self, layers: Sequence[LayerState]) -> None:
         """Take over the ranks and singular values that the layers have now."""
-        self.ranks.copy_(on_device([layer.rank for layer in layers], torch.int32, self.ranks.device))
+        self.ranks.copy_(ops.on_device([layer.rank for layer in layers], torch.int32, self.ranks.device))
         if self._settings is not None:
             self._compute(*self._settings)
 

@@ -104,8 +104,7 @@ def choose(op: str, impl: str | None, device: torch.device, arguments: Sequence[
             if takes(op, candidate, device, arguments):
                 return candidate
         return "torch"
-    if impl not in IMPLS:
-        raise ValueError(f"impl={impl!r} is none of {IMPLS} (or None to choose by device)")
+    check_impl(impl)
     if impl not in _TABLE[op]:
         raise ValueError(f"{op} has no impl={impl!r} in this installation, only {available(op)} (device {device})")
     problem = problem_of(impl, device)
@@ -193,6 +192,12 @@ def aligned_bytes(count: int, device: torch.device) -> Tensor:
     memory = torch.empty(count + alignment, dtype=torch.uint8, device=device)
     offset = -memory.data_ptr() % alignment
     return memory[offset : offset + count]
+
+
+def on_device(numbers: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The numbers on `device`, which is not waited for: from pageable memory the copy would wait."""
+    staged = torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
+    return staged.to(device, non_blocking=True)
 
 
 def check_integer(name: str, value: object, *, low: int, high: int | None = None) -> int:

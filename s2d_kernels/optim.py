@@ -218,7 +218,7 @@ class SpectralAdamW(AdamW):
                 clip_coef = self._clip_coef(self._penalties, self._decoupled, max_norm, clip_penalty, grad_scale)
             self._update(self._penalties, self._decoupled, clip_coef, clip_penalty, grad_scale, found_inf)
             return loss
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # on whichever device
+        if ops.capturing(regularizer._side.device):
             raise ValueError(
                 "the schedule of S2D runs on the host and cannot be captured in a CUDA graph: use set_penalties, and "
                 "overwrite their tensors between the replays"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -114,11 +114,9 @@ def find_matrices(
     unmatched = {pattern for pattern, _ in select} | set(splits)
     occurrences: dict[int, list[str]] = {}
     owners: dict[str, tuple[nn.Module, str]] = {}
-    for prefix, module in _unwrapped(model).named_modules(remove_duplicate=True):
-        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            name = _COMPILED.sub("", f"{prefix}.{attribute}" if prefix else attribute)
-            occurrences.setdefault(id(parameter), []).append(name)
-            owners[name] = (module, attribute)
+    for name, module, attribute in _named_owners(model):
+        occurrences.setdefault(id(getattr(module, attribute)), []).append(name)
+        owners[name] = (module, attribute)
 
     matrices: list[Matrix] = []
     decisions: list[ParameterDecision] = []
@@ -155,7 +153,7 @@ def find_matrices(
         if kind is None:
             decisions.append(ParameterDecision(name, shape, "skip", reason))
             continue
-        sizes = _row_blocks(name, kind, parameter, split)
+        sizes = _row_blocks(name, kind, parameter, split) if parameter.requires_grad else [shape[0]]
         rank = min(*sizes, parameter[0].numel())
         if rank <= 2 * k_max and chosen is None:
             reason = f"only {rank} singular values: PCDR_{min(rank, k_max)} is close to 1 whatever they are"
@@ -197,6 +195,13 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def _named_owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Each parameter's name without what wrappers add, the module that holds it, and as what; tied ones repeatedly."""
+    for prefix, module in _unwrapped(model).named_modules(remove_duplicate=True):
+        for attribute, _ in module.named_parameters(recurse=False, remove_duplicate=False):
+            yield _COMPILED.sub("", f"{prefix}.{attribute}" if prefix else attribute), module, attribute
+
+
 def check_one_device(matrices: Sequence[Matrix]) -> None:
     """Raise a NotImplementedError where the matrices are not on one device that holds data."""
     places = {str(matrix.parameter.device): matrix.name for matrix in matrices}
@@ -235,13 +240,7 @@ def log_selection(
 def frozen_parameters(model: nn.Module, decisions: Sequence[ParameterDecision]) -> dict[str, tuple[nn.Module, str]]:
     """By name, the module and attribute of what is left alone for no reason but that it is frozen."""
     names = {decision.name for decision in decisions if decision.reason == FROZEN}
-    found = {}
-    for prefix, module in _unwrapped(model).named_modules():
-        for attribute in module._parameters:
-            name = _COMPILED.sub("", f"{prefix}.{attribute}" if prefix else attribute)
-            if name in names:
-                found[name] = module, attribute
-    return found
+    return {name: (module, attribute) for name, module, attribute in _named_owners(model) if name in names}
 
 
 def warn_of_unfrozen(frozen: dict[str, tuple[nn.Module, str]]) -> None:

@@ -172,8 +172,7 @@ def pcdr_begin(
     finite = torch.stack(usable)
     # One copy, and none that waits for the device as that of each number would.
     device = weights[0].device
-    staged = torch.tensor(list(on_host.values()), dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
-    on_device |= zip(on_host, staged.to(device, non_blocking=True).unbind(), strict=True)
+    on_device |= zip(on_host, ops.on_device(list(on_host.values()), torch.int64, device).unbind(), strict=True)
     indices = [on_device[index] for index in range(len(weights))]
     # An index that result() will refuse must not be read with.
     inside = [i.clamp(0, len(weight) - 1) for i, weight in zip(indices, weights, strict=True)]

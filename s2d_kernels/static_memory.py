@@ -10,14 +10,6 @@ from torch import Tensor
 from s2d_kernels import ops
 
 
-def on_device(numbers: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The numbers on `device`, which is not waited for."""
-    tensor = torch.tensor(numbers, dtype=dtype, device="cpu")
-    if device.type == "cuda":  # from pageable memory the copy would wait
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
 class Chosen:
     """Elements of a tensor `[layers]` on a device, in the same memory as long as the places are the same."""
 
@@ -35,7 +27,7 @@ class Chosen:
         if self._last is None or self._last[0] != tuple(places):
             if capturing:  # where no table can be copied
                 return torch.stack([self._values[place] for place in places])
-            chosen = on_device(places, torch.int64, device)
+            chosen = ops.on_device(places, torch.int64, device)
             self._last = tuple(places), chosen, self._values[chosen]
         _, chosen, result = self._last
         if capturing:

@@ -135,9 +135,9 @@ class Tables:
         """
         if device.type != "cuda":
             return torch.from_numpy(rows)
-        key = (device.index, torch.cuda.current_stream(device).cuda_stream, rows.tobytes())
+        key = (device.index, ops.current_stream(device), rows.tobytes())
         with self._lock:
-            if torch.cuda.is_current_stream_capturing():
+            if ops.capturing(device):
                 for (index, _, content), table in self._recent.items():
                     if (index, content) == (key[0], key[2]):
                         self._captured[id(table)] = table
