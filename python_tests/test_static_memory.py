@@ -78,6 +78,10 @@ def test_a_capture_with_another_strength_leaves_the_kept_coefficients_alone(monk
     static = StaticFactors(layers, torch.device("cpu"))
     for layer in layers:
         layer.basis.S.fill_(2.0)
+    with monkeypatch.context() as patch:  # nothing has been computed before a replay
+        patch.setattr(ops, "capturing", lambda device: True)
+        (early, _) = static.options([0, 1], 1.0, 2.0)["coefficients"]
+    early.zero_()
     (first, _) = static.options([0, 1], 1.0, 2.0)["coefficients"]
     assert first.tolist() == [4.0, 4.0]
     monkeypatch.setattr(ops, "capturing", lambda device: True)
