@@ -23,7 +23,7 @@ from s2d_kernels.quant_ops import (
     quantize_activation,
     quantize_weight,
 )
-from s2d_kernels.quantizers import code_span, pack_codes, unpack_codes
+from s2d_kernels.quantizers import QuantizedOperand, code_span, pack_codes, unpack_codes
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -104,19 +104,21 @@ def check_products() -> None:
             assert_same(*results, (M, N, K, group_size, number))
 
 
-def of_digits(grad: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, mask: Tensor, places: int) -> Tensor:
+def of_digits(
+    grad: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | int, mask: Tensor | int, places: int, most: int
+) -> Tensor:
     """The digits' product in plain torch: fp32 as `fixed_point.product` has it, sums in int64."""
     rest = grad.float() * scale.mT
-    unit = (rest.abs().amax(1, keepdim=True) / 127).clamp_(min=2.0**-126)
+    unit = (rest.abs().amax(1, keepdim=True) / most).clamp_(min=2.0**-126)
     rest = rest / unit
     sums = []
     for _ in range(places):
         digit = rest.round()
         sums.append((digit.long() @ (codes.long() - zero_point)).float())
-        rest = (rest - digit) * 254
+        rest = (rest - digit) * (2 * most)
     total = sums.pop()
     while sums:
-        total = total * (1 / 254) + sums.pop()
+        total = total * (1 / (2 * most)) + sums.pop()
     return total * unit * mask
 
 
@@ -137,8 +139,46 @@ def check_gradients() -> None:
                 continue
             got = cpu_quant.digit_product(grad, codes, q.scale, q.zero_point, mask, K, bits, symmetric, out_dtype)
             places = fixed_point.digit_count(q.scale, out_dtype)
-            expected = of_digits(grad, q.codes, q.scale, q.zero_point, inside, places).to(out_dtype)
+            most = fixed_point.largest_digit(bits, symmetric)
+            expected = of_digits(grad, q.codes, q.scale, q.zero_point, inside, places, most).to(out_dtype)
             assert_same([got], [expected], (rows, depth, K, number))
+
+
+def check_sums_of_bytes() -> None:
+    """Kernels may add a code of x and one of w, or a digit and a code, in a byte: exact where they just fit or not."""
+    for x_ends, w_ends in (
+        ((-120, 120), (-8, 7)), ((-121, 120), (-8, 7)), ((-120, 121), (-8, 7)), ((-8, 7), (-120, 121)),
+        ((0, 15), (-128, 112)), ((0, 15), (-128, 113)), ((-64, 64), (-64, 63)), ((-128, 127), (-128, 127)),
+        ((-128, -120), (0, 0)), ((120, 127), (0, 1)),
+    ):  # fmt: skip
+        for M, N, K in ((5, 50, 64), (9, 16, 61), (8, 48, 35), (3, 3, 36)):
+            operands = []
+            for rows, ends in ((M, x_ends), (N, w_ends)):
+                codes = torch.tensor(ends, dtype=torch.int8)[torch.randint(2, (rows, K))]
+                codes[0, :2] = torch.tensor(ends)
+                zero_point = torch.randint(-9, 9, (rows, 1), dtype=torch.int32)
+                row_sum = codes.sum(1, keepdim=True, dtype=torch.int32)
+                operands.append(QuantizedOperand(codes, torch.rand(rows, 1), zero_point, row_sum, codes, 8, True))
+            qx, qw = operands
+            expected = (qx.codes.long() - qx.zero_point) @ (qw.codes.long() - qw.zero_point).mT
+            assert_same(integer_accumulator(qx, qw, impl="cpu"), expected.int().unsqueeze(0), (x_ends, w_ends, M))
+            results = (integer_linear(qx, qw, impl=impl) for impl in ("cpu", "reference"))
+            assert_same([next(results)], [next(results)], (x_ends, w_ends, M))
+    for symmetric, zero_points in ((True, (0, 1)), (False, (0, 16)), (False, (-3, 1)), (False, (14, 20))):
+        for rows, depth, K in ((9, 64, 50), (70, 61, 48), (8, 36, 97), (3, 35, 9)):
+            grad = torch.randint(2, (rows, depth)) * 2.0 - 1
+            ends = torch.tensor((-8, 7) if symmetric else (0, 15), dtype=torch.int8)
+            codes = ends[torch.randint(2, (depth, K))]
+            zero_point = torch.randint(*zero_points, (depth, 1), dtype=torch.int32)
+            mask = torch.full((rows, (K + 7) // 8), 255, dtype=torch.uint8)
+            scale, places = torch.ones(depth, 1), fixed_point.digit_count(torch.ones(depth, 1), torch.float32)
+            most = fixed_point.largest_digit(4, symmetric)
+            expected = of_digits(grad, codes, scale, 0 if symmetric else zero_point, 1, places, most)
+            for given in (grad, grad.mT.contiguous().mT):
+                got = cpu_quant.digit_product(
+                    given, pack_codes(codes), scale, zero_point, mask, K, 4, symmetric, torch.float32
+                )
+                assert_same([got], [expected], (symmetric, zero_points, rows))
 
 
 def check_everything() -> None:
@@ -147,6 +187,7 @@ def check_everything() -> None:
     check_quantizer()
     check_products()
     check_gradients()
+    check_sums_of_bytes()
 
 
 def in_a_process(**environment: str) -> str:
@@ -255,7 +296,7 @@ def test_gradients_have_the_bits_of_the_torch_route() -> None:
 def test_who_takes_what_when_nothing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """fp64 goes to torch; products of few rows do, and where torch's int8 product or AMX's is the faster one."""
 
-    def chosen(dtype: torch.dtype = torch.float32, rows: int = cpu_quant.LEAST_ROWS) -> list[str]:
+    def chosen(rows: int, dtype: torch.dtype = torch.float32) -> list[str]:
         x = torch.randn(rows, 32, dtype=dtype)
         q = quantize_weight(x, bits=8)
         kinds = (8, True, 8, True)
@@ -267,20 +308,21 @@ def test_who_takes_what_when_nothing_is_asked_for(monkeypatch: pytest.MonkeyPatc
             ops.choose("straight_through_grad", None, CPU, grad),
         ]
 
-    assert chosen(torch.float64) == ["torch"] * 4
+    assert chosen(512, torch.float64) == ["torch"] * 4
     monkeypatch.setattr(fixed_point, "serves", lambda *_: True)
     for capability, has_amx, int8_serves, products, gradient in (
-        ("avx512_vnni", False, True, "cpu", "cpu"), ("avx512_vnni", True, True, "torch", "torch"),
-        ("avx512", False, True, "torch", "torch"), ("avx2", False, False, "cpu", "torch"),
-        ("baseline", False, False, "torch", "torch"),
+        ("avx512_vnni_pairs", False, True, "cpu", "cpu"), ("avx512_vnni", False, True, "cpu", "cpu"),
+        ("avx512_vnni", True, True, "torch", "torch"), ("avx512", False, True, "torch", "torch"),
+        ("avx2", False, False, "cpu", "torch"), ("baseline", False, False, "torch", "torch"),
     ):  # fmt: skip
         monkeypatch.setattr(_native_cpu, "capability", lambda name=capability: name)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has_amx: {"amx_int8": has})
         monkeypatch.setattr(cpu_quant, "use_int8_product", lambda *_, serves=int8_serves: serves)
-        assert chosen() == ["cpu", products, products, gradient], capability
-        assert chosen(rows=cpu_quant.LEAST_ROWS - 1) == ["cpu", "torch", "torch", gradient]
+        least = cpu_quant.LEAST_ROWS if gradient == "torch" else cpu_quant.LEAST_ROWS_OF_BYTES
+        assert chosen(least) == ["cpu", products, products, gradient], capability
+        assert chosen(least - 1) == ["cpu", "torch", "torch", gradient]
     monkeypatch.setenv("S2D_CPU_LIBRARY", "/nowhere/libs2d_cpu.so")
-    assert chosen() == ["torch"] * 4
+    assert chosen(512) == ["torch"] * 4
     with pytest.raises(ValueError, match=r"no native library at /nowhere/libs2d_cpu.so: .*make cpu"):
         quantize_activation(torch.randn(2, 3), impl="cpu")
 
@@ -313,6 +355,7 @@ def test_the_library_refuses_what_it_cannot_work_with() -> None:
     gradient = {name: quantization[name] for name in ("codes", "scale", "zero_point", "mask")} | {
         "grad": x.data_ptr(), "out": y.data_ptr(), "finite": finite.data_ptr(), "rows": 6, "depth": 6, "cols": 6,
         "row_stride": 8, "depth_stride": 1, "bits": 8, "places": 3,
+        "largest_digit": 127,
     }  # fmt: skip
     calls = (
         ("s2d_cpu_quantize", _native.Quantization, quantization,
@@ -322,7 +365,8 @@ def test_the_library_refuses_what_it_cannot_work_with() -> None:
          {"M": -1, "groups": 3, "packed": 1, "out_dtype": 3, "bias_dtype": 1, "w_codes": None, "x_row_sum": None,
           "w_scale": None}),
         ("s2d_cpu_straight_through_grad", _native_cpu.StraightThrough, gradient,
-         {"rows": -1, "places": 6, "bits": 1, "dtype": 3, "out_dtype": -1, "finite": None, "mask": None, "grad": None}),
+         {"rows": -1, "places": 6, "largest_digit": 128, "bits": 1, "dtype": 3, "out_dtype": -1, "finite": None,
+          "mask": None, "grad": None}),
     )  # fmt: skip
     for name, struct, good, wrong in calls:
         run = _native_cpu.Call(name, struct(**good), 1)
@@ -337,6 +381,12 @@ def test_the_library_refuses_what_it_cannot_work_with() -> None:
             assert run.workspace_bytes() == 0, (name, field)
             with pytest.raises(NativeLibraryError, match="status 1"):
                 run(start, size)
+        if name != "s2d_cpu_quantize":  # nothing to compute, nothing read
+            sizes = {"M": 6, "K": 8, "groups": 1} if name == "s2d_cpu_integer_linear" else {"rows": 6, "depth": 8}
+            rest = gradient if "rows" in sizes else {}
+            kinds = {key: rest[key] for key in ("bits", "places", "largest_digit", "finite") if key in rest}
+            run = _native_cpu.Call(name, struct(**sizes, **kinds), 1)
+            run(start, size)
 
 
 def test_a_library_that_is_built_later_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """ctypes loader of libs2d_cpu.so (csrc/cpu/s2d_cpu.h), the CPU's kernels. Nothing is loaded at import.
 
-`S2D_CPU_LIBRARY=/path/to/libs2d_cpu.so` selects any file, `S2D_CPU_CAPABILITY=avx512|avx2|baseline` a lesser
-instruction set.
+`S2D_CPU_LIBRARY=/path/to/libs2d_cpu.so` selects any file, `S2D_CPU_CAPABILITY=avx512_vnni|avx512|avx2|baseline` a
+lesser instruction set.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from s2d_kernels._native import (
     open_library,
 )
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 MAX_THREADS = 256
-CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_vnni")
+CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_vnni", "avx512_vnni_pairs")
 BUILD_HINT = "build it with `make cpu`, or `pip install -e .` where CMake and GCC >= 11 or Clang are found"
 
 
@@ -55,6 +55,7 @@ class StraightThrough(ctypes.Structure):
         ("symmetric", c_int32),
         ("per_tensor", c_int32),
         ("places", c_int32),
+        ("largest_digit", c_int32),
     )
 
 

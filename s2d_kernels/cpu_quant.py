@@ -14,8 +14,8 @@ from s2d_kernels.int8_product import use_int8_product
 from s2d_kernels.integer_gemm import check_groups
 from s2d_kernels.quantizers import check_packable, code_span, row_sums
 
-# Fewer gain less than the packing of the weight costs.
-LEAST_ROWS = 512
+# Fewer gain less than the packing of the weight costs; the second where bytes are multiplied by fours.
+LEAST_ROWS, LEAST_ROWS_OF_BYTES = 512, 64
 DTYPES = {getattr(torch, name): code for name, code in DTYPE_CODES.items()}
 
 
@@ -130,7 +130,7 @@ def _quantize_packed_cpu(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _multiplies_bytes() -> bool:
     """Whether the kernels here multiply bytes by fours, and AMX, which `torch._int_mm` uses, is not there."""
-    return _native_cpu.capability() == "avx512_vnni" and not torch.cpu.get_capabilities().get("amx_int8")
+    return _native_cpu.capability().startswith("avx512_vnni") and not torch.cpu.get_capabilities().get("amx_int8")
 
 
 def _product(
@@ -188,9 +188,10 @@ def _product(
 def _supports_product(*arguments: Any) -> bool:
     """Where it is no slower than impl="torch", which has the same bits; rows from which on, on a Zen 4."""
     x_codes, x_scale, _, _, _, _, _, w_row_sum, x_bits, x_symmetric, w_bits, w_symmetric = arguments
-    if x_scale.dtype != torch.float32 or len(x_codes) < LEAST_ROWS:
+    of_bytes = _multiplies_bytes()
+    if x_scale.dtype != torch.float32 or len(x_codes) < (LEAST_ROWS_OF_BYTES if of_bytes else LEAST_ROWS):
         return False
-    if _multiplies_bytes():
+    if of_bytes:
         return True
     groups = w_row_sum.shape[1]
     spans = code_span(x_bits, x_symmetric), code_span(w_bits, w_symmetric)
@@ -299,6 +300,7 @@ def digit_product(
         symmetric=symmetric,
         per_tensor=scale.numel() == 1,
         places=fixed_point.digit_count(scale, out_dtype),
+        largest_digit=fixed_point.largest_digit(bits, symmetric),
     )
     _call("s2d_cpu_straight_through_grad", arguments)
     return out.to(out_dtype) if finite else None

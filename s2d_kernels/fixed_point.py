@@ -9,8 +9,6 @@ from s2d_kernels import ops, reference
 from s2d_kernels.int8_product import int8_digits_serve
 from s2d_kernels.quantizers import unpack_codes, unpack_mask
 
-_BASE = 254  # a remainder in -1/2..1/2 becomes a digit in -127..127
-
 
 def serves(factor: Tensor, depth: int, span: int) -> bool:
     """Whether `product` takes `factor` and integers of magnitude <= `span`, added up over `depth`, and pays."""
@@ -19,8 +17,19 @@ def serves(factor: Tensor, depth: int, span: int) -> bool:
     return factor.device.type == "cpu" and bool(torch.backends.mkldnn.enabled) and int8_digits_serve()
 
 
+def largest_digit(bits: int, symmetric: bool) -> int:
+    """D, of digits -D..D of base 2 D, for products with codes of `bits` less their zero points.
+
+    127 is what a byte holds. With codes of at most 4 bits it is less: a digit and a code then add up to a byte, and the
+    CPU's kernels can do with half of the multiplications (`tile_of` in csrc/cpu/integer_kernels.cpp).
+    """
+    if bits > 4:
+        return 127
+    return 120 if symmetric else 112  # codes are -8..7; those of 0..15 less a zero point in 0..15 are -15..15
+
+
 def digit_count(scale: Tensor, out_dtype: torch.dtype) -> int:
-    """Three, 24 bits as in fp32; two, 16 bits, for an output of at most 11 or where torch may use TF32 or bf16.
+    """Three, 23 to 24 bits as in fp32; two, 16 bits, for an output of at most 11 or where torch may use TF32 or bf16.
 
     One more, or two, where the largest `scale` is more than 2^3, 2^11 times the median: digits count from the largest
     element of a row, and a sink token's must not cost the others theirs, which are all that a channel it does not
@@ -50,13 +59,16 @@ def live_scale(codes: Tensor, scale: Tensor, zero_point: Tensor, K: int, bits: i
     return scale.index_fill(0, ones[(rows == zero_point[ones]).all(1)], 0.0)
 
 
-def product(factor: Tensor, scale: Tensor, values: Tensor, mask: Tensor, out_dtype: torch.dtype) -> Tensor | None:
+def product(
+    factor: Tensor, scale: Tensor, values: Tensor, mask: Tensor, out_dtype: torch.dtype, most: int = 127
+) -> Tensor | None:
     """((factor * scale) @ values) * mask, or None where factor * scale is not finite.
 
-    A row of factor * scale is written in units of its largest magnitude / 127 as digits of base 254, and each digit's
-    product with the integers is exact. What is lost is what lies below the last digit: an element is off by at most
-    2^-24 of its row's largest (2^-16 with two digits, 2^-32 with four), where fp32 itself rounds the largest by 2^-25.
-    The sums do not depend on their order.
+    A row of factor * scale is written in units of its largest magnitude / D as digits -D..D of base 2 D, and each
+    digit's product with the integers is exact. What is lost is what lies below the last digit: with three of them an
+    element is off by at most 1 / 8 D^3 of its row's largest, for D = 127, 120 and 112 by 2^-24.0, 2^-23.7 and 2^-23.4,
+    where fp32 itself rounds the largest by 2^-25. A digit more or less makes that a 2 D-th or 2 D-fold. The sums do not
+    depend on their order.
 
     Args:
         factor: `[rows, depth]`, fp32, bf16 or fp16, any strides.
@@ -64,6 +76,7 @@ def product(factor: Tensor, scale: Tensor, values: Tensor, mask: Tensor, out_dty
         values: int8 `[depth, K]`.
         mask: bits, uint8 `[rows, ceil(K / 8)]`.
         out_dtype: of the result.
+        most: D, see `largest_digit`.
 
     Returns:
         `[rows, K]`.
@@ -97,18 +110,18 @@ def product(factor: Tensor, scale: Tensor, values: Tensor, mask: Tensor, out_dty
         largest = torch.maximum(rest.amax(1, keepdim=True), rest.amin(1, keepdim=True).neg_())
         if not bool(largest.isfinite().all()):
             return None
-        unit = largest.div_(127).clamp_(min=reference.SMALLEST_SCALE)
+        unit = largest.div_(most).clamp_(min=reference.SMALLEST_SCALE)
         rest.div_(unit)
         for place in range(digits):
             if place:
-                rest.sub_(digit).mul_(_BASE)
+                rest.sub_(digit).mul_(2 * most)
             torch.round(rest, out=digit)
             planes[place * count : (place + 1) * count].copy_(digit)
         torch._int_mm(planes[: digits * count], values, out=sums[: digits * count])
         by_place = sums[: digits * count].view(digits, count, K).unbind(0)
         total = by_place[-1].to(torch.float32)
         for place in reversed(range(digits - 1)):
-            total.mul_(1 / _BASE).add_(summand[:count].copy_(by_place[place]))
+            total.mul_(1 / (2 * most)).add_(summand[:count].copy_(by_place[place]))
         out[block] = total.mul_(unit).mul_(mask_factor(mask[block], K, torch.float32))
     return out
 

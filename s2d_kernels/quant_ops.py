@@ -94,7 +94,9 @@ def _grad_torch(
     if scale.shape[1] == 1 and fixed_point.serves(grad, len(codes), code_span(bits, symmetric)):
         values = centred(codes, zero_point, symmetric, torch.int8)
         live = fixed_point.live_scale(packed, scale, zero_point, K, bits, symmetric)
-        product = fixed_point.product(grad, live.mT, values, mask, out_dtype)
+        product = fixed_point.product(
+            grad, live.mT, values, mask, out_dtype, fixed_point.largest_digit(bits, symmetric)
+        )
         if product is not None:
             return product
     operand = centred(codes, zero_point, symmetric, scale.dtype)
@@ -400,8 +402,9 @@ def fake_quant_linear(
     Accuracy: codes, scales, zero points, accumulator and y have the same bits on every impl. Per token a NaN or Inf
         makes its own output row NaN and no other; per tensor all of them.
         Gradients are sums in fp32; on a CPU with VNNI or AMX of exact digits instead, which count from the largest
-        element of a row of grad * scale: 2^-24 of it is the error of a summand, 2^-16 for bf16 and fp16 gradients, less
-        where scales differ much (`fixed_point.digit_count`). Gradients that differ by more than that lose the small.
+        element of a row of grad * scale: at most 2^-23.4 of it is the error of a summand, 2^-15.6 for bf16 and fp16
+        gradients, less where scales differ much (`fixed_point.digit_count`). Gradients that differ by more than that
+        lose the small.
     Cost: impl="torch" on a CPU with VNNI or AMX is one int8 GEMM forward and six (of digits, see `fixed_point.py`)
         backward, plus elementwise passes; elsewhere fp32 GEMMs (of `exact_chunk` columns forward where K is larger).
         Saved for backward: packed codes and mask bits of `x`, 0.63 B an element at 4 bits or fewer, 1.13 B above, plus

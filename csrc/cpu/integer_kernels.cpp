@@ -18,12 +18,19 @@ namespace {
 // A word is one 32-bit lane: four bytes where the machine multiplies bytes by fours, x signed and w + 128 unsigned,
 // else two 16-bit numbers. Neither saturates.
 #if defined(__AVX512VNNI__)
-constexpr int kStep = 4;
+constexpr int kStep = 4, kUnit = 2;
 constexpr uint32_t kOffset = 128;
 #else
-constexpr int kStep = 2;
+constexpr int kStep = 2, kUnit = 1;
 constexpr uint32_t kOffset = 0;
 #endif
+
+// How many words `size` numbers take.
+inline int64_t word_count(int64_t size) { return (size + kStep * kUnit - 1) / (kStep * kUnit) * kUnit; }
+
+inline bool is_offset(Offset offset, int64_t word) {
+  return kOffset && (offset == Offset::kAllWords || (offset == Offset::kSecondWords && word % 2));
+}
 
 #if defined(__AVX512F__)
 constexpr int kRows = 8, kVectors = 3;
@@ -33,6 +40,7 @@ inline ivec broadcast(uint32_t word) { return _mm512_set1_epi32(static_cast<int3
 inline void store(int32_t* p, ivec v) { _mm512_storeu_si512(p, v); }
 #if defined(__AVX512VNNI__)
 inline ivec add_product(ivec sum, ivec w, ivec x) { return _mm512_dpbusd_epi32(sum, w, x); }
+inline ivec add_bytes(ivec a, ivec b) { return _mm512_add_epi8(a, b); }
 #else
 inline ivec add_product(ivec sum, ivec w, ivec x) { return _mm512_add_epi32(sum, _mm512_madd_epi16(w, x)); }
 #endif
@@ -74,6 +82,16 @@ void range(const float* x, int64_t count, int32_t* low, int32_t* high) {
   }
   *low = least;
   *high = greatest;
+}
+
+void extremes(const int8_t* codes, int64_t count, int32_t* low, int32_t* high) {
+  int8_t least = 127, greatest = -128;
+  for (int64_t i = 0; i < count; ++i) {
+    least = codes[i] < least ? codes[i] : least;
+    greatest = codes[i] > greatest ? codes[i] : greatest;
+  }
+  *low = least < *low ? least : *low;
+  *high = greatest > *high ? greatest : *high;
 }
 
 // The nearest integer, ties to even, of |x| <= 2^22.
@@ -156,9 +174,10 @@ inline __m256i words_of(const int8_t* codes) {
 #endif
 }
 
-// words[s * width + r] = word s of row r, plus the offset, of kBlock words of kBlock rows.
-inline void transpose_block(const int8_t* codes, int64_t stride, int64_t width, uint32_t flip, uint32_t* words) {
-  const __m256i flips = _mm256_set1_epi32(static_cast<int32_t>(flip));
+// words[s * width + r] = word s of row r, first and second words flipped, of kBlock words of kBlock rows.
+inline void transpose_block(const int8_t* codes, int64_t stride, int64_t width, const uint32_t (&flip)[2],
+                            uint32_t* words) {
+  const __m256i flips = _mm256_set1_epi64x(static_cast<int64_t>(static_cast<uint64_t>(flip[1]) << 32 | flip[0]));
   __m256i of[kBlock], pairs[kBlock], fours[kBlock];
 #pragma GCC unroll 8
   for (int r = 0; r < kBlock; ++r) of[r] = _mm256_xor_si256(words_of(codes + r * stride), flips);
@@ -184,10 +203,10 @@ inline void transpose_block(const int8_t* codes, int64_t stride, int64_t width, 
 }
 #endif
 
-void pack(const int8_t* codes, int64_t stride, int64_t count, int64_t size, int64_t width, bool with_offset,
+void pack(const int8_t* codes, int64_t stride, int64_t count, int64_t size, int64_t width, Offset offset,
           uint32_t* words) {
   constexpr int64_t kRun = 64 / kStep;  // words of a cache line of codes
-  const uint32_t flip = with_offset && kOffset ? 0x80808080u : 0;
+  const uint32_t flip[2] = {is_offset(offset, 0) ? 0x80808080u : 0, is_offset(offset, 1) ? 0x80808080u : 0};
   const int64_t whole = size / kStep;
   for (int64_t from = 0; from < whole; from += kRun) {
     const int64_t to = from + kRun < whole ? from + kRun : whole;
@@ -205,16 +224,16 @@ void pack(const int8_t* codes, int64_t stride, int64_t count, int64_t size, int6
     for (int64_t r = 0; r < count; ++r) {
       const int8_t* const row = codes + r * stride;
       for (int64_t s = r < transposed_rows ? transposed_to : from; s < to; ++s)
-        words[s * width + r] = word_of(row + s * kStep) ^ flip;
+        words[s * width + r] = word_of(row + s * kStep) ^ flip[s % 2];
     }
   }
-  if (size % kStep)
+  const int64_t steps = word_count(size);
+  for (int64_t s = whole; s < steps; ++s)
     for (int64_t r = 0; r < count; ++r) {
       int8_t rest[kStep] = {};
-      for (int64_t i = whole * kStep; i < size; ++i) rest[i - whole * kStep] = codes[r * stride + i];
-      words[whole * width + r] = word_of(rest) ^ flip;
+      for (int64_t i = s * kStep; i < size; ++i) rest[i - s * kStep] = codes[r * stride + i];
+      words[s * width + r] = word_of(rest) ^ flip[s % 2];
     }
-  const int64_t steps = (size + kStep - 1) / kStep;
   for (int64_t s = 0; s < steps; ++s)
     for (int64_t r = count; r < width; ++r) words[s * width + r] = 0;
 }
@@ -246,18 +265,17 @@ inline void interleave(const __m128i (&of)[4], uint32_t* words) {
 #endif
 
 void pack_columns(const uint8_t* codes, int64_t stride, int64_t first_column, int64_t count, int64_t size,
-                  const int32_t* zero_point, int64_t zero_point_stride, bool nibbles, bool is_signed,
+                  const int32_t* zero_point, int64_t zero_point_stride, bool nibbles, bool is_signed, Offset offset,
                   uint32_t* words) {
   constexpr int kBits = 32 / kStep;
   constexpr uint32_t kMask = (1u << (kBits - 1) << 1) - 1;
   const int32_t sign = nibbles && is_signed ? 8 : 0;
-  const int64_t steps = (size + kStep - 1) / kStep;
-  const auto added = [&](int64_t row) {
-    return static_cast<int32_t>(kOffset) - (is_signed ? 0 : zero_point[row * zero_point_stride]);
-  };
+  const int64_t steps = word_count(size);
   const uint8_t* const start = codes + (nibbles ? first_column / 2 : first_column);  // kColumns is even
   for (int64_t s = 0; s < steps; ++s) {
     uint32_t* const out = words + s * kColumns;
+    const int32_t more = is_offset(offset, s) ? static_cast<int32_t>(kOffset) : 0;
+    const auto added = [&](int64_t row) { return more - (is_signed ? 0 : zero_point[row * zero_point_stride]); };
 #if defined(__AVX512VNNI__)
     if (count == kColumns && (s + 1) * kStep <= size) {
       for (int64_t c = 0; c < kColumns; c += kAcross) {
@@ -273,10 +291,14 @@ void pack_columns(const uint8_t* codes, int64_t stride, int64_t first_column, in
     }
 #endif
     memset(out, 0, kColumns * sizeof *out);
-    for (int64_t i = 0; i < kStep && s * kStep + i < size; ++i) {
+    for (int64_t i = 0; i < kStep; ++i) {
       const int64_t row = s * kStep + i;
-      const uint8_t* const line = start + row * stride;
       const int shift = static_cast<int>(i) * kBits;
+      if (row >= size) {
+        for (int64_t c = 0; c < kColumns; ++c) out[c] |= static_cast<uint32_t>(more) << shift;
+        continue;
+      }
+      const uint8_t* const line = start + row * stride;
       uint8_t halves[kColumns];
       for (int64_t c = 0; nibbles && c < count; ++c) halves[c] = c % 2 ? line[c / 2] >> 4 : line[c / 2] & 15;
       for (int64_t c = 0; c < count; ++c) {
@@ -287,22 +309,37 @@ void pack_columns(const uint8_t* codes, int64_t stride, int64_t first_column, in
   }
 }
 
-template <int R, int V>
+// Pairs of words take half of the products, by Winograd's inner product (1968): byte by byte of the first and second
+// word, (x_1 + w_2)(x_2 + w_1) = x_1 w_1 + x_2 w_2 + x_1 x_2 + w_1 w_2, whose last two terms are each of one operand.
+// Additions are free where products are what a processor has least of.
+template <bool kByPairs, int R, int V>
 void tile_of(const uint32_t* x, const uint32_t* w, int64_t steps, int32_t* sums) {
   ivec total[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) total[r][v] = broadcast(0);
-  for (int64_t s = 0; s < steps; ++s, x += kRows, w += kColumns) {
-    ivec of_w[V];
+  constexpr int kWords = kByPairs ? 2 : 1;
+  for (int64_t s = 0; s < steps; s += kWords, x += kWords * kRows, w += kWords * kColumns) {
+    ivec of_w[kWords][V];
+#pragma GCC unroll 2
+    for (int word = 0; word < kWords; ++word)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) of_w[v] = load(w + v * kLanes);
+      for (int v = 0; v < V; ++v) of_w[word][v] = load(w + word * kColumns + v * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const ivec of_x = broadcast(x[r]);
+#if defined(__AVX512VNNI__)
+      if constexpr (kByPairs) {
+        const ivec second = broadcast(x[kRows + r]);
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) total[r][v] = add_product(total[r][v], of_w[v], of_x);
+        for (int v = 0; v < V; ++v)
+          total[r][v] = add_product(total[r][v], add_bytes(of_x, of_w[1][v]), add_bytes(second, of_w[0][v]));
+        continue;
+      }
+#endif
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) total[r][v] = add_product(total[r][v], of_w[0][v], of_x);
     }
   }
 #pragma GCC unroll 8
@@ -311,27 +348,73 @@ void tile_of(const uint32_t* x, const uint32_t* w, int64_t steps, int32_t* sums)
     for (int v = 0; v < V; ++v) store(sums + r * kColumns + v * kLanes, total[r][v]);
 }
 
-template <int R>
+template <bool kByPairs, int R>
 void tile_rows(const uint32_t* x, const uint32_t* w, int64_t steps, int64_t width, int32_t* sums) {
-  if (width <= kLanes) return tile_of<R, 1>(x, w, steps, sums);
-  if (width <= 2 * kLanes) return tile_of<R, 2>(x, w, steps, sums);
-  tile_of<R, kVectors>(x, w, steps, sums);
+  if (width <= kLanes) return tile_of<kByPairs, R, 1>(x, w, steps, sums);
+  if (width <= 2 * kLanes) return tile_of<kByPairs, R, 2>(x, w, steps, sums);
+  tile_of<kByPairs, R, kVectors>(x, w, steps, sums);
 }
 
-void tile(const uint32_t* x, const uint32_t* w, int64_t steps, int64_t count, int64_t width, int32_t* sums) {
-  if (count == 1) return tile_rows<1>(x, w, steps, width, sums);
-  if (count == 2) return tile_rows<2>(x, w, steps, width, sums);
-  if (count <= 4) return tile_rows<4>(x, w, steps, width, sums);
-  tile_rows<kRows>(x, w, steps, width, sums);
+template <bool kByPairs>
+void tile_by(const uint32_t* x, const uint32_t* w, int64_t steps, int64_t count, int64_t width, int32_t* sums) {
+  if (count == 1) return tile_rows<kByPairs, 1>(x, w, steps, width, sums);
+  if (count == 2) return tile_rows<kByPairs, 2>(x, w, steps, width, sums);
+  if (count <= 4) return tile_rows<kByPairs, 4>(x, w, steps, width, sums);
+  tile_rows<kByPairs, kRows>(x, w, steps, width, sums);
+}
+
+void tile(const uint32_t* x, const uint32_t* w, int64_t steps, int64_t count, int64_t width, bool by_pairs,
+          int32_t* sums) {
+#if defined(__AVX512VNNI__)
+  if (by_pairs) return tile_by<true>(x, w, steps, count, width, sums);
+#endif
+  static_cast<void>(by_pairs);
+  tile_by<false>(x, w, steps, count, width, sums);
+}
+
+// kOffset times the sum of x; by pairs, of its terms (x_1 + kOffset) x_2.
+void row_excess(const uint32_t* x, int64_t steps, bool by_pairs, uint32_t* excess) {
+#if defined(__AVX512VNNI__)
+  static_assert(kRows == 8, "rows are a vector");
+  const __m256i offset = _mm256_set1_epi8(-128);
+  const auto words = [&](int64_t s) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + s * kRows)); };
+  __m256i sum = _mm256_setzero_si256();
+  if (by_pairs)
+    for (int64_t s = 0; s < steps; s += 2)
+      sum = _mm256_dpbusd_epi32(sum, _mm256_xor_si256(words(s), offset), words(s + 1));
+  else
+    for (int64_t s = 0; s < steps; ++s) sum = _mm256_dpbusd_epi32(sum, offset, words(s));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(excess), sum);
+#else
+  static_cast<void>(x), static_cast<void>(steps), static_cast<void>(by_pairs);
+  memset(excess, 0, kRows * sizeof *excess);
+#endif
+}
+
+// By pairs, of the terms w_1 (w_2 + kOffset).
+void column_excess(const uint32_t* w, int64_t steps, bool by_pairs, uint32_t* excess) {
+  memset(excess, 0, kColumns * sizeof *excess);
+#if defined(__AVX512VNNI__)
+  for (int64_t c = 0; by_pairs && c < kColumns; c += kLanes) {
+    ivec sum = broadcast(0);
+    for (int64_t s = 0; s < steps; s += 2)
+      sum = add_product(sum, load(w + (s + 1) * kColumns + c), load(w + s * kColumns + c));
+    store(reinterpret_cast<int32_t*>(excess) + c, sum);
+  }
+#else
+  static_cast<void>(w), static_cast<void>(steps), static_cast<void>(by_pairs);
+#endif
 }
 
 void scale_sums(int32_t* sums, int64_t count, int64_t width, const Scaling& scaling, bool add, float* total) {
   for (int64_t c = 0; c < width; c += kLanes) {  // the vectors that `tile` has computed
-    const uvec offset = load_unsigned(scaling.w_offset + c), rest = load_unsigned(scaling.w_rest + c);
+    const uvec excess = load_unsigned(scaling.w_excess + c), zero_point = load_unsigned(scaling.w_zero_point + c);
+    const uvec rest = load_unsigned(scaling.w_rest + c);
     const vec scale = load(scaling.w_scale + c);
     for (int64_t r = 0; r < count; ++r) {
       int32_t* const place = sums + r * kColumns + c;
-      const uvec sum = load_unsigned(place) - scaling.x_sum[r] * offset - scaling.x_zero_point[r] * rest;
+      const uvec sum = load_unsigned(place) - excess - scaling.x_excess[r] - scaling.x_sum[r] * zero_point -
+                       scaling.x_zero_point[r] * rest;
       if (!total) {
         *reinterpret_cast<uvec*>(place) = sum;
         continue;
@@ -373,42 +456,41 @@ void store_rows(const float* total, int64_t count, int64_t width, const float* b
 inline uint32_t magnitude_bits(float x) { return as_bits(x) & 0x7fffffffu; }
 inline uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
-// In which a row is written as digits whose first is at most 127; from the bits of its largest magnitude.
-inline float unit_of(uint32_t largest) {
-  const float unit = as_float(largest) / 127.f;
+// In which a row is written as digits whose first is at most `most`; from the bits of its largest magnitude.
+inline float unit_of(uint32_t largest, int32_t most) {
+  const float unit = as_float(largest) / static_cast<float>(most);
   return unit > 0x1p-126f ? unit : 0x1p-126f;
 }
 
-bool weigh(const float* x, int64_t count, const float* scale, int64_t scale_stride, float* out, float* unit) {
-  uint32_t most = 0;
+bool weigh(const float* x, int64_t count, const float* scale, int64_t scale_stride, int32_t most, float* out,
+           float* unit) {
+  uint32_t largest = 0;
   if (scale_stride) {
     for (int64_t i = 0; i < count; ++i) {
       out[i] = x[i] * scale[i];
-      most = larger(most, magnitude_bits(out[i]));
+      largest = larger(largest, magnitude_bits(out[i]));
     }
   } else {
     for (int64_t i = 0; i < count; ++i) {
       out[i] = x[i] * *scale;
-      most = larger(most, magnitude_bits(out[i]));
+      largest = larger(largest, magnitude_bits(out[i]));
     }
   }
-  *unit = unit_of(most);
-  return most < 0x7f800000u;
+  *unit = unit_of(largest, most);
+  return largest < 0x7f800000u;
 }
 
-void digits_of(float* __restrict x, int64_t count, float unit, int64_t places, int8_t* __restrict digits,
-               int64_t stride, int32_t* sums) {
+void digits_of(float* __restrict x, int64_t count, float unit, int32_t most, int64_t places, int8_t* __restrict digits,
+               int64_t stride) {
+  const float base = static_cast<float>(2 * most);
   for (int64_t i = 0; i < count; ++i) x[i] /= unit;
   for (int64_t place = 0; place < places; ++place) {
     int8_t* __restrict const out = digits + place * stride;
-    int32_t sum = 0;
     for (int64_t i = 0; i < count; ++i) {
       const int32_t digit = nearest(x[i]);
       out[i] = static_cast<int8_t>(digit);
-      sum += digit;
-      x[i] = (x[i] - static_cast<float>(digit)) * 254.f;
+      x[i] = (x[i] - static_cast<float>(digit)) * base;
     }
-    sums[place] = sum;
   }
 }
 
@@ -436,12 +518,12 @@ inline void fetch_ahead(const void* x, int32_t dtype, int64_t stride, int64_t co
 
 template <int P>
 void pack_digits_of(const void* x, int32_t dtype, int64_t stride, int64_t count, int64_t depth, const float* scale,
-                    int64_t scale_stride, uint32_t* words, const float* units, uint32_t* sums, int64_t sums_stride) {
+                    int64_t scale_stride, int32_t most, uint32_t* words, const float* units) {
   constexpr int kBits = 32 / kStep;
   constexpr uint32_t kMask = (1u << (kBits - 1) << 1) - 1;
-  const int64_t panels = (count + kRows - 1) / kRows, steps = (depth + kStep - 1) / kStep;
+  const int64_t panels = (count + kRows - 1) / kRows, steps = word_count(depth);
+  const float base = static_cast<float>(2 * most);
   float lines[kStep][kLine] = {};
-  uwide total[kMostLines / kRows + 1][P] = {};
   for (int64_t s = 0; s < steps; ++s) {
     const int64_t deep = depth - s * kStep < kStep ? depth - s * kStep : kStep;
     const float* of[kStep];
@@ -460,45 +542,41 @@ void pack_digits_of(const void* x, int32_t dtype, int64_t stride, int64_t count,
           const wide shifted = rest + 0x1.8p23f;  // as in `nearest`
           const uwide digit = reinterpret_cast<uwide>(shifted) - 0x4b400000u;
           word[place] |= (digit & kMask) << static_cast<uint32_t>(i * kBits);
-          total[panel][place] += digit;
-          rest = (rest - (shifted - 0x1.8p23f)) * 254.f;
+          rest = (rest - (shifted - 0x1.8p23f)) * base;
         }
       }
       for (int place = 0; place < P; ++place)
         memcpy(words + ((panel * P + place) * steps + s) * kRows, &word[place], kRows * sizeof *words);
     }
   }
-  for (int place = 0; place < P; ++place)
-    for (int64_t r = 0; r < count; ++r) sums[place * sums_stride + r] = total[r / kRows][place][r % kRows];
 }
 
 bool pack_digits(const void* x, int32_t dtype, int64_t stride, int64_t count, int64_t depth, const float* scale,
-                 int64_t scale_stride, int64_t places, uint32_t* words, float* units, uint32_t* sums,
-                 int64_t sums_stride) {
+                 int64_t scale_stride, int32_t most, int64_t places, uint32_t* words, float* units) {
   float line[kLine] = {}, unit[kLine];
-  uint32_t most[kLine] = {}, all = 0;
+  uint32_t largest[kLine] = {}, all = 0;
   for (int64_t d = 0; d < depth; ++d) {
     fetch_ahead(x, dtype, stride, count, d, depth);
     const float* const row = line_of(x, dtype, stride, count, d, line);
     const float factor = scale[d * scale_stride];
-    for (int64_t r = 0; r < count; ++r) most[r] = larger(most[r], magnitude_bits(row[r] * factor));
+    for (int64_t r = 0; r < count; ++r) largest[r] = larger(largest[r], magnitude_bits(row[r] * factor));
   }
   for (int64_t r = 0; r < kLine; ++r) {
-    all = larger(all, most[r]);
-    unit[r] = unit_of(most[r]);
+    all = larger(all, largest[r]);
+    unit[r] = unit_of(largest[r], most);
   }
   if (all >= 0x7f800000u) return false;
   memcpy(units, unit, static_cast<size_t>(count) * sizeof *unit);
   constexpr decltype(&pack_digits_of<1>) kPack[kMostPlaces] = {pack_digits_of<1>, pack_digits_of<2>, pack_digits_of<3>,
                                                                pack_digits_of<4>, pack_digits_of<5>};
-  kPack[places - 1](x, dtype, stride, count, depth, scale, scale_stride, words, unit, sums, sums_stride);
+  kPack[places - 1](x, dtype, stride, count, depth, scale, scale_stride, most, words, unit);
   return true;
 }
 
-void join(const int32_t* sums, int64_t places, int64_t count, int64_t width, const uint32_t* digit_sums,
-          int64_t digit_sums_stride, const float* units, const uint8_t* mask, int64_t mask_stride, void* out,
+void join(const int32_t* sums, int32_t most, int64_t places, int64_t count, int64_t width, const uint32_t* row_excess,
+          const uint32_t* column_excess, const float* units, const uint8_t* mask, int64_t mask_stride, void* out,
           int32_t dtype, int64_t stride) {
-  constexpr float kPlace = static_cast<float>(1.0 / 254);
+  const float one_place = static_cast<float>(1.0 / (2 * most));
   svec lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = 1 << i;
   for (int64_t r = 0; r < count; ++r) {
@@ -511,18 +589,25 @@ void join(const int32_t* sums, int64_t places, int64_t count, int64_t width, con
     const bool direct = dtype == S2D_FLOAT32 && width % kLanes == 0;
     float* const total = direct ? static_cast<float*>(out) + r * stride : kept;
     for (int64_t c = 0; c < width; c += kLanes) {
+      const uvec excess = load_unsigned(column_excess + c);
       const auto of_place = [&](int64_t place) {
-        const uint32_t less = digit_sums[place * digit_sums_stride + r] * kOffset;
-        return to_numbers(load_unsigned(sums + (place * kMostRows + r) * kColumns + c) - less);
+        const uvec sum = load_unsigned(sums + (place * kMostRows + r) * kColumns + c);
+        return to_numbers(sum - excess - row_excess[place * kRows + r]);
       };
       vec sum = of_place(places - 1);
-      for (int64_t place = places - 2; place >= 0; --place) sum = sum * kPlace + of_place(place);
+      for (int64_t place = places - 2; place >= 0; --place) sum = sum * one_place + of_place(place);
       const int32_t word = static_cast<int32_t>(bits >> c);
       const uvec inside = reinterpret_cast<uvec>((word & lane) != 0) & as_bits(1.f);
       store(total + c, sum * units[r] * reinterpret_cast<vec>(inside));
     }
     if (!direct) narrow_row(total, width, out, dtype, r * stride);
   }
+}
+
+constexpr IntegerKernels kernels_named(const char* name, bool pairs) {
+  return {name,          kRows,      kColumns,     kStep, kUnit,     pairs,        extremes, range,
+          codes_of,      pack_bits,  pack_nibbles, widen, pack,      pack_columns, tile,     row_excess,
+          column_excess, scale_sums, store_rows,   weigh, digits_of, pack_digits,  join};
 }
 
 }  // namespace
@@ -532,8 +617,9 @@ void join(const int32_t* sums, int64_t places, int64_t count, int64_t width, con
 #define S2D_CPU_TEXT_(name) #name
 #define S2D_CPU_TEXT(name) S2D_CPU_TEXT_(name)
 static_assert(kRows <= kMostRows && kColumns <= kMostColumns && kColumns % 8 == 0, "buffers and mask bits");
-extern const IntegerKernels S2D_CPU_TABLE(S2D_CPU_NAME) = {
-    S2D_CPU_TEXT(S2D_CPU_NAME), kRows, kColumns, kStep,      kOffset,    range, codes_of, pack_bits, pack_nibbles,
-    widen, pack, pack_columns, tile, scale_sums, store_rows, weigh, digits_of, pack_digits, join};
+extern const IntegerKernels S2D_CPU_TABLE(S2D_CPU_NAME) = kernels_named(S2D_CPU_TEXT(S2D_CPU_NAME), false);
+#if defined(__AVX512VNNI__)
+extern const IntegerKernels integer_avx512_vnni_pairs = kernels_named("avx512_vnni_pairs", true);
+#endif
 
 }  // namespace s2d_cpu

@@ -85,7 +85,7 @@ class Product {
       : p_(given),
         threads_(useful_threads(threads, p_.M * p_.N * std::max<int64_t>(p_.K, 1))),
         size_(p_.groups ? p_.K / p_.groups : 0),
-        group_words_(parts(size_, kernels_.step)),
+        group_words_(rounded_up(parts(size_, kernels_.step), kernels_.unit)),
         words_(group_words_ * p_.groups),
         items_(kernels_, p_.M, p_.N, words_, threads_),
         columns_(items_.column_panels * kernels_.columns) {}
@@ -99,6 +99,7 @@ class Product {
   void run(void* workspace) {
     char* memory = static_cast<char*>(workspace);
     carve_all(&memory);
+    by_pairs_ = kernels_.pairs && bytes_fit();
     const int64_t together = std::max<int64_t>(1, kPackedWords / std::max<int64_t>(1, words_ * kernels_.columns));
     const int64_t panels = items_.column_panels;
     share_out(static_cast<int32_t>(parts(panels, together)), threads_, [&](int32_t item, int32_t) {
@@ -107,32 +108,61 @@ class Product {
     share_out(items_.count(), threads_, [&](int32_t item, int32_t thread) {
       const DefaultArithmetic guard;
       uint32_t* const x = x_ + thread * items_.chunk * words_;
+      uint32_t* const excess = x_excess_ + thread * items_.chunk * p_.groups;
       items_.work(
-          item, kernels_.rows, [&](int64_t top, int64_t count) { return pack_rows(top, count, x); },
-          [&](int64_t top, int64_t panel, int64_t j) { tile(x + panel * kernels_.rows * words_, top, j); });
+          item, kernels_.rows, [&](int64_t top, int64_t count) { return pack_rows(top, count, x, excess); },
+          [&](int64_t top, int64_t panel, int64_t j) {
+            const int64_t row = panel * kernels_.rows;
+            tile(x + row * words_, excess + row * p_.groups, top, j);
+          });
     });
   }
 
  private:
   void carve_all(char** memory) {
     x_ = carve<uint32_t>(memory, threads_ * items_.chunk * words_);
+    x_excess_ = carve<uint32_t>(memory, threads_ * items_.chunk * p_.groups);
     w_ = carve<uint32_t>(memory, columns_ * words_);
-    w_offset_ = carve<uint32_t>(memory, columns_ * p_.groups);
+    w_excess_ = carve<uint32_t>(memory, columns_ * p_.groups);
+    w_zero_point_ = carve<uint32_t>(memory, columns_ * p_.groups);
     w_rest_ = carve<uint32_t>(memory, columns_ * p_.groups);
     w_scale_ = carve<float>(memory, columns_ * p_.groups);
+  }
+
+  // Whether a code of x and one of w add up to a byte, whichever they are.
+  bool bytes_fit() const {
+    if (!p_.M || !p_.N) return false;
+    const Range x = range_of(p_.x_codes, p_.M * p_.K), w = range_of(p_.w_codes, p_.N * p_.K);
+    return x.low + w.low >= -128 && x.high + w.high <= 127;
+  }
+
+  // Of codes and 0.
+  Range range_of(const void* codes, int64_t count) const {
+    constexpr int64_t kAtOnce = 1 << 18;
+    Range of_thread[kMaxThreads];
+    share_out(static_cast<int32_t>(parts(count, kAtOnce)), threads_, [&](int32_t item, int32_t thread) {
+      const int64_t start = item * kAtOnce;
+      kernels_.extremes(static_cast<const int8_t*>(codes) + start, std::min(count - start, kAtOnce),
+                        &of_thread[thread].low, &of_thread[thread].high);
+    });
+    Range all{0, 0};
+    for (const Range& one : of_thread) all = {std::min(all.low, one.low), std::max(all.high, one.high)};
+    return all;
   }
 
   void pack_columns(int64_t panel) const {
     const int64_t width = kernels_.columns, start = panel * width, count = std::min(p_.N - start, width);
     const int8_t* const codes = static_cast<const int8_t*>(p_.w_codes) + start * p_.K;
+    const Offset offset = by_pairs_ ? Offset::kSecondWords : Offset::kAllWords;
     for (int64_t group = 0; group < p_.groups; ++group) {
-      kernels_.pack(codes + group * size_, p_.K, count, size_, width, true,
-                    w_ + (panel * words_ + group * group_words_) * width);
+      uint32_t* const words = w_ + (panel * words_ + group * group_words_) * width;
+      kernels_.pack(codes + group * size_, p_.K, count, size_, width, offset, words);
+      kernels_.column_excess(words, group_words_, by_pairs_, w_excess_ + group * columns_ + start);
       for (int64_t c = 0; c < width; ++c) {
         const int64_t n = start + c, to = group * columns_ + n;
         const int64_t from = p_.w_per_tensor ? 0 : n * p_.groups + group;
         const uint32_t zero = c < count ? static_cast<uint32_t>(p_.w_zero_point[from]) : 0;
-        w_offset_[to] = c < count ? kernels_.offset + zero : 0;
+        w_zero_point_[to] = zero;
         w_rest_[to] = c < count ? static_cast<uint32_t>(p_.w_row_sum[n * p_.groups + group]) -
                                       static_cast<uint32_t>(size_) * zero
                                 : 0;
@@ -141,17 +171,21 @@ class Product {
     }
   }
 
-  bool pack_rows(int64_t top, int64_t count, uint32_t* x) const {
+  // Of a panel, words [groups, words of a group, rows] and the excess [groups, rows].
+  bool pack_rows(int64_t top, int64_t count, uint32_t* x, uint32_t* excess) const {
     for (int64_t start = 0; start < count; start += kernels_.rows, x += kernels_.rows * words_) {
       const int8_t* const codes = static_cast<const int8_t*>(p_.x_codes) + (top + start) * p_.K;
-      for (int64_t group = 0; group < p_.groups; ++group)
-        kernels_.pack(codes + group * size_, p_.K, std::min(kernels_.rows, count - start), size_, kernels_.rows, false,
-                      x + group * group_words_ * kernels_.rows);
+      for (int64_t group = 0; group < p_.groups; ++group, excess += kernels_.rows) {
+        uint32_t* const words = x + group * group_words_ * kernels_.rows;
+        kernels_.pack(codes + group * size_, p_.K, std::min(kernels_.rows, count - start), size_, kernels_.rows,
+                      Offset::kNone, words);
+        kernels_.row_excess(words, group_words_, by_pairs_, excess);
+      }
     }
     return true;
   }
 
-  void tile(const uint32_t* x, int64_t top, int64_t j) const {
+  void tile(const uint32_t* x, const uint32_t* excess, int64_t top, int64_t j) const {
     int32_t sums[kMostRows * kMostColumns];
     float total[kMostRows * kMostColumns];
     uint32_t x_sum[kMostRows], x_zero[kMostRows];
@@ -169,10 +203,12 @@ class Product {
     if (!p_.groups) std::fill(total, total + kMostRows * kMostColumns, 0.f);
     for (int64_t group = 0; group < p_.groups; ++group) {
       kernels_.tile(x + group * group_words_ * kernels_.rows,
-                    w_ + (j * words_ + group * group_words_) * kernels_.columns, group_words_, count, width, sums);
+                    w_ + (j * words_ + group * group_words_) * kernels_.columns, group_words_, count, width, by_pairs_,
+                    sums);
       for (int64_t r = 0; r < count; ++r) x_sum[r] = static_cast<uint32_t>(p_.x_row_sum[(top + r) * p_.groups + group]);
       const int64_t of_w = group * columns_ + left;
-      const Scaling scaling{x_sum, x_zero, w_offset_ + of_w, w_rest_ + of_w, x_scale, w_scale_ + of_w};
+      const Scaling scaling{excess + group * kernels_.rows, x_sum,          x_zero,  w_excess_ + of_w,
+                            w_zero_point_ + of_w,           w_rest_ + of_w, x_scale, w_scale_ + of_w};
       kernels_.scale(sums, count, width, scaling, group > 0, p_.y ? total : nullptr);
       for (int64_t r = 0; p_.accumulator && r < count; ++r)
         memcpy(p_.accumulator + (group * p_.M + top + r) * p_.N + left, sums + r * kernels_.columns,
@@ -189,13 +225,15 @@ class Product {
   int64_t size_, group_words_, words_;
   Items items_;
   int64_t columns_;
-  uint32_t *x_, *w_, *w_offset_, *w_rest_;
+  bool by_pairs_ = false;
+  uint32_t *x_, *x_excess_, *w_, *w_excess_, *w_zero_point_, *w_rest_;
   float* w_scale_;
 };
 
 bool valid(const s2d_cpu_straight_through& g) {
-  const bool kinds = g.bits >= 2 && g.bits <= 8 && g.places >= 1 && g.places <= kMostPlaces && g.dtype >= S2D_FLOAT32 &&
-                     g.dtype <= S2D_FLOAT16 && g.out_dtype >= S2D_FLOAT32 && g.out_dtype <= S2D_FLOAT16;
+  const bool kinds = g.bits >= 2 && g.bits <= 8 && g.places >= 1 && g.places <= kMostPlaces && g.largest_digit >= 1 &&
+                     g.largest_digit <= 127 && g.dtype >= S2D_FLOAT32 && g.dtype <= S2D_FLOAT16 &&
+                     g.out_dtype >= S2D_FLOAT32 && g.out_dtype <= S2D_FLOAT16;
   if (!kinds || g.rows < 0 || g.depth < 0 || g.cols < 0 || !g.finite) return false;
   const bool nothing = !g.rows || !g.cols;
   return nothing || (g.mask && g.out && (!g.depth || (g.grad && g.codes && g.scale && g.zero_point)));
@@ -207,7 +245,7 @@ class Gradient {
   Gradient(const s2d_cpu_straight_through& given, int32_t threads)
       : g_(given),
         threads_(useful_threads(threads, g_.rows * g_.cols * std::max<int64_t>(g_.depth, 1))),
-        words_(parts(g_.depth, kernels_.step)),
+        words_(rounded_up(parts(g_.depth, kernels_.step), kernels_.unit)),
         items_(kernels_, g_.rows, g_.cols, words_ * g_.places, threads_),
         transposed_(g_.row_stride == 1 && g_.depth_stride != 1),
         length_(rounded_up(g_.depth, 64) + 64) {}  // rows of a buffer begin in different sets of the caches
@@ -221,12 +259,13 @@ class Gradient {
   void run(void* workspace) {
     char* memory = static_cast<char*>(workspace);
     carve_all(&memory);
+    by_pairs_ = kernels_.pairs && bytes_fit();
     share_out(static_cast<int32_t>(items_.column_panels), threads_, [&](int32_t item, int32_t) { pack_columns(item); });
     std::atomic<bool> finite{true};
     share_out(items_.count(), threads_, [&](int32_t item, int32_t thread) {
       const DefaultArithmetic guard;
       const int64_t first = thread * items_.chunk;
-      const Packed packed{rows_ + first * g_.places * words_, digit_sums_ + first * kMostPlaces, units_ + first};
+      const Packed packed{rows_ + first * g_.places * words_, row_excess_ + first * g_.places, units_ + first};
       items_.work(
           item, kernels_.rows,
           [&](int64_t top, int64_t count) {
@@ -240,36 +279,60 @@ class Gradient {
   }
 
  private:
-  // A thread's rows: words of each digit [panels, places, words, rows of a panel], digits' sums [places, rows], units.
+  // A thread's rows: words of each digit [panels, places, words, rows of a panel], their excess [panels, places, rows
+  // of a panel], units.
   struct Packed {
-    uint32_t *words, *digit_sums;
+    uint32_t *words, *excess;
     float* units;
   };
 
   void carve_all(char** memory) {
     const int64_t rows = threads_ * items_.chunk;
     rows_ = carve<uint32_t>(memory, rows * g_.places * words_);
-    digit_sums_ = carve<uint32_t>(memory, rows * kMostPlaces);
+    row_excess_ = carve<uint32_t>(memory, rows * g_.places);
     units_ = carve<float>(memory, rows);
     columns_ = carve<uint32_t>(memory, items_.column_panels * kernels_.columns * words_);
+    column_excess_ = carve<uint32_t>(memory, items_.column_panels * kernels_.columns);
     buffers_ = carve<float>(memory, threads_ * length_);
     digits_ = carve<int8_t>(memory, threads_ * g_.places * kernels_.rows * length_);
+  }
+
+  // Whether a digit and a code less its zero point add up to a byte, whichever they are.
+  bool bytes_fit() const {
+    const int32_t lowest = g_.bits > 4 ? -128 : g_.symmetric ? -8 : 0, highest = g_.bits > 4 ? 127 : lowest + 15;
+    if (!g_.rows || !g_.cols) return false;
+    const int64_t count = g_.symmetric ? 0 : g_.per_tensor ? std::min<int64_t>(g_.depth, 1) : g_.depth;
+    Range zero{0, 0};
+    for (int64_t d = 0; d < count; ++d)
+      zero = {std::min(zero.low, g_.zero_point[d]), std::max(zero.high, g_.zero_point[d])};
+    const int64_t low = int64_t{lowest} - zero.high, high = int64_t{highest} - zero.low;
+    return low - g_.largest_digit >= -128 && high + g_.largest_digit <= 127;
   }
 
   void pack_columns(int64_t panel) const {
     const int64_t start = panel * kernels_.columns, count = std::min(g_.cols - start, kernels_.columns);
     const bool nibbles = g_.bits <= 4;
+    uint32_t* const words = columns_ + panel * words_ * kernels_.columns;
     kernels_.pack_columns(static_cast<const uint8_t*>(g_.codes), nibbles ? (g_.cols + 1) / 2 : g_.cols, start, count,
                           g_.depth, g_.zero_point, g_.per_tensor ? 0 : 1, nibbles, g_.symmetric,
-                          columns_ + panel * words_ * kernels_.columns);
+                          by_pairs_ ? Offset::kSecondWords : Offset::kAllWords, words);
+    kernels_.column_excess(words, words_, by_pairs_, column_excess_ + start);
   }
 
   bool pack_rows(int64_t top, int64_t count, int32_t thread, const Packed& packed) const {
+    if (!pack_digits(top, count, thread, packed)) return false;
+    for (int64_t panel = 0; panel < parts(count, kernels_.rows) * g_.places; ++panel)
+      kernels_.row_excess(packed.words + panel * words_ * kernels_.rows, words_, by_pairs_,
+                          packed.excess + panel * kernels_.rows);
+    return true;
+  }
+
+  bool pack_digits(int64_t top, int64_t count, int32_t thread, const Packed& packed) const {
     const int64_t bytes = g_.dtype == S2D_FLOAT32 ? 4 : 2, scale_stride = g_.per_tensor ? 0 : 1;
     const char* const grad = static_cast<const char*>(g_.grad) + top * g_.row_stride * bytes;
     if (transposed_)
-      return kernels_.pack_digits(grad, g_.dtype, g_.depth_stride, count, g_.depth, g_.scale, scale_stride, g_.places,
-                                  packed.words, packed.units, packed.digit_sums, items_.chunk);
+      return kernels_.pack_digits(grad, g_.dtype, g_.depth_stride, count, g_.depth, g_.scale, scale_stride,
+                                  g_.largest_digit, g_.places, packed.words, packed.units);
     float* const buffer = buffers_ + thread * length_;
     int8_t* const digits = digits_ + thread * g_.places * kernels_.rows * length_;
     for (int64_t start = 0; start < count; start += kernels_.rows) {
@@ -280,15 +343,13 @@ class Gradient {
         if (!usable) kernels_.widen(row, g_.dtype, g_.depth, g_.depth_stride, buffer);
         float& unit = packed.units[start + r];
         if (!kernels_.weigh(usable ? reinterpret_cast<const float*>(row) : buffer, g_.depth, g_.scale, scale_stride,
-                            buffer, &unit))
+                            g_.largest_digit, buffer, &unit))
           return false;
-        int32_t sums[kMostPlaces];
-        kernels_.digits(buffer, g_.depth, unit, g_.places, digits + r * length_, kernels_.rows * length_, sums);
-        for (int64_t place = 0; place < g_.places; ++place)
-          packed.digit_sums[place * items_.chunk + start + r] = static_cast<uint32_t>(sums[place]);
+        kernels_.digits(buffer, g_.depth, unit, g_.largest_digit, g_.places, digits + r * length_,
+                        kernels_.rows * length_);
       }
       for (int64_t place = 0; place < g_.places; ++place)
-        kernels_.pack(digits + place * kernels_.rows * length_, length_, here, g_.depth, kernels_.rows, false,
+        kernels_.pack(digits + place * kernels_.rows * length_, length_, here, g_.depth, kernels_.rows, Offset::kNone,
                       packed.words + (start * g_.places + place * kernels_.rows) * words_);
     }
     return true;
@@ -303,11 +364,12 @@ class Gradient {
     fetch_to_write(out, count, width * bytes, g_.cols * bytes);
     for (int64_t place = 0; place < g_.places; ++place)
       kernels_.tile(packed.words + (start * g_.places + place * kernels_.rows) * words_,
-                    columns_ + j * words_ * kernels_.columns, words_, count, width,
+                    columns_ + j * words_ * kernels_.columns, words_, count, width, by_pairs_,
                     sums + place * kMostRows * kernels_.columns);
     const int64_t mask_stride = (g_.cols + 7) / 8;
-    kernels_.join(sums, g_.places, count, width, packed.digit_sums + start, items_.chunk, packed.units + start,
-                  g_.mask + top * mask_stride + left / 8, mask_stride, out, g_.out_dtype, g_.cols);
+    kernels_.join(sums, g_.largest_digit, g_.places, count, width, packed.excess + start * g_.places,
+                  column_excess_ + left, packed.units + start, g_.mask + top * mask_stride + left / 8, mask_stride, out,
+                  g_.out_dtype, g_.cols);
   }
 
   const s2d_cpu_straight_through& g_;
@@ -317,7 +379,8 @@ class Gradient {
   Items items_;
   bool transposed_;
   int64_t length_;
-  uint32_t *rows_, *columns_, *digit_sums_;
+  bool by_pairs_ = false;
+  uint32_t *rows_, *row_excess_, *columns_, *column_excess_;
   float *units_, *buffers_;
   int8_t* digits_;
 };

@@ -13,12 +13,13 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-#define S2D_CPU_ABI_VERSION 3
+#define S2D_CPU_ABI_VERSION 4
 
 int s2d_cpu_abi_version(void);
 
-/* The instruction set whose kernels run on this machine: "avx512_vnni", "avx512", "avx2" or "baseline". The environment
- * variable S2D_CPU_CAPABILITY chooses a lesser one. Floating sums are in another order in each but the first two. */
+/* The instruction set whose kernels run on this machine: "avx512_vnni_pairs" (with half of the products),
+ * "avx512_vnni", "avx512", "avx2" or "baseline". The environment variable S2D_CPU_CAPABILITY chooses a lesser one.
+ * Floating sums are in another order in each but the first three. */
 const char* s2d_cpu_capability(void);
 
 /* The algorithm of s2d_kernels/svd.py, one matrix per thread from the first read to the last, so that a matrix is read
@@ -49,7 +50,8 @@ int s2d_cpu_integer_linear(const s2d_integer_product* product, int32_t threads, 
                            size_t workspace_bytes);
 
 /* out [rows, cols] = ((grad * scale) @ (codes - zero_point)) * mask, with each row of grad * scale [rows, depth] as
- * `places` digits of base 254 in units of its largest magnitude / 127: exact sums, hence the same bits everywhere. */
+ * `places` digits in -largest_digit..largest_digit, of base 2 largest_digit, in units of its largest magnitude /
+ * largest_digit: exact sums, hence the same bits everywhere. */
 typedef struct s2d_cpu_straight_through {
   const void* grad;           /* [rows, depth] of `dtype` */
   const void* codes;          /* [depth, cols] int8, or for bits <= 4 two a byte, [depth, ceil(cols / 2)] */
@@ -63,6 +65,7 @@ typedef struct s2d_cpu_straight_through {
   int32_t dtype, out_dtype;   /* s2d_dtype */
   int32_t bits, symmetric, per_tensor;
   int32_t places;             /* 1..5 */
+  int32_t largest_digit;      /* 1..127; with any code - zero_point it should add up to a byte: see tile_of */
 } s2d_cpu_straight_through;
 
 size_t s2d_cpu_straight_through_grad_workspace(const s2d_cpu_straight_through* gradient, int32_t threads);
