@@ -14,7 +14,7 @@ from torch import Tensor
 
 from s2d_kernels import cpu_quant, fixed_point, int8_product
 from s2d_kernels.quant_ops import fake_quant_linear, integer_accumulator, quantize_activation, quantize_weight
-from s2d_kernels.quantizers import pack_mask
+from s2d_kernels.quantizers import pack_codes, pack_mask
 
 
 @pytest.fixture(autouse=True)
@@ -173,10 +173,17 @@ def test_the_clock_does_not_decide_about_gradients(monkeypatch: pytest.MonkeyPat
 # --- fp32 times integers ------------------------------------------------------------------------------------------
 
 
-def kernel_product(factor: Tensor, scale: Tensor, values: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """`fixed_point.product` by the CPU's kernels, on symmetric 8-bit codes."""
-    zero_point = torch.zeros(len(values), 1, dtype=torch.int32)
-    return cpu_quant.digit_product(factor, values, scale.mT, zero_point, mask, values.shape[1], 8, True, dtype)
+def kernel_product(
+    factor: Tensor, scale: Tensor, values: Tensor, mask: Tensor, dtype: torch.dtype, most: int
+) -> Tensor | None:
+    """`fixed_point.product` by the CPU's kernels, on codes of which digits are at most so large."""
+    bits, symmetric, zero = {127: (8, True, 0), 120: (4, True, 0), 112: (4, False, 7)}[most]
+    assert fixed_point.largest_digit(bits, symmetric) == most
+    codes = values + zero
+    zero_point = torch.full((len(values), 1), zero, dtype=torch.int32)
+    if bits <= 4:
+        codes = pack_codes(codes)
+    return cpu_quant.digit_product(factor, codes, scale.mT, zero_point, mask, values.shape[1], bits, symmetric, dtype)
 
 
 PRODUCTS = {"torch": fixed_point.product, "cpu": kernel_product}
@@ -191,8 +198,10 @@ def tensors(rows: int, depth: int, K: int, span: int) -> tuple[Tensor, Tensor, T
 
 @pytest.mark.parametrize("impl", PRODUCTS)
 @pytest.mark.parametrize("layout", ["rows", "columns", "strided"])
-@pytest.mark.parametrize(("rows", "depth", "K", "span"), [(1, 37, 1, 7), (63, 199, 37, 15), (300, 1000, 9, 127)])
-def test_product_is_as_exact_as_its_digits(rows: int, depth: int, K: int, span: int, layout: str, impl: str) -> None:
+@pytest.mark.parametrize(("rows", "depth", "K", "most"), [(1, 37, 1, 127), (300, 1000, 9, 127),
+                                                          (63, 199, 37, 120), (90, 70, 130, 112)])  # fmt: skip
+def test_product_is_as_exact_as_its_digits(rows: int, depth: int, K: int, most: int, layout: str, impl: str) -> None:
+    span = 127 if most == 127 else 7
     factor, scale, values, mask = tensors(rows, depth, K, span)
     factor[rows // 2, depth // 2] = 1e5  # an outlier takes bits from its row, not more than the bound says
     mask[:, ::3] = False
@@ -200,17 +209,17 @@ def test_product_is_as_exact_as_its_digits(rows: int, depth: int, K: int, span: 
     exact_product = (factor.double() * scale) @ values.double()
     weight = values.double().abs().sum(0)
     largest = (factor * scale).abs().amax(1, keepdim=True)
-    for dtype, last_digit in ((torch.float32, 2.0**-24), (torch.bfloat16, 2.0**-16)):
-        got = PRODUCTS[impl](given, scale, values, pack_mask(mask), dtype)
+    for dtype, last_digit in ((torch.float32, 1 / (8 * most**3)), (torch.bfloat16, 1 / (4 * most**2))):
+        got = PRODUCTS[impl](given, scale, values, pack_mask(mask), dtype, most)
         assert got is not None
         assert got.dtype == dtype
         assert not got[~mask].any()
-        # the digits' end, then the roundings of the product with the scale, of the sums and of the result
+        # the digits' end, then the roundings of the product with the scale, the quotient, the sums and the result
         rounding = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8}[dtype]
         bound = last_digit * largest * weight + rounding * ((factor * scale).double().abs() @ values.double().abs())
         assert bool(((got.double() - exact_product).abs() <= bound)[mask].all())
-    again = PRODUCTS[impl](given, scale, values, pack_mask(mask), torch.float32)
-    alone = PRODUCTS[impl](given[-1:], scale, values, pack_mask(mask[-1:]), torch.float32)
+    again = PRODUCTS[impl](given, scale, values, pack_mask(mask), torch.float32, most)
+    alone = PRODUCTS[impl](given[-1:], scale, values, pack_mask(mask[-1:]), torch.float32, most)
     assert again is not None
     assert alone is not None
     assert torch.equal(again[-1:], alone)
@@ -224,7 +233,7 @@ def test_precision_follows_torchs_setting(impl: str) -> None:
     for precision in ("highest", "high"):
         torch.set_float32_matmul_precision(precision)
         try:
-            got = PRODUCTS[impl](factor, scale, values, pack_mask(mask), torch.float32)
+            got = PRODUCTS[impl](factor, scale, values, pack_mask(mask), torch.float32, 127)
         finally:
             torch.set_float32_matmul_precision("highest")
         assert got is not None
@@ -239,7 +248,7 @@ def test_gradients_that_are_not_finite_stay_so(value: float, impl: str) -> None:
     """A loss scaler finds overflow by them."""
     factor, scale, values, mask = tensors(40, 64, 48, 7)
     factor[3, 5] = value
-    assert PRODUCTS[impl](factor, scale + 1, values, pack_mask(mask), torch.float32) is None
+    assert PRODUCTS[impl](factor, scale + 1, values, pack_mask(mask), torch.float32, 127) is None
     x, w = torch.randn(40, 48, requires_grad=True), torch.randn(64, 48, requires_grad=True)
     y = fake_quant_linear(x, w, impl=impl)
     g = torch.randn(40, 64)
@@ -256,7 +265,7 @@ def test_gradients_that_are_not_finite_stay_so(value: float, impl: str) -> None:
 def test_zero_and_subnormal_rows(impl: str) -> None:
     _, scale, values, mask = tensors(3, 64, 16, 7)
     factor = torch.stack((torch.zeros(64), torch.full((64,), 1e-42), torch.full((64,), 1e-37)))
-    got = PRODUCTS[impl](factor, scale, values, pack_mask(mask), torch.float32)
+    got = PRODUCTS[impl](factor, scale, values, pack_mask(mask), torch.float32, 127)
     assert got is not None
     assert not got[0].any()
     truth = (factor.double() * scale) @ values.double()

@@ -164,6 +164,16 @@ def check_sums_of_bytes() -> None:
             assert_same(integer_accumulator(qx, qw, impl="cpu"), expected.int().unsqueeze(0), (x_ends, w_ends, M))
             results = (integer_linear(qx, qw, impl=impl) for impl in ("cpu", "reference"))
             assert_same([next(results)], [next(results)], (x_ends, w_ends, M))
+    x, w = torch.zeros(300, 1001, dtype=torch.int8), torch.randint(-8, 8, (9, 1001), dtype=torch.int8)
+    for place in ((299, 1000), (150, 7), (0, 5)):  # one code that does not fit, wherever it is looked for
+        x[place] = 127
+        expected = x.long() @ w.long().mT
+        none, ones = torch.zeros(300, 1, dtype=torch.int32), torch.ones(300, 1)
+        qx, qw = (
+            QuantizedOperand(c, ones[: len(c)], none[: len(c)], c.sum(1, keepdim=True, dtype=torch.int32), c, 8, True)
+            for c in (x, w)
+        )
+        assert_same(integer_accumulator(qx, qw, impl="cpu"), expected.int().unsqueeze(0), place)
     for symmetric, zero_points in ((True, (0, 1)), (False, (0, 16)), (False, (-3, 1)), (False, (14, 20))):
         for rows, depth, K in ((9, 64, 50), (70, 61, 48), (8, 36, 97), (3, 35, 9)):
             grad = torch.randint(2, (rows, depth)) * 2.0 - 1
@@ -293,14 +303,27 @@ def test_gradients_have_the_bits_of_the_torch_route() -> None:
         assert_same(results[2], results[1])
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_digit_and_a_code_of_4_bits_fit_a_byte(symmetric: bool) -> None:
+    """As large as they can be; else the kernels fall back to twice the products."""
+    low, high = (-8, 7) if symmetric else (-15, 15)
+    for bits in (2, 3, 4):
+        fit = [
+            low - digit >= -128 and high + digit <= 127
+            for digit in (fixed_point.largest_digit(bits, symmetric), fixed_point.largest_digit(bits, symmetric) + 1)
+        ]
+        assert fit == [True, False]
+    assert fixed_point.largest_digit(5, symmetric) == 127
+
+
 def test_who_takes_what_when_nothing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """fp64 goes to torch; products of few rows do, and where torch's int8 product or AMX's is the faster one."""
 
-    def chosen(rows: int, dtype: torch.dtype = torch.float32) -> list[str]:
+    def chosen(rows: int, dtype: torch.dtype = torch.float32, bits: int = 8) -> list[str]:
         x = torch.randn(rows, 32, dtype=dtype)
-        q = quantize_weight(x, bits=8)
-        kinds = (8, True, 8, True)
-        grad = (x.mT, q.codes, q.scale, q.zero_point, q.mask, 32, 8, True, dtype)
+        q = quantize_weight(x, bits=bits)
+        kinds = (bits, True, bits, True)
+        grad = (x.mT, q.codes, q.scale, q.zero_point, q.mask, 32, bits, True, dtype)
         return [
             ops.choose("quantize", None, CPU, (x, None, None, 4, True, "per_row", 0)),
             ops.choose("integer_accumulator", None, CPU, (*q[:4], *q[:4], *kinds)),
@@ -318,9 +341,10 @@ def test_who_takes_what_when_nothing_is_asked_for(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(_native_cpu, "capability", lambda name=capability: name)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has_amx: {"amx_int8": has})
         monkeypatch.setattr(cpu_quant, "use_int8_product", lambda *_, serves=int8_serves: serves)
-        least = cpu_quant.LEAST_ROWS if gradient == "torch" else cpu_quant.LEAST_ROWS_OF_BYTES
-        assert chosen(least) == ["cpu", products, products, gradient], capability
-        assert chosen(least - 1) == ["cpu", "torch", "torch", gradient]
+        by_pairs = capability == "avx512_vnni_pairs"
+        for bits, least in ((8, cpu_quant.LEAST_ROWS), (4, cpu_quant.LEAST_ROWS_BY_PAIRS if by_pairs else 512)):
+            assert chosen(least, bits=bits) == ["cpu", products, products, gradient], capability
+            assert chosen(least - 1, bits=bits) == ["cpu", "torch", "torch", gradient]
     monkeypatch.setenv("S2D_CPU_LIBRARY", "/nowhere/libs2d_cpu.so")
     assert chosen(512) == ["torch"] * 4
     with pytest.raises(ValueError, match=r"no native library at /nowhere/libs2d_cpu.so: .*make cpu"):
@@ -381,12 +405,12 @@ def test_the_library_refuses_what_it_cannot_work_with() -> None:
             assert run.workspace_bytes() == 0, (name, field)
             with pytest.raises(NativeLibraryError, match="status 1"):
                 run(start, size)
-        if name != "s2d_cpu_quantize":  # nothing to compute, nothing read
-            sizes = {"M": 6, "K": 8, "groups": 1} if name == "s2d_cpu_integer_linear" else {"rows": 6, "depth": 8}
-            rest = gradient if "rows" in sizes else {}
-            kinds = {key: rest[key] for key in ("bits", "places", "largest_digit", "finite") if key in rest}
-            run = _native_cpu.Call(name, struct(**sizes, **kinds), 1)
-            run(start, size)
+    kinds = {name: gradient[name] for name in ("bits", "places", "largest_digit", "finite")}
+    for name, empty in (  # nothing to compute, and nothing is read
+        ("s2d_cpu_integer_linear", _native.IntegerProduct(M=6, K=8, groups=1)),
+        ("s2d_cpu_straight_through_grad", _native_cpu.StraightThrough(rows=6, depth=8, **kinds)),
+    ):
+        _native_cpu.Call(name, empty, 1)(start, size)
 
 
 def test_a_library_that_is_built_later_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -417,7 +417,7 @@ def test_forward_and_backward_against_the_reference(case: dict, dtype: torch.dty
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float64: 1e-14}[dtype]
     assert relative_error(y, y64) <= tolerance
     for mine, theirs, truth in zip((x.grad, w.grad, b.grad), plain, (x64.grad, w64.grad, b64.grad), strict=True):
-        # c = 2: fixed point rounds to 2^-24 of a row's largest element, fp32 to 2^-24 of each; then a few more sums
+        # c = 2: fixed point rounds to 2^-23.4 of a row's largest element, fp32 to 2^-24 of each; then a few more sums
         allowed = 2 * relative_error(theirs, truth) + 1e-7
         assert relative_error(mine, truth) <= min(allowed, tolerance)
 

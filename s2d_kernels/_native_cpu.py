@@ -1,7 +1,7 @@
 """ctypes loader of libs2d_cpu.so (csrc/cpu/s2d_cpu.h), the CPU's kernels. Nothing is loaded at import.
 
-`S2D_CPU_LIBRARY=/path/to/libs2d_cpu.so` selects any file, `S2D_CPU_CAPABILITY=avx512_vnni|avx512|avx2|baseline` a
-lesser instruction set.
+`S2D_CPU_LIBRARY=/path/to/libs2d_cpu.so` selects any file, `S2D_CPU_CAPABILITY=...` an instruction set of
+`CAPABILITIES` that the machine has.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from s2d_kernels.int8_product import use_int8_product
 from s2d_kernels.integer_gemm import check_groups
 from s2d_kernels.quantizers import check_packable, code_span, row_sums
 
-# Fewer gain less than the packing of the weight costs; the second where bytes are multiplied by fours.
-LEAST_ROWS, LEAST_ROWS_OF_BYTES = 512, 64
+# Fewer gain less than the packing of the weight costs; the second number by pairs, with half of the products.
+LEAST_ROWS, LEAST_ROWS_BY_PAIRS = 512, 64
 DTYPES = {getattr(torch, name): code for name, code in DTYPE_CODES.items()}
 
 
@@ -188,17 +188,18 @@ def _product(
 def _supports_product(*arguments: Any) -> bool:
     """Where it is no slower than impl="torch", which has the same bits; rows from which on, on a Zen 4."""
     x_codes, x_scale, _, _, _, _, _, w_row_sum, x_bits, x_symmetric, w_bits, w_symmetric = arguments
-    of_bytes = _multiplies_bytes()
-    if x_scale.dtype != torch.float32 or len(x_codes) < (LEAST_ROWS_OF_BYTES if of_bytes else LEAST_ROWS):
+    if x_scale.dtype != torch.float32 or len(x_codes) < LEAST_ROWS_BY_PAIRS:
         return False
-    if of_bytes:
-        return True
-    groups = w_row_sum.shape[1]
     spans = code_span(x_bits, x_symmetric), code_span(w_bits, w_symmetric)
-    depth = x_codes.shape[1] // max(groups, 1)
-    return _native_cpu.capability() in ("avx2", "avx512") and not use_int8_product(
-        x_codes.device, depth, min(spans[0], 128), min(spans[1], 128)
-    )
+    by_pairs = sum(spans) <= 127 and _native_cpu.capability() == "avx512_vnni_pairs"
+    if not by_pairs and len(x_codes) < LEAST_ROWS:
+        return False
+    if _multiplies_bytes():
+        return True
+    if _native_cpu.capability() not in ("avx2", "avx512"):
+        return False
+    depth = x_codes.shape[1] // max(w_row_sum.shape[1], 1)
+    return not use_int8_product(x_codes.device, depth, min(spans[0], 128), min(spans[1], 128))
 
 
 def _supports_linear(*arguments: Any) -> bool:

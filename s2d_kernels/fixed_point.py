@@ -25,7 +25,7 @@ def largest_digit(bits: int, symmetric: bool) -> int:
     """
     if bits > 4:
         return 127
-    return 120 if symmetric else 112  # codes are -8..7; those of 0..15 less a zero point in 0..15 are -15..15
+    return 120 if symmetric else 112  # 4 bits hold -8..7, or 0..15, which less a zero point in 0..15 are -15..15
 
 
 def digit_count(scale: Tensor, out_dtype: torch.dtype) -> int:
@@ -60,15 +60,15 @@ def live_scale(codes: Tensor, scale: Tensor, zero_point: Tensor, K: int, bits: i
 
 
 def product(
-    factor: Tensor, scale: Tensor, values: Tensor, mask: Tensor, out_dtype: torch.dtype, most: int = 127
+    factor: Tensor, scale: Tensor, values: Tensor, mask: Tensor, out_dtype: torch.dtype, most: int
 ) -> Tensor | None:
     """((factor * scale) @ values) * mask, or None where factor * scale is not finite.
 
     A row of factor * scale is written in units of its largest magnitude / D as digits -D..D of base 2 D, and each
     digit's product with the integers is exact. What is lost is what lies below the last digit: with three of them an
-    element is off by at most 1 / 8 D^3 of its row's largest, for D = 127, 120 and 112 by 2^-24.0, 2^-23.7 and 2^-23.4,
-    where fp32 itself rounds the largest by 2^-25. A digit more or less makes that a 2 D-th or 2 D-fold. The sums do not
-    depend on their order.
+    element is off by at most 1 / (8 D^3) of its row's largest, which for D = 127, 120 and 112 is 2^-24.0, 2^-23.7 and
+    2^-23.4; a digit more or less makes that a 2 D-th or 2 D-fold. The quotient by the unit is rounded in fp32, which is
+    2^-24 of the element itself. The sums do not depend on their order.
 
     Args:
         factor: `[rows, depth]`, fp32, bf16 or fp16, any strides.

@@ -132,8 +132,12 @@ class Product {
   // Whether a code of x and one of w add up to a byte, whichever they are.
   bool bytes_fit() const {
     if (!p_.M || !p_.N) return false;
-    const Range x = range_of(p_.x_codes, p_.M * p_.K), w = range_of(p_.w_codes, p_.N * p_.K);
-    return x.low + w.low >= -128 && x.high + w.high <= 127;
+    const auto first_fit = [this](int64_t most) {
+      const Range x = range_of(p_.x_codes, std::min(p_.M * p_.K, most));
+      const Range w = range_of(p_.w_codes, std::min(p_.N * p_.K, most));
+      return x.low + w.low >= -128 && x.high + w.high <= 127;
+    };
+    return first_fit(4096) && first_fit(INT64_MAX);  // codes of 8 bits are found out by a few
   }
 
   // Of codes and 0.

@@ -17,9 +17,10 @@ extern "C" {
 
 int s2d_cpu_abi_version(void);
 
-/* The instruction set whose kernels run on this machine: "avx512_vnni_pairs" (with half of the products),
- * "avx512_vnni", "avx512", "avx2" or "baseline". The environment variable S2D_CPU_CAPABILITY chooses a lesser one.
- * Floating sums are in another order in each but the first three. */
+/* The instruction set whose kernels run on this machine: "avx512_vnni_pairs" (with half of the products, where
+ * additions are free: by default on AMD's), "avx512_vnni", "avx512", "avx2" or "baseline". The environment variable
+ * S2D_CPU_CAPABILITY chooses another that the machine has. Floating sums are in another order in each but the first
+ * three. */
 const char* s2d_cpu_capability(void);
 
 /* The algorithm of s2d_kernels/svd.py, one matrix per thread from the first read to the last, so that a matrix is read
@@ -65,7 +66,7 @@ typedef struct s2d_cpu_straight_through {
   int32_t dtype, out_dtype;   /* s2d_dtype */
   int32_t bits, symmetric, per_tensor;
   int32_t places;             /* 1..5 */
-  int32_t largest_digit;      /* 1..127; with any code - zero_point it should add up to a byte: see tile_of */
+  int32_t largest_digit;      /* 1..127; where any code - zero_point and it add up to a byte, half of the products */
 } s2d_cpu_straight_through;
 
 size_t s2d_cpu_straight_through_grad_workspace(const s2d_cpu_straight_through* gradient, int32_t threads);
