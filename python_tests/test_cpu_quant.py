@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -164,6 +165,13 @@ def check_sums_of_bytes() -> None:
             assert_same(integer_accumulator(qx, qw, impl="cpu"), expected.int().unsqueeze(0), (x_ends, w_ends, M))
             results = (integer_linear(qx, qw, impl=impl) for impl in ("cpu", "reference"))
             assert_same([next(results)], [next(results)], (x_ends, w_ends, M))
+    for M in (1, 2, 4, 8):  # every tile that there is
+        for N in (16, 32, 48):
+            qx, qw = quantize_activation(torch.randn(M, 65)), quantize_weight(torch.randn(N, 65))
+            results = [
+                (integer_accumulator(qx, qw, impl=i), integer_linear(qx, qw, impl=i)) for i in ("cpu", "reference")
+            ]
+            assert_same(*results, (M, N))
     x, w = torch.zeros(300, 1001, dtype=torch.int8), torch.randint(-8, 8, (9, 1001), dtype=torch.int8)
     for place in ((299, 1000), (150, 7), (0, 5)):  # one code that does not fit, wherever it is looked for
         x[place] = 127
@@ -216,6 +224,18 @@ def in_a_process(**environment: str) -> str:
 def test_every_instruction_set(capability: str) -> None:
     order = _native_cpu.CAPABILITIES
     assert order.index(in_a_process(S2D_CPU_CAPABILITY=capability)) <= order.index(capability)
+
+
+def test_pairs_are_for_amd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the environment says otherwise; others add on the units that multiply."""
+    about = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").is_file() else ""
+    if not re.search(r"^flags.*\bavx512_vnni\b", about, re.MULTILINE):
+        pytest.skip("this CPU has no AVX-512 VNNI")
+    expected = "avx512_vnni_pairs" if "AuthenticAMD" in about else "avx512_vnni"
+    monkeypatch.delenv("S2D_CPU_CAPABILITY", raising=False)
+    program = "from s2d_kernels import _native_cpu; print(_native_cpu.capability())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.stdout.strip() == expected, done.stderr
 
 
 def test_address_sanitizer() -> None:
@@ -342,7 +362,8 @@ def test_who_takes_what_when_nothing_is_asked_for(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has_amx: {"amx_int8": has})
         monkeypatch.setattr(cpu_quant, "use_int8_product", lambda *_, serves=int8_serves: serves)
         by_pairs = capability == "avx512_vnni_pairs"
-        for bits, least in ((8, cpu_quant.LEAST_ROWS), (4, cpu_quant.LEAST_ROWS_BY_PAIRS if by_pairs else 512)):
+        few = cpu_quant.LEAST_ROWS_BY_PAIRS if by_pairs else cpu_quant.LEAST_ROWS
+        for bits, least in ((8, cpu_quant.LEAST_ROWS), (7, few), (4, few)):  # 63 + 63 fit a byte
             assert chosen(least, bits=bits) == ["cpu", products, products, gradient], capability
             assert chosen(least - 1, bits=bits) == ["cpu", "torch", "torch", gradient]
     monkeypatch.setenv("S2D_CPU_LIBRARY", "/nowhere/libs2d_cpu.so")

@@ -66,9 +66,9 @@ def product(
 
     A row of factor * scale is written in units of its largest magnitude / D as digits -D..D of base 2 D, and each
     digit's product with the integers is exact. What is lost is what lies below the last digit: with three of them an
-    element is off by at most 1 / (8 D^3) of its row's largest, which for D = 127, 120 and 112 is 2^-24.0, 2^-23.7 and
-    2^-23.4; a digit more or less makes that a 2 D-th or 2 D-fold. The quotient by the unit is rounded in fp32, which is
-    2^-24 of the element itself. The sums do not depend on their order.
+    element is off by at most 1 / (8 D^3) of its row's largest, which for D = 127, 120 and 112 is below 2^-23.9, 2^-23.7
+    and 2^-23.4; a digit more or less makes that a 2 D-th or 2 D-fold. The quotient by the unit and the remainders are
+    rounded in fp32, each by at most 2^-24 of the element itself. The sums do not depend on their order.
 
     Args:
         factor: `[rows, depth]`, fp32, bf16 or fp16, any strides.

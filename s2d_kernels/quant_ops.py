@@ -402,7 +402,7 @@ def fake_quant_linear(
     Accuracy: codes, scales, zero points, accumulator and y have the same bits on every impl. Per token a NaN or Inf
         makes its own output row NaN and no other; per tensor all of them.
         Gradients are sums in fp32; on a CPU with VNNI or AMX of exact digits instead, which count from the largest
-        element of a row of grad * scale: a summand is off by at most 2^-23.4 of it beside its own rounding to fp32, by
+        element of a row of grad * scale: a summand is off by at most 2^-23.4 of it beside its own roundings to fp32, by
         2^-15.6 for bf16 and fp16 gradients, by less where scales differ much (`fixed_point.digit_count`). Gradients
         that differ by more than that lose the small.
     Cost: impl="torch" on a CPU with VNNI or AMX is one int8 GEMM forward and six (of digits, see `fixed_point.py`)

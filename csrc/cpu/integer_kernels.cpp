@@ -25,8 +25,7 @@ constexpr int kStep = 2, kUnit = 1;
 constexpr uint32_t kOffset = 0;
 #endif
 
-// How many words `size` numbers take.
-inline int64_t word_count(int64_t size) { return (size + kStep * kUnit - 1) / (kStep * kUnit) * kUnit; }
+int64_t word_count(int64_t size) { return (size + kStep * kUnit - 1) / (kStep * kUnit) * kUnit; }
 
 inline bool is_offset(Offset offset, int64_t word) {
   return kOffset && (offset == Offset::kAllWords || (offset == Offset::kSecondWords && word % 2));
@@ -605,9 +604,9 @@ void join(const int32_t* sums, int32_t most, int64_t places, int64_t count, int6
 }
 
 constexpr IntegerKernels kernels_named(const char* name, bool pairs) {
-  return {name,          kRows,      kColumns,     kStep, kUnit,     pairs,        extremes, range,
-          codes_of,      pack_bits,  pack_nibbles, widen, pack,      pack_columns, tile,     row_excess,
-          column_excess, scale_sums, store_rows,   weigh, digits_of, pack_digits,  join};
+  return {name,       kRows,        kColumns, pairs,     word_count,   extremes, range,      codes_of,
+          pack_bits,  pack_nibbles, widen,    pack,      pack_columns, tile,     row_excess, column_excess,
+          scale_sums, store_rows,   weigh,    digits_of, pack_digits,  join};
 }
 
 }  // namespace

@@ -47,10 +47,11 @@ struct Scaling {
 
 struct IntegerKernels {
   const char* name;
-  // A tile's rows and columns, how many numbers along the depth one 32-bit word holds, and of how many words any depth
-  // is a multiple.
-  int64_t rows, columns, step, unit;
-  bool pairs;  // whether tiles of pairs of words are faster than of words
+  int64_t rows, columns;  // of a tile
+  bool pairs;             // whether tiles of pairs of words are faster than of words
+
+  // Of `size` numbers along the depth.
+  int64_t (*word_count)(int64_t size);
 
   // Widens low..high by codes.
   void (*extremes)(const int8_t* codes, int64_t count, int32_t* low, int32_t* high);

@@ -85,7 +85,7 @@ class Product {
       : p_(given),
         threads_(useful_threads(threads, p_.M * p_.N * std::max<int64_t>(p_.K, 1))),
         size_(p_.groups ? p_.K / p_.groups : 0),
-        group_words_(rounded_up(parts(size_, kernels_.step), kernels_.unit)),
+        group_words_(kernels_.word_count(size_)),
         words_(group_words_ * p_.groups),
         items_(kernels_, p_.M, p_.N, words_, threads_),
         columns_(items_.column_panels * kernels_.columns) {}
@@ -249,7 +249,7 @@ class Gradient {
   Gradient(const s2d_cpu_straight_through& given, int32_t threads)
       : g_(given),
         threads_(useful_threads(threads, g_.rows * g_.cols * std::max<int64_t>(g_.depth, 1))),
-        words_(rounded_up(parts(g_.depth, kernels_.step), kernels_.unit)),
+        words_(kernels_.word_count(g_.depth)),
         items_(kernels_, g_.rows, g_.cols, words_ * g_.places, threads_),
         transposed_(g_.row_stride == 1 && g_.depth_stride != 1),
         length_(rounded_up(g_.depth, 64) + 64) {}  // rows of a buffer begin in different sets of the caches
